@@ -1,0 +1,52 @@
+# `make run` and `make test` each make .venv from constraints.txt first; a second call finds it ready.
+#
+#   make run                      the whole chain on the small world
+#   make test                     everything a change must pass
+#   make unit                     the inner loop: what takes no more than a few seconds a test
+#   make image                    the container image
+#
+#   PYTHON=python3.12             the interpreter .venv is made from
+#   TORCH_INDEX=URL               one more package index, for another build of torch than the default's;
+#                                 https://download.pytorch.org/whl/cpu saves 4 GB where there is no GPU.
+#                                 (pip's own PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and so on work as ever.)
+
+PYTHON      ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+TORCH_INDEX ?=
+IMAGE       ?= danceopd:dev
+BASE_IMAGE  ?=
+BUILDER     ?= docker
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+# An environment that happens to be active must not leak into this one. And bytecode must be kept: pip is told not to
+# compile 22,000 files of which a run imports 6,000, so the first run does, and only the first.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
+
+.PHONY: run test unit image
+.DELETE_ON_ERROR:
+
+run: $(READY)
+	$(BIN)/danceopd pipeline run --recipe world
+
+# One thread a worker: two workers with all cores each only get in each other's way.
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+unit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+image:
+	$(BUILDER) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "make: needs Python 3.11 or newer; name one by PYTHON=..." >&2; exit 2; }
+	@echo "make: .venv from constraints.txt, a minute or two"
+	@"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""The chain's steps as Kubeflow components: thin, one folder each, all of their work done by `danceopd`."""

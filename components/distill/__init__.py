@@ -1,0 +1,5 @@
+"""The `distill` step."""
+
+from components.distill.component import distill
+
+__all__ = ["distill"]

@@ -1,0 +1,3 @@
+"""The one container image all components run in; a compile replaces it (`danceopd pipeline compile --image`)."""
+
+IMAGE = "danceopd:dev"

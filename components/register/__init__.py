@@ -1,0 +1,5 @@
+"""The `register` step."""
+
+from components.register.component import register
+
+__all__ = ["register"]

@@ -1,0 +1,169 @@
+"""What every step does around its one call: named log lines, one-line errors, and a note for the run's summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danceopd.errors import Interrupted, UserError
+from danceopd.files import read_json, write_atomic, write_json
+from danceopd.recipe import Recipe, parse_recipe
+
+RUN_ID = "KFP_RUN_ID"
+BAD_INPUT = 2
+RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+NO_LAST_WORD = "ended without a word; was it stopped, or out of memory?"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is running.
+
+    Attributes:
+        recipe: parsed.
+        workspace: the folder all steps share.
+        results: what the run's summary should say of this step; the step adds to it.
+    """
+
+    recipe: Recipe
+    workspace: Path
+    results: dict[str, Any]
+
+
+def notes_folder(workspace: Path, run: str | None = None) -> Path:
+    """Where the steps of a run leave their notes; the run is named by the environment unless given."""
+    return Path(workspace) / "notes" / (run or os.environ.get(RUN_ID, "run"))
+
+
+@contextmanager
+def running(step: str, recipe: str, workspace: str, part: str = "") -> Iterator[Step]:
+    """Run a step's body.
+
+    A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
+    through. Either way the run's notes say how the step ended.
+
+    Args:
+        step: its name.
+        recipe: as JSON text.
+        workspace: the folder all steps share.
+        part: which of several, for a step that runs once per teacher.
+    """
+    label = f"{step} {part}".strip()
+    _log_as(label)
+    with _one_line_errors():
+        folder = _writable(Path(workspace))
+        with _noted(label, folder) as results:
+            yield Step(parse_recipe(_load(recipe), "recipe"), folder, results)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        log.error("failed: %s", error)
+        sys.exit(BAD_INPUT)
+
+
+@contextmanager
+def _noted(label: str, workspace: Path) -> Iterator[dict]:
+    """Leave a note of how the block ended; what is put into the yielded mapping goes with it."""
+    started, results = time.monotonic(), {}
+
+    def note(**outcome: Any) -> None:
+        entry = {"step": label, "seconds": round(time.monotonic() - started, 1), **outcome}
+        write_json(notes_folder(workspace) / f"{label.replace(' ', '-')}.json", entry)
+
+    log.info("started")
+    note(state=RUNNING)
+    try:
+        yield results
+    except Exception as error:
+        note(state=FAILED, error=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        raise
+    except Interrupted as stop:
+        log.warning("%s", stop)
+        note(state=INTERRUPTED, error=str(stop))
+        raise
+    note(state=DONE, **results)
+    log.info("finished in %.1f s", time.monotonic() - started)
+
+
+def _log_as(label: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {label} | %(message)s", "%H:%M:%S"))
+    for package in ("danceopd", "components"):
+        logger = logging.getLogger(package)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+
+
+def _load(recipe: str) -> Any:
+    try:
+        return json.loads(recipe)
+    except json.JSONDecodeError as error:
+        raise UserError(f"recipe: not valid JSON ({error}); give a recipe as JSON text") from error
+
+
+def _writable(workspace: Path) -> Path:
+    try:
+        workspace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workspace {workspace}: cannot be made ({error}); mount a volume there") from error
+    if not os.access(workspace, os.W_OK):
+        raise UserError(f"workspace {workspace}: no permission to write; give the step's user write access")
+    return workspace
+
+
+def read_notes(workspace: Path, run: str | None = None) -> list[dict]:
+    """What the steps of a run noted, in the order they ended. Steps taken from the cache leave no note."""
+    files = sorted(notes_folder(workspace, run).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [read_json(path) for path in files]
+
+
+def failures(notes: list[dict]) -> list[str]:
+    """Which steps failed and why, one text a step, for notes of a run that is over."""
+    ended = [note for note in notes if note["state"] != DONE]
+    return [f"{note['step']}: {note.get('error', NO_LAST_WORD)}" for note in ended]
+
+
+def write_summary(workspace: str, state: str, path: str, **revisions: str) -> None:
+    """Write the run's summary as Markdown: how it ended, what failed and why, the registration, the figures.
+
+    Args:
+        workspace: of the run.
+        state: how the pipeline ended, in its own words.
+        path: of the file; a copy lies beside the run's notes.
+        revisions: code and data revision, by name.
+    """
+    text = summary_markdown(read_notes(Path(workspace)), state, revisions)
+    write_atomic(notes_folder(Path(workspace)) / "summary.md", text)
+    write_atomic(Path(path), text)
+
+
+def summary_markdown(notes: list[dict], state: str, revisions: dict[str, str]) -> str:
+    """The run's summary; see `write_summary`."""
+    lines = [f"# DanceOPD run: {state}", ""]
+    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in revisions.items()]
+    if failed := failures(notes):
+        lines += ["", "## What failed", "", *[f"- {failure}" for failure in failed]]
+    for registration in [note["registration"] for note in notes if "registration" in note]:
+        lines += ["", "## Registration", "", *[f"- {name}: {_text(v)}" for name, v in registration.items()]]
+    lines += ["", "## Steps that ran", "", "| step | seconds | |", "|---|---|---|"]
+    lines += [f"| {note['step']} | {note['seconds']} | {note['state']} |" for note in notes]
+    reports = [Path(note["evaluation"]) / "report.md" for note in notes if "evaluation" in note]
+    lines += ["", *[report.read_text() for report in reports if report.is_file()]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)

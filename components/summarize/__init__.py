@@ -1,0 +1,5 @@
+"""The `summarize` step."""
+
+from components.summarize.component import summarize
+
+__all__ = ["summarize"]

@@ -1,0 +1,31 @@
+"""The `summarize` component: writes the run's summary, whether the run went well or not.
+
+kfp reads the annotations themselves and pastes the function's source into the pipeline: no postponed annotations
+here, and every import the body needs inside it.
+"""
+
+from kfp import dsl
+
+from components.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def summarize(
+    status: dsl.PipelineTaskFinalStatus,
+    workspace: str,
+    data_revision: str,
+    code_revision: str,
+    summary: dsl.Output[dsl.Markdown],
+):
+    """Write how the run ended, what failed and why, what was registered, and the figures.
+
+    Args:
+        status: how the rest of the pipeline ended.
+        workspace: folder all steps share.
+        data_revision: identity of the data, named in the summary.
+        code_revision: identity of the code, named in the summary.
+        summary: the summary.
+    """
+    from components.running import write_summary
+
+    write_summary(workspace, status.state, summary.path, data_revision=data_revision, code_revision=code_revision)

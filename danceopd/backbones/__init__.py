@@ -1,0 +1,19 @@
+"""Model families by name, and the way from a recipe's `model` section to a loaded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from danceopd.backbones.base import Backbone, Condition
+from danceopd.recipe import ModelRecipe
+
+__all__ = ["Backbone", "Condition", "load_backbone"]
+
+
+def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Backbone:
+    """Load the back end that `settings.backbone` names from a pipeline folder, onto a device."""
+    from danceopd.backbones.flux2_klein import Flux2Klein  # diffusers is slow to import
+
+    return {"flux2_klein": Flux2Klein}[settings.backbone].load(Path(folder), settings, device)

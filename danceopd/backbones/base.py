@@ -1,0 +1,78 @@
+"""What the method asks of a model family: one small protocol. Everything particular to a model stays in its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+SETTINGS = "danceopd.json"  # beside model_index.json: picture size and prompt encoding of an exported pipeline
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a velocity depends on besides state and noise level, for B samples of one shape.
+
+    Attributes:
+        prompt: prompt embeddings, (B, L, D).
+        source: source image's latent tokens, (B, S, C), or None when the task draws from nothing.
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+    """
+
+    prompt: Tensor
+    source: Tensor | None
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return self.prompt.shape[0]
+
+    def rows(self, index: Tensor) -> Condition:
+        """The conditions of some of the samples."""
+        source = None if self.source is None else self.source[index]
+        return Condition(self.prompt[index], source, self.height, self.width)
+
+
+class Backbone(Protocol):
+    """A model family around one transformer architecture.
+
+    Latents are packed token sequences (B, N, C); sigma is (B,), 1 = noise, 0 = clean; v = dz/dsigma.
+    """
+
+    transformer: nn.Module
+    lora_targets: str  # a regular expression over module names
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(N, C) of a picture of this size."""
+        ...
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Prompt embeddings (B, L, D), without gradient."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to latents (B, N, C), without gradient."""
+        ...
+
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents (B, N, C) to (B, 3, H, W) in [-1, 1], without gradient."""
+        ...
+
+    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """The velocity (B, N, C) of `transformer`, which may be any network of this family."""
+        ...
+
+    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        """The sampling grid of the family's own scheduler: (steps + 1,), falling to 0."""
+        ...
+
+    def new_transformer(self, folder: Path | None = None) -> nn.Module:
+        """Another transformer of the same architecture: from a checkpoint folder, or a copy of this base's."""
+        ...
+
+    def save(self, folder: Path, transformer: nn.Module) -> None:
+        """Write a complete pipeline folder with `transformer` in it, which diffusers' own loader opens."""
+        ...

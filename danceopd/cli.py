@@ -1,0 +1,262 @@
+"""`danceopd ...`: the command line. Bad input ends with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from danceopd import __version__
+from danceopd.errors import Interrupted, UserError
+from danceopd.recipe import Recipe, load_recipe
+
+# typer brings its own copy of click, whose error base it does not export.
+UsageError = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Many specialists, one flow-matching student."
+)
+data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
+world_app = typer.Typer(no_args_is_help=True, help="The small world that ships with the project.")
+app.add_typer(data_app, name="data")
+app.add_typer(world_app, name="world")
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
+SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
+WorkspaceOption = Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"danceopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False,
+) -> None:
+    set_up_logging(logging.DEBUG if verbose else logging.INFO)
+
+
+def set_up_logging(level: int) -> None:
+    """Our own log lines to stderr: colored on a terminal, plain elsewhere. Libraries speak from WARNING up."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("danceopd").setLevel(level)
+
+
+def _open(recipe: str, overrides: list[str], workspace: Path | None) -> tuple[Recipe, Path]:
+    loaded = load_recipe(recipe, overrides)
+    return loaded, workspace or Path("runs") / loaded.name
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@data_app.command("build")
+def data_build(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006 (typer's way)
+    out: Annotated[Path | None, typer.Option(help="dataset folder; default: tracked data/, or workspace")] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Assemble the recipe's dataset: generate or read, check, split, count, hash."""
+    from danceopd import steps
+
+    loaded, place = _open(recipe, overrides, workspace)
+    product = steps.build_data(loaded, place, folder=out)
+    _print_counts(product.facts["counts"], f"{product.facts['dataset']}  content {product.facts['content'][:16]}")
+
+
+@data_app.command("track")
+def data_track(recipe: RecipeOption = "world", overrides: SetOption = []) -> None:  # noqa: B006
+    """Build the recipe's dataset as the repository's data/ and record it in data.dvc."""
+    from danceopd import steps
+    from danceopd.data import versioning
+
+    repo = versioning.find_repo(Path.cwd())
+    if repo is None:
+        raise UserError(f"{Path.cwd()}: not in a git or DVC repository; run this in a clone")
+    typer.echo(f"data.dvc: md5 {steps.track_data(load_recipe(recipe, overrides), repo)}")
+
+
+@data_app.command("validate")
+def data_validate(folder: Path) -> None:
+    """Check every shard, record and picture of a dataset folder."""
+    from danceopd.data.assemble import verify_dataset
+
+    manifest = verify_dataset(folder)
+    rows = sum(facts["rows"] for facts in manifest["files"].values())
+    typer.echo(f"{folder}: {rows} records in {len(manifest['files'])} shards, all valid; content {manifest['content']}")
+
+
+@data_app.command("stats")
+def data_stats(folder: Path) -> None:
+    """Records by task and split, distinct prompts, bytes of pictures."""
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.records import SPLITS
+
+    dataset = open_dataset(folder)
+    _print_counts(dataset.manifest["counts"], str(folder))
+    for split in SPLITS:
+        records = dataset.records(split)
+        prompts = Counter(r.prompt for r in records)
+        size = sum(len(picture) for r in records for picture in (r.source, r.target) if picture)
+        typer.echo(f"{split}: {len(records)} records, {len(prompts)} distinct prompts, {size / 1e6:.1f} MB of pictures")
+
+
+def _print_counts(counts: dict, title: str) -> None:
+    table = Table("task", "train", "val", "test", title=title)
+    for task, splits in counts.items():
+        table.add_row(task, *(str(splits[s]) for s in ("train", "val", "test")))
+    Console().print(table)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+@app.command()
+def finetune(
+    teacher: Annotated[str, typer.Argument(help="a teacher of the recipe")],
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Fine-tune one teacher and prove it better than the base."""
+    from danceopd import steps
+
+    loaded, place = _open(recipe, overrides, workspace)
+    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
+    product = steps.finetune_teacher(loaded, teacher, base, data, place)
+    typer.echo(f"{product.folder}  {product.facts['scores']}")
+
+
+def _student(loaded: Recipe, place: Path):
+    from danceopd import steps
+
+    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
+    teachers = {name: steps.finetune_teacher(loaded, name, base, data, place) for name in loaded.teachers}
+    return base, data, teachers, steps.distill_student(loaded, base, data, teachers, place)
+
+
+@app.command()
+def distill(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006
+    """Distill the student; missing teachers are made first."""
+    loaded, place = _open(recipe, overrides, workspace)
+    *_, student = _student(loaded, place)
+    typer.echo(f"{student.pipeline}  loss {student.facts['loss']}")
+
+
+@app.command()
+def evaluate(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006
+    """Evaluate base, teachers and student on held-out records; missing products are made first."""
+    from danceopd import steps
+
+    loaded, place = _open(recipe, overrides, workspace)
+    evaluation = steps.evaluate_student(loaded, *_student(loaded, place), place)
+    verdict = "holds all its gates" if evaluation.facts["passed"] else "fails a gate"
+    typer.echo(f"{evaluation.folder / 'report.html'}: the student {verdict}")
+
+
+@app.command()
+def register(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server")] = None,
+) -> None:
+    """Register the student in MLflow if its gates hold; missing products are made first."""
+    from danceopd import steps
+
+    loaded, place = _open(recipe, overrides, workspace)
+    base, data, teachers, student = _student(loaded, place)
+    evaluation = steps.evaluate_student(loaded, base, data, teachers, student, place)
+    lineage = steps.lineage(loaded, base, data, teachers, student)
+    result = steps.register_student(loaded, student, evaluation, lineage, tracking_uri, place)
+    if not result.registered:
+        raise UserError("not registered: " + "; ".join(result.reasons))
+    typer.echo(f"{loaded.register_as.model} version {result.version} ({', '.join(result.alias)})")
+    for reason in result.reasons:
+        typer.echo(reason)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="a student's pipeline folder")],
+    prompt: Annotated[str, typer.Argument(help="caption or instruction")],
+    image: Annotated[Path | None, typer.Option(help="picture to edit")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Euler steps")] = 8,
+) -> None:
+    """Draw one picture, or edit one."""
+    import io
+
+    from danceopd.files import write_atomic
+    from danceopd.generate import open_image, open_student
+
+    source = open_image(image) if image is not None else None
+    picture = open_student(model).draw([prompt], [source], [seed], steps)[0]
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    typer.echo(write_atomic(out, buffer.getvalue()))
+
+
+@world_app.command("build-base")
+def world_build_base(
+    out: Annotated[Path, typer.Option(help="folder for the pipeline; <out>.sha256 and <out>.json appear beside it")],
+    vae_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Make the small world's base from nothing; the shipped one took 34 minutes of training."""
+    from dataclasses import replace
+
+    from danceopd.world_base import BuildPlan, build_base
+
+    given = {"vae_steps": vae_steps, "steps": steps}
+    figures = build_base(out, replace(BuildPlan(), **{k: v for k, v in given.items() if v is not None}))
+    typer.echo(figures)
+
+
+def _mount_commands() -> None:
+    """Mount the sub-commands that packages above this one offer (`danceopd pipeline ...`)."""
+    for entry in entry_points(group="danceopd.commands"):
+        app.add_typer(entry.load(), name=entry.name)
+
+
+def main() -> None:
+    """Entry point: maps errors a user can mend to one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _mount_commands()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_say(str(error), 2))
+    except UsageError as error:
+        where = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+        sys.exit(_say(error.format_message() + where, 2))
+    except Interrupted as stop:
+        sys.exit(_say(str(stop), stop.code))
+    except typer.Abort:
+        sys.exit(_say("interrupted", 130))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"danceopd: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,208 @@
+"""Assemble any number of inputs into one task-tagged dataset folder, checked, counted and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from danceopd.data.records import (
+    MANIFEST,
+    SHARD_ROWS,
+    SPLITS,
+    Record,
+    check_images,
+    check_record,
+    content_hash,
+    read_parquet,
+    record_from,
+    write_shard,
+)
+from danceopd.data.world import world_records
+from danceopd.errors import UserError
+from danceopd.files import atomic_folder, hash_file, read_json, write_json
+from danceopd.recipe import DataRecipe
+
+METADATA = "metadata.jsonl"
+
+
+def read_image_folder(folder: Path) -> Iterator[Record]:
+    """Read a folder of pictures described by its `metadata.jsonl`.
+
+    Each line is an object with `task` and `prompt`, and optionally `source`, `target` (file names in the folder), `id`,
+    `split`, `provenance` (an object). Without an `id`, the line's own content makes one.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{folder / METADATA}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{where}: a line is a JSON object with at least 'task' and 'prompt'")
+        data.setdefault("id", hashlib.sha256(line.encode()).hexdigest()[:16])
+        for name in ("source", "target"):
+            if data.get(name) is not None:
+                data[name] = _read_picture(folder, data[name], where, name)
+        if isinstance(data.get("provenance"), dict):
+            data["provenance"] = json.dumps(data["provenance"], sort_keys=True)
+        yield record_from(data, where)
+
+
+def _read_picture(folder: Path, name: object, where: str, field: str) -> bytes:
+    path = (folder / str(name)).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: field '{field}' leads out of the folder ({name}); put the picture inside it")
+    if not path.is_file():
+        raise UserError(f"{where}: field '{field}' names {name}, which is not in the folder")
+    return path.read_bytes()
+
+
+def read_input(location: str) -> Iterator[Record]:
+    """Read one input: a Parquet file, a folder of Parquet files, or a folder with a `metadata.jsonl`.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    path = Path(location)
+    if path.is_file() and path.suffix == ".parquet":
+        yield from read_parquet(path)
+    elif (path / METADATA).is_file():
+        yield from read_image_folder(path)
+    elif path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
+        for shard in shards:
+            yield from read_parquet(shard)
+    else:
+        raise UserError(f"data input {location}: give a .parquet file, a folder of them, or one with {METADATA}")
+
+
+def recipe_records(data: DataRecipe) -> Iterator[Record]:
+    """The records a recipe asks for: generated, or read from its inputs."""
+    if data.world is not None:
+        yield from world_records({task: dict(sizes) for task, sizes in data.world.items()}, data.seed)
+    for location in data.inputs:
+        yield from read_input(location)
+
+
+def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bool] | None = None) -> dict:
+    """Write records as a dataset folder and return its manifest.
+
+    Args:
+        records: in any order; they are sorted by split and id.
+        folder: where the dataset appears, whole, by rename.
+        needs_source: for each known task whether its records need a source image; None accepts any task.
+
+    Raises:
+        UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input.
+    """
+    seen: set[str] = set()
+    kept: list[Record] = []
+    for record in records:
+        where = f"record {record.id!r}"
+        check_record(record, where)
+        check_images(record, where)
+        if record.id in seen:
+            raise UserError(f"{where}: the id occurs twice; ids must be unique across all inputs")
+        if needs_source is not None:
+            _check_task(record, needs_source, where)
+        seen.add(record.id)
+        kept.append(record)
+    if not kept:
+        raise UserError(f"dataset {folder}: no records; check the recipe's data section")
+    kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
+    with atomic_folder(folder) as scratch:
+        manifest = _write(kept, scratch)
+    return manifest
+
+
+def _check_task(record: Record, needs_source: dict[str, bool], where: str) -> None:
+    if record.task not in needs_source:
+        raise UserError(f"{where}: task {record.task!r} is not in the recipe; tasks are: {', '.join(needs_source)}")
+    if needs_source[record.task] and record.source is None:
+        raise UserError(f"{where}: task {record.task!r} edits a source image and the record has none")
+
+
+def _write(records: list[Record], folder: Path) -> dict:
+    files = {}
+    for split in SPLITS:
+        part = [r for r in records if r.split == split]
+        shards = [part[i : i + SHARD_ROWS] for i in range(0, len(part), SHARD_ROWS)]
+        for number, shard in enumerate(shards):
+            name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+            write_shard(shard, folder / name)
+            files[name] = {"sha256": hash_file(folder / name), "rows": len(shard)}
+    counts = Counter((r.task, r.split) for r in records)
+    tasks = sorted({r.task for r in records})
+    manifest = {
+        "content": content_hash(records),
+        "counts": {task: {split: counts[task, split] for split in SPLITS} for task in tasks},
+        "files": files,
+        "schema": 1,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A dataset on disk, opened by `open_dataset`."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of the records."""
+        return self.manifest["content"]
+
+    def records(self, split: str, task: str | None = None, limit: int | None = None) -> list[Record]:
+        """Records of a split in id order, of one task or all, at most `limit` of them."""
+        found: list[Record] = []
+        for name in sorted(self.manifest["files"]):
+            if not name.startswith(f"{split}-"):
+                continue
+            for record in read_parquet(self.folder / name):
+                if task is None or record.task == task:
+                    found.append(record)
+                if limit is not None and len(found) == limit:
+                    return found
+        return found
+
+
+def open_dataset(folder: Path) -> DatasetFolder:
+    """Open a dataset folder.
+
+    Raises:
+        UserError: if it has no manifest, or a shard is missing.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: no {MANIFEST}; build the dataset first with 'danceopd data build'")
+    manifest = read_json(folder / MANIFEST)
+    for name in manifest["files"]:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: shard {name} is missing; build the dataset again or 'dvc checkout'")
+    return DatasetFolder(folder, manifest)
+
+
+def verify_dataset(folder: Path) -> dict:
+    """Check every shard's hash and every record and picture; returns the manifest.
+
+    Raises:
+        UserError: naming the first damaged shard or record.
+    """
+    dataset = open_dataset(folder)
+    for name, facts in dataset.manifest["files"].items():
+        if hash_file(dataset.folder / name) != facts["sha256"]:
+            raise UserError(f"{folder}: shard {name} is damaged (its hash differs from the manifest); build it again")
+        for record in read_parquet(dataset.folder / name):
+            check_images(record, f"{name}, record {record.id!r}")
+    return dataset.manifest

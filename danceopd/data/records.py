@@ -1,0 +1,204 @@
+"""The task-tagged record, and how a table of them lies on disk.
+
+One record is one sample of one task. On disk a dataset is a folder of Parquet shards with the pictures' bytes
+inside, which `datasets.load_dataset("parquet", ...)` opens with its images decoded, and a `manifest.json` with counts
+and a content hash. Distillation reads prompts and sources only; targets serve teachers' fine-tuning and evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+from danceopd.errors import UserError
+
+SPLITS = ("train", "val", "test")
+MANIFEST = "manifest.json"
+SHARD_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample.
+
+    Attributes:
+        id: unique in its dataset.
+        task: the capability it belongs to; decides its teacher.
+        prompt: caption or instruction, not empty.
+        source: encoded picture to edit, or None (drawing tasks).
+        target: encoded wanted picture, or None (distillation needs none).
+        split: `train`, `val` or `test`.
+        provenance: where it came from, a JSON object as text.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    source: bytes | None
+    target: bytes | None
+    split: str
+    provenance: str = "{}"
+
+    def facts(self) -> dict:
+        """The provenance, parsed."""
+        return json.loads(self.provenance)
+
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_TEXT_FIELDS = ("id", "task", "prompt", "split", "provenance")
+_FEATURES = {f.name: {"dtype": "string", "_type": "Value"} for f in fields(Record)} | {
+    "source": {"_type": "Image"},
+    "target": {"_type": "Image"},
+}
+SCHEMA = pa.schema(
+    [pa.field(f.name, _IMAGE if f.name in ("source", "target") else pa.string()) for f in fields(Record)],
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """Decode picture bytes to (H, W, 3) uint8, upright (EXIF orientation applied).
+
+    Raises:
+        UserError: naming `where`, if the bytes are no picture.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UserError(f"{where}: not a readable image ({error}); re-export it as PNG or JPEG") from error
+
+
+def check_record(record: Record, where: str) -> None:
+    """Check one record's fields (pictures are decoded only by `check_images`).
+
+    Raises:
+        UserError: naming `where` and the field.
+    """
+    for name in ("id", "task", "prompt"):
+        value = getattr(record, name)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: field '{name}' is empty; every record needs text there")
+    if record.split not in SPLITS:
+        raise UserError(f"{where}: field 'split' is {record.split!r}; use one of {', '.join(SPLITS)}")
+    try:
+        facts = json.loads(record.provenance)
+    except (TypeError, ValueError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{where}: field 'provenance' is not a JSON object; write {{}} when there is none")
+
+
+def check_images(record: Record, where: str) -> None:
+    """Decode the record's pictures; source and target must have one size.
+
+    Raises:
+        UserError: naming `where` and the field.
+    """
+    sizes = {}
+    for name in ("source", "target"):
+        data = getattr(record, name)
+        if data is not None:
+            sizes[name] = decode_image(data, f"{where}, field '{name}'").shape[:2]
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"{where}: source is {sizes['source']} and target {sizes['target']} (H, W); make them equal")
+
+
+def content_hash(records: Iterable[Record]) -> str:
+    """SHA-256 over the records themselves, in order: the same on any machine, whatever writes the Parquet."""
+    digest = hashlib.sha256()
+    for record in records:
+        for field in fields(Record):
+            value = getattr(record, field.name)
+            data = b"" if value is None else value if isinstance(value, bytes) else value.encode()
+            digest.update(len(data).to_bytes(8, "big") + (b"\1" if value is None else b"\0") + data)
+    return digest.hexdigest()
+
+
+def to_table(records: list[Record]) -> pa.Table:
+    """Records as one Arrow table in `SCHEMA`."""
+
+    def column(name: str) -> pa.Array:
+        values = [getattr(r, name) for r in records]
+        if name in _TEXT_FIELDS:
+            return pa.array(values, pa.string())
+        return pa.array([None if v is None else {"bytes": v, "path": None} for v in values], _IMAGE)
+
+    return pa.table([column(f.name) for f in fields(Record)], schema=SCHEMA)
+
+
+def write_shard(records: list[Record], path: Path) -> None:
+    """Write one Parquet shard without a codec, so that equal records give equal bytes."""
+    pq.write_table(
+        to_table(records),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=1024,
+    )
+
+
+def _image_bytes(value, where: str) -> bytes | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    raise UserError(f"{where}: holds no embedded image bytes; write it as struct<bytes, path> or binary")
+
+
+def read_parquet(path: Path) -> Iterator[Record]:
+    """Read the records of one Parquet file in this schema, checked.
+
+    Raises:
+        UserError: if the file is not Parquet, a column is missing, or a record is not valid.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
+    names = set(file.schema_arrow.names)
+    missing = {"id", "task", "prompt"} - names
+    if missing:
+        raise UserError(f"{path}: column(s) missing: {', '.join(sorted(missing))}; found {', '.join(sorted(names))}")
+    row = 0
+    for batch in file.iter_batches(batch_size=512):
+        for data in batch.to_pylist():
+            yield record_from(data, f"{path}, row {row}")
+            row += 1
+
+
+def record_from(data: dict, where: str) -> Record:
+    """A checked record from a plain mapping; `split` and `provenance` may be missing.
+
+    Raises:
+        UserError: naming `where` and the field.
+    """
+    record = Record(
+        id=str(data["id"]) if data.get("id") is not None else "",
+        task=data.get("task") or "",
+        prompt=data.get("prompt") or "",
+        source=_image_bytes(data.get("source"), f"{where}, field 'source'"),
+        target=_image_bytes(data.get("target"), f"{where}, field 'target'"),
+        split=data.get("split") or split_of(str(data.get("id"))),
+        provenance=data.get("provenance") or "{}",
+    )
+    check_record(record, where)
+    return record
+
+
+def split_of(record_id: str, val: float = 0.02, test: float = 0.02) -> str:
+    """The split of a record that names none: a stable hash of its id, so that adding records moves no other."""
+    share = int.from_bytes(hashlib.sha256(record_id.encode()).digest()[:8], "big") / 2**64
+    return "test" if share < test else "val" if share < test + val else "train"

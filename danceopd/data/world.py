@@ -1,0 +1,268 @@
+"""The small world: captioned pixel-art scenes and three tasks made from them.
+
+A scene is a 2x2 board on a plain background; each place holds nothing or one colored shape. It is drawn as pixel-art
+on an 8x8 grid and shown at 64x64 pixels, so that one latent of a factor-8 autoencoder sees one grid pixel: a nearest
+upsampling decoder cannot tell apart the grid pixels inside one latent, and learns them very slowly. From scenes come
+three tasks, written as the same records a user would bring:
+
+- `t2i`: draw the scene a caption describes;
+- `local_edit`: recolor, remove or add one object, everything else preserved;
+- `global_style`: the whole picture in one of the styles.
+
+The grammar is held out on purpose: one in ten (color, shape, position) combinations and one wording of every
+kind of instruction occur in the test split only. Every draw comes from `random.Random` seeded by the record's own
+name, so a record does not depend on its neighbours, nor on a library's version.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from danceopd.data.png import encode_png
+from danceopd.data.records import Record
+from danceopd.errors import unknown_name
+
+GRID, SCALE = 8, 8
+SIZE = GRID * SCALE
+CELL = GRID // 2
+
+COLORS = {
+    "red": (220, 50, 47),
+    "green": (60, 170, 70),
+    "blue": (50, 90, 220),
+    "yellow": (240, 200, 40),
+    "purple": (150, 60, 190),
+}
+BACKGROUNDS = {"white": (240, 240, 240), "black": (24, 24, 28), "sand": (205, 180, 140)}
+POSITIONS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+_SHAPE_ROWS = {
+    "square": ("###", "###", "###"),
+    "ring": ("###", "#.#", "###"),
+    "cross": (".#.", "###", ".#."),
+    "triangle": ("#..", "##.", "###"),
+}
+SHAPES = {n: np.array([[c == "#" for c in row] for row in rows]) for n, rows in _SHAPE_ROWS.items()}
+
+TASKS = ("t2i", "local_edit", "global_style")
+EDITS = ("recolor", "remove", "add")
+
+_LUMA = np.array([0.299, 0.587, 0.114])
+_SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
+STYLES = {
+    "grayscale": lambda x: np.repeat((x @ _LUMA)[..., None], 3, axis=-1),
+    "negative": lambda x: 255.0 - x,
+    "night": lambda x: x * np.array([0.35, 0.45, 0.75]) + np.array([0.0, 5.0, 40.0]),
+    "sepia": lambda x: x @ _SEPIA.T,
+}
+
+# Wordings: the last of each list is held out of training. Each is made of words that training does contain.
+CAPTIONS = ("{objects} on {background}", "draw {objects} on {background}", "on {background}, {objects}",
+            "on {background}, draw {objects}")  # fmt: skip
+WORDINGS = {
+    "recolor": ("make the {object} {color}", "change the {object} to {color}", "paint the {object} {color}",
+                "change the color of the {object} to {color}", "make the color of the {object} {color}"),
+    "remove": ("remove the {object}", "delete the {object}", "take away the {object}", "take the {object} away"),
+    "add": ("add a {object} at the {position}", "put a {object} at the {position}",
+            "at the {position}, put a {object}", "at the {position}, add a {object}"),
+    "style": ("make it {style}", "turn the picture {style}", "the picture in {style}", "turn it {style}"),
+}  # fmt: skip
+REPEATS = ("the same picture", "keep the picture")  # what the base is taught to do with a reference
+NOVELTIES = ("combination", "wording", "both")
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    """One object: a color, a shape, a place on the board."""
+
+    position: str
+    color: str
+    shape: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and one to four things, at most one a place, no two of the same name."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+    def at(self, position: str) -> Thing | None:
+        return next((t for t in self.things if t.position == position), None)
+
+    def to_json(self) -> dict:
+        return {"background": self.background, "things": [[t.position, t.color, t.shape] for t in self.things]}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Scene:
+        return cls(data["background"], tuple(Thing(*t) for t in data["things"]))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A local edit: what is done, to which thing, and (recolor) the new color."""
+
+    kind: str
+    thing: Thing
+    color: str | None = None
+
+    def apply(self, scene: Scene) -> Scene:
+        rest = tuple(t for t in scene.things if t.position != self.thing.position)
+        if self.kind == "remove":
+            return replace(scene, things=rest)
+        thing = replace(self.thing, color=self.color) if self.kind == "recolor" else self.thing
+        return replace(scene, things=tuple(sorted((*rest, thing))))
+
+
+def is_held_out(thing: Thing) -> bool:
+    """Whether this (color, shape, position) is kept for the test split: 8 of the 80."""
+    c, s, p = list(COLORS).index(thing.color), list(SHAPES).index(thing.shape), list(POSITIONS).index(thing.position)
+    return (c + 2 * s + 3 * p) % 10 == 0
+
+
+ALL_THINGS = tuple(Thing(p, c, s) for p, c, s in itertools.product(POSITIONS, COLORS, SHAPES))
+HELD_OUT = tuple(t for t in ALL_THINGS if is_held_out(t))
+TRAINED = tuple(t for t in ALL_THINGS if not is_held_out(t))
+
+
+def draw_cell(background: str, position: str, thing: Thing | None) -> np.ndarray:
+    """One place of the board on the grid: (4, 4, 3) float64 in [0, 255]; shapes keep to the outer corner."""
+    cell = np.tile(np.array(BACKGROUNDS[background], dtype=np.float64), (CELL, CELL, 1))
+    if thing is not None:
+        row, col = POSITIONS[position]
+        cell[row : row + 3, col : col + 3][SHAPES[thing.shape]] = COLORS[thing.color]
+    return cell
+
+
+def cell_slice(position: str, scale: int = SCALE) -> tuple[slice, slice]:
+    """Where a place lies in the picture, as (rows, columns) in pixels."""
+    row, col = POSITIONS[position]
+    side = CELL * scale
+    return slice(row * side, (row + 1) * side), slice(col * side, (col + 1) * side)
+
+
+def render(scene: Scene, style: str | None = None) -> np.ndarray:
+    """Draw a scene: (64, 64, 3) uint8; `style` is a key of `STYLES` or None."""
+    grid = np.empty((GRID, GRID, 3))
+    for position in POSITIONS:
+        grid[cell_slice(position, scale=1)] = draw_cell(scene.background, position, scene.at(position))
+    if style is not None:
+        if style not in STYLES:
+            raise unknown_name("style", style, STYLES)
+        grid = STYLES[style](grid)
+    pixels = np.clip(np.floor(grid + 0.5), 0, 255).astype(np.uint8)
+    return pixels.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+
+
+def random_scene(rng: random.Random, novel: bool = False, most: int = 3, fewest: int = 1) -> Scene:
+    """Draw a scene of `fewest` to `most` things; `novel` puts at least one held-out combination in it."""
+    count = rng.randint(fewest, most)
+    places = rng.sample(list(POSITIONS), count)
+    things: list[Thing] = []
+    if novel:
+        things.append(rng.choice(HELD_OUT))
+        places = [things[0].position, *[p for p in places if p != things[0].position][: count - 1]]
+    for place in places[len(things) :]:
+        taken = {t.name for t in things}
+        things.append(rng.choice([t for t in TRAINED if t.position == place and t.name not in taken]))
+    return Scene(rng.choice(list(BACKGROUNDS)), tuple(sorted(things)))
+
+
+def _wording(rng: random.Random, wordings: tuple[str, ...], novel: bool) -> str:
+    return wordings[-1] if novel else rng.choice(wordings[:-1])
+
+
+def caption(scene: Scene, rng: random.Random, novel: bool = False) -> str:
+    """A caption naming every thing with its place, in random order; `novel` takes the held-out wording."""
+    objects = [f"{t.name} {t.position}" for t in rng.sample(scene.things, len(scene.things))]
+    return _wording(rng, CAPTIONS, novel).format(objects=", ".join(objects), background=scene.background)
+
+
+def _random_edit(rng: random.Random, novel: bool) -> tuple[Scene, Edit]:
+    kind = rng.choice(EDITS)
+    if kind == "add":
+        scene = random_scene(rng)
+        names = {t.name for t in scene.things}
+        pool = HELD_OUT if novel else TRAINED
+        free = [t for t in pool if scene.at(t.position) is None and t.name not in names]
+        return (scene, Edit("add", rng.choice(free))) if free else _random_edit(rng, novel)
+    scene = random_scene(rng, novel=novel, fewest=2 if kind == "remove" else 1)
+    thing = rng.choice([t for t in scene.things if is_held_out(t)] if novel else scene.things)
+    if kind == "remove":
+        return scene, Edit("remove", thing)
+    names = {t.name for t in scene.things}
+    changed = [replace(thing, color=c) for c in COLORS if f"{c} {thing.shape}" not in names]
+    changed = changed if novel else [t for t in changed if not is_held_out(t)]
+    return scene, Edit("recolor", thing, rng.choice(changed).color)
+
+
+def instruction(edit: Edit, rng: random.Random, novel: bool = False) -> str:
+    """What a person would type for this edit."""
+    text = _wording(rng, WORDINGS[edit.kind], novel)
+    return text.format(object=edit.thing.name, color=edit.color, position=edit.thing.position)
+
+
+def _record(task: str, split: str, index: int, seed: int) -> Record:
+    rng = random.Random(f"danceopd-world/{seed}/{task}/{split}/{index}")
+    novelty = NOVELTIES[index % len(NOVELTIES)] if split == "test" else "none"
+    new_combination, new_wording = novelty in ("combination", "both"), novelty in ("wording", "both")
+    facts: dict = {"maker": "danceopd.data.world", "seed": seed, "novelty": novelty}
+    source = None
+    if task == "t2i":
+        scene = random_scene(rng, novel=new_combination)
+        prompt, target = caption(scene, rng, new_wording), render(scene)
+        facts["scene"] = scene.to_json()
+    elif task == "local_edit":
+        scene, edit = _random_edit(rng, new_combination)
+        prompt, source, target = instruction(edit, rng, new_wording), render(scene), render(edit.apply(scene))
+        facts |= {"scene": edit.apply(scene).to_json(), "edit": edit.kind, "position": edit.thing.position}
+    elif task == "global_style":
+        scene, style = random_scene(rng, novel=new_combination), rng.choice(list(STYLES))
+        prompt = _wording(rng, WORDINGS["style"], new_wording).format(style=style)
+        source, target = render(scene), render(scene, style)
+        facts |= {"scene": scene.to_json(), "style": style}
+    else:
+        raise unknown_name("task of the small world", task, TASKS)
+    return Record(
+        id=f"world-{task}-{split}-{index:06d}",
+        task=task,
+        prompt=prompt,
+        source=None if source is None else encode_png(source),
+        target=encode_png(target),
+        split=split,
+        provenance=json.dumps(facts, sort_keys=True),
+    )
+
+
+def world_records(sizes: dict[str, dict[str, int]], seed: int = 0) -> Iterator[Record]:
+    """Yield the world's records: `sizes[task][split]` of each, in a fixed order.
+
+    Raises:
+        UserError: if a task is not one of `TASKS`.
+    """
+    for task, splits in sizes.items():
+        for split, count in splits.items():
+            for index in range(count):
+                yield _record(task, split, index, seed)
+
+
+def corpus() -> list[str]:
+    """Every wording filled with every word once: what the small tokenizer is trained on."""
+    words = {
+        "objects": ", ".join(f"{t.name} {t.position}" for t in ALL_THINGS),
+        "object": " ".join(t.name for t in ALL_THINGS),
+        "background": " ".join(BACKGROUNDS),
+        "color": " ".join(COLORS),
+        "position": " ".join(POSITIONS),
+        "style": " ".join(STYLES),
+    }
+    return [w.format(**words) for w in itertools.chain(CAPTIONS, REPEATS, *WORDINGS.values())]

@@ -1,0 +1,375 @@
+"""Every field on every task, on held-out records from the same noise: scores, retention, gates.
+
+A sample's noise depends on the recipe's seed and the record's id alone, so any two fields answer the same question from
+the same start, and their values can be compared pair by pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from danceopd.backbones.base import Backbone
+from danceopd.data.assemble import DatasetFolder
+from danceopd.data.encoded import EncodedRecords, encode_records
+from danceopd.data.records import Record
+from danceopd.errors import UserError
+from danceopd.evaluation.metrics import metric, read_picture
+from danceopd.fields import VelocityField
+from danceopd.recipe import EvaluateRecipe, Gate, Recipe
+from danceopd.sample import sample_pixels, to_uint8
+
+log = logging.getLogger(__name__)
+
+BASE, STUDENT = "base", "student"
+Values = dict[str, list[float]]
+Scores = dict[str, dict[str, dict[str, float | None]]]
+_ROUNDING = 1e-9  # a limit such as 0.95 * 0.8 may land above a mean that equals it
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one field drew for some records, and how good it is.
+
+    Attributes:
+        pictures: (N, H, W, 3) uint8, in the records' order.
+        values: per metric one value a record.
+    """
+
+    pictures: np.ndarray
+    values: Values
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each metric; NaN if any value is, or if there are no records."""
+        return {name: _mean(values) for name, values in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as the report shows it.
+
+    Attributes:
+        record: the held-out record.
+        source: its source image, (H, W, 3) uint8, or None.
+        target: its target image, or None.
+        drawn: what each field drew.
+        scores: each field's value of each metric on this record.
+    """
+
+    record: Record
+    source: np.ndarray | None
+    target: np.ndarray | None
+    drawn: dict[str, np.ndarray]
+    scores: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        metrics: what `metrics.json` holds; a figure that is not finite is None.
+        values: what `values.json` holds: {field: {task: {metric: [..]}}, "ids": {task: [..]}}.
+        examples: the records to show, per task.
+    """
+
+    metrics: dict
+    values: dict
+    examples: dict[str, list[Example]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the student holds every gate of the recipe."""
+        return self.metrics["passed"]
+
+
+@dataclass(frozen=True)
+class _TaskResult:
+    records: list[Record]
+    ceiling: dict[str, float]
+    values: dict[str, Values]
+    examples: list[Example]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def record_seed(seed: int, record_id: str) -> int:
+    """The noise seed of one record under one recipe seed: 63 bits of a stable hash."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{record_id}".encode()).digest()[:8], "big") >> 1
+
+
+def draw_field(field: VelocityField, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
+    """Draw one picture a record: (N, H, W, 3) uint8, in the records' order.
+
+    Args:
+        field: any velocity field.
+        encoded: the N records; tasks with and without a source image may be mixed.
+        ids: the N records' ids, which decide their noise.
+        spec: steps, batch size and seed.
+    """
+    device = next(field.network.parameters()).device
+    pictures = np.empty((len(ids), encoded.height, encoded.width, 3), dtype=np.uint8)
+    for group in encoded.shape_groups(list(range(len(ids)))):
+        for start in range(0, len(group), spec.batch):
+            rows = group[start : start + spec.batch]
+            seeds = [record_seed(spec.seed, ids[row]) for row in rows]
+            pictures[rows] = to_uint8(sample_pixels(field, encoded.condition(rows, device), seeds, spec.steps))
+    return pictures
+
+
+def score_pictures(pictures: np.ndarray, records: list[Record], metrics: tuple[str, ...]) -> Scored:
+    """Score pictures (N, H, W, 3) uint8 by metrics.
+
+    Raises:
+        UserError: if a metric is unknown, or a record lacks what it needs.
+    """
+    return Scored(pictures, {name: metric(name).score(pictures, records) for name in metrics})
+
+
+def score_records(
+    field: VelocityField,
+    encoded: EncodedRecords,
+    records: list[Record],
+    metrics: tuple[str, ...],
+    spec: EvaluateRecipe,
+) -> Scored:
+    """Draw records with a field and score the pictures.
+
+    Args:
+        field: any velocity field.
+        encoded: `records`, encoded in the same order.
+        records: what to draw.
+        metrics: names from `danceopd.evaluation.metrics.METRICS`.
+        spec: steps, batch size and seed.
+
+    Raises:
+        UserError: if a metric is unknown, or a record lacks what it needs.
+    """
+    return score_pictures(draw_field(field, encoded, [r.id for r in records], spec), records, metrics)
+
+
+def score_ceiling(
+    backbone: Backbone, encoded: EncodedRecords, records: list[Record], metrics: tuple[str, ...], batch: int
+) -> dict[str, float]:
+    """The means that the autoencoder's own reconstruction of the targets reaches: no field can draw better.
+
+    Records without a target are left out; with none at all the answer is empty.
+    """
+    rows = [row for row in range(len(records)) if encoded.target_row[row] >= 0]
+    if not rows:
+        return {}
+    device = next(backbone.transformer.parameters()).device
+    parts = []
+    for start in range(0, len(rows), batch):
+        latents = encoded.target(rows[start : start + batch], device)
+        parts.append(to_uint8(backbone.decode(latents, encoded.height, encoded.width).float()))
+    return score_pictures(np.concatenate(parts), [records[row] for row in rows], metrics).means
+
+
+def _held_out(recipe: Recipe, dataset: DatasetFolder) -> dict[str, list[Record]]:
+    """The records of each task, checked before the first picture is drawn."""
+    spec = recipe.evaluate
+    found = {task: dataset.records(spec.split, task, spec.per_task) for task in recipe.tasks}
+    for task, records in found.items():
+        if not records:
+            raise UserError(f"dataset {dataset.folder}: no '{spec.split}' records of task {task!r}; "
+                            f"add some, or choose another evaluate.split")  # fmt: skip
+        for name in recipe.tasks[task].metrics:
+            metric(name).check(records)
+    return found
+
+
+def _score_fields(
+    fields: dict[str, VelocityField], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe
+) -> dict[str, Scored]:
+    scored: dict[str, Scored] = {}
+    first: dict[tuple[int, str | None], str] = {}
+    for name, field in fields.items():
+        same = first.setdefault((id(field.network), field.adapter), name)
+        if same != name:
+            scored[name] = scored[same]
+            log.info("evaluate: %s on %s: the same field as %s", name, task, same)
+            continue
+        started = time.monotonic()
+        scored[name] = score_records(field, encoded, records, recipe.tasks[task].metrics, recipe.evaluate)
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in scored[name].means.items())
+        log.info("evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records),
+                 time.monotonic() - started)  # fmt: skip
+    return scored
+
+
+def _examples(records: list[Record], scored: dict[str, Scored], size: tuple[int, int], count: int) -> list[Example]:
+    """`count` records spread evenly over all: chosen by their place, not by how well they came out."""
+    rows = sorted({round(x) for x in np.linspace(0, len(records) - 1, min(count, len(records)))})
+
+    def image(record: Record, field: str) -> np.ndarray | None:
+        data = getattr(record, field)
+        return None if data is None else read_picture(data, *size, f"record {record.id!r}, field '{field}'")
+
+    return [
+        Example(
+            records[row],
+            image(records[row], "source"),
+            image(records[row], "target"),
+            {name: part.pictures[row] for name, part in scored.items()},
+            {name: {key: values[row] for key, values in part.values.items()} for name, part in scored.items()},
+        )
+        for row in rows
+    ]
+
+
+def evaluate(
+    recipe: Recipe,
+    backbone: Backbone,
+    fields: dict[str, VelocityField],
+    dataset: DatasetFolder,
+    cache: Path | None,
+    base_key: str,
+) -> Evaluation:
+    """Score every field on every task of the recipe.
+
+    Args:
+        recipe: its `evaluate` section says which records are drawn and how; its tasks bring metrics and gates.
+        backbone: the base, whose autoencoder sets the ceiling.
+        fields: "base", every teacher by its name, and "student". Two names of one field are drawn once.
+        dataset: where the held-out records lie.
+        cache: folder for encoded records, or None.
+        base_key: identity of the base, part of the cache's key.
+
+    Raises:
+        UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
+    """
+    missing = {BASE, STUDENT, *(task.teacher for task in recipe.tasks.values())} - set(fields)
+    if missing:
+        raise ValueError(f"evaluate needs the field(s) {', '.join(sorted(missing))}")
+    spec, size = recipe.evaluate, (recipe.model.height, recipe.model.width)
+    results = {}
+    for task, records in _held_out(recipe, dataset).items():
+        encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
+        ceiling = score_ceiling(backbone, encoded, records, recipe.tasks[task].metrics, spec.batch)
+        scored = _score_fields(fields, task, encoded, records, recipe)
+        results[task] = _TaskResult(
+            records,
+            ceiling,
+            {name: part.values for name, part in scored.items()},
+            _examples(records, scored, size, spec.pictures),
+        )
+    return Evaluation(
+        _metrics(recipe, list(fields), results),
+        _values(list(fields), results),
+        {task: result.examples for task, result in results.items()},
+    )
+
+
+def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult]) -> dict:
+    scores: Scores = {
+        field: {
+            task: {name: _finite(_mean(values)) for name, values in result.values[field].items()}
+            for task, result in results.items()
+        }
+        for field in fields
+    }
+    verdicts = judge(recipe, scores)
+    return {
+        "recipe": recipe.name,
+        "split": recipe.evaluate.split,
+        "records": {task: len(result.records) for task, result in results.items()},
+        "steps": recipe.evaluate.steps,
+        "seed": recipe.evaluate.seed,
+        "units": {name: metric(name).unit for task in recipe.tasks.values() for name in task.metrics},
+        "primary": {task: spec.metrics[0] for task, spec in recipe.tasks.items()},
+        "teacher_of": {task: spec.teacher for task, spec in recipe.tasks.items()},
+        "ceiling": {
+            task: {name: _finite(value) for name, value in result.ceiling.items()} for task, result in results.items()
+        },
+        "scores": scores,
+        "retention": retention(recipe, scores),
+        "gates": verdicts,
+        "passed": all(verdict["passed"] for verdict in verdicts),
+        "by_novelty": {task: part for task, result in results.items() if (part := _by_novelty(result))},
+    }
+
+
+def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
+    def row(values: list[float]) -> list[float | None]:
+        return [None if _finite(v) is None else round(v, 4) for v in values]
+
+    values: dict = {
+        field: {
+            task: {name: row(part) for name, part in result.values[field].items()} for task, result in results.items()
+        }
+        for field in fields
+    }
+    return values | {"ids": {task: [r.id for r in result.records] for task, result in results.items()}}
+
+
+def _by_novelty(result: _TaskResult) -> dict[str, dict[str, float | None]]:
+    """The student's means over each kind of novelty, for records that name theirs."""
+    rows: dict[str, list[int]] = {}
+    for number, record in enumerate(result.records):
+        novelty = record.facts().get("novelty")
+        if novelty is not None:
+            rows.setdefault(str(novelty), []).append(number)
+    return {
+        novelty: {
+            name: _finite(_mean([values[i] for i in part])) for name, values in result.values[STUDENT].items()
+        }
+        for novelty, part in sorted(rows.items())
+    }  # fmt: skip
+
+
+def _score(scores: Scores, field: str, task: str, name: str) -> float | None:
+    return _finite(scores.get(field, {}).get(task, {}).get(name))
+
+
+def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The student beside each task's own teacher: both values, ratio and difference; None where undefined."""
+    table: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, spec in recipe.tasks.items():
+        for name in spec.metrics:
+            teacher, student = _score(scores, spec.teacher, task, name), _score(scores, STUDENT, task, name)
+            known = teacher is not None and student is not None
+            table.setdefault(task, {})[name] = {
+                "teacher": teacher,
+                "student": student,
+                "ratio": student / teacher if known and teacher != 0 else None,
+                "difference": student - teacher if known else None,
+            }
+    return table
+
+
+def gate_limit(gate: Gate, teacher: float) -> float:
+    """The least value, in the metric's unit, with which a student holds a gate."""
+    return teacher * gate.retain if gate.retain is not None else teacher - gate.max_drop
+
+
+def judge(recipe: Recipe, scores: Scores) -> list[dict]:
+    """Every gate of the recipe with its limit, the student's value and whether it holds.
+
+    A value that is missing or not finite, the student's or the teacher's, never holds.
+    """
+    verdicts = []
+    for task, spec in recipe.tasks.items():
+        for gate in spec.gates:
+            teacher = _score(scores, spec.teacher, task, gate.metric)
+            student = _score(scores, STUDENT, task, gate.metric)
+            limit = None if teacher is None else gate_limit(gate, teacher)
+            rule = f"retain {gate.retain}" if gate.retain is not None else f"max_drop {gate.max_drop}"
+            held = student is not None and limit is not None and student >= limit - _ROUNDING
+            verdicts.append(
+                {"task": task, "metric": gate.metric, "rule": rule, "limit": limit, "value": student, "passed": held}
+            )
+    return verdicts

@@ -1,0 +1,386 @@
+"""An evaluation as files a person opens: a self-contained HTML page, Markdown, picture grids, and figures as JSON.
+
+Everything shown comes from recipes and prompts, which are user input: the page is rendered with autoescape, loads
+nothing from anywhere, and its file names are made safe.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import yaml
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from danceopd.evaluation.evaluate import BASE, STUDENT, Evaluation, Example
+from danceopd.evaluation.grids import fit_scale, picture_grid, resize
+from danceopd.evaluation.metrics import metric
+from danceopd.files import content_key, write_atomic, write_json
+
+_TEMPLATE = "report.html.j2"
+_PAGE_SIDE, _GRID_SIDE = 256, 128  # longer side of an embedded picture and of one in a grid file, in pixels
+_NONE, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+def write_report(evaluation: Evaluation, folder: Path, provenance: dict) -> None:
+    """Write `metrics.json`, `values.json`, `grids/<task>.png`, `report.md` and `report.html` into a folder.
+
+    Args:
+        evaluation: what to tell.
+        folder: made if it is missing; other files in it stay. Each file appears whole.
+        provenance: JSON-like facts about the run (recipe, data revision, hashes, code, hardware, seconds). Mappings
+            become sections, texts of several lines and deeper trees are folded away.
+    """
+    folder = Path(folder)
+    write_json(folder / "metrics.json", evaluation.metrics)
+    write_atomic(folder / "values.json", json.dumps(evaluation.values, separators=(",", ":")) + "\n")
+    for task in evaluation.examples:
+        write_atomic(folder / grid_path(task), _png(task_grid(evaluation, task)))
+    view = _view(evaluation, provenance)
+    write_atomic(folder / "report.md", _markdown(view, evaluation))
+    write_atomic(folder / "report.html", render_html(view))
+
+
+def grid_path(task: str) -> str:
+    """Where a task's picture grid lies in the report's folder, whatever characters the task's name has."""
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", task)
+    return f"grids/{safe if safe == task else f'{safe}-{content_key(task)[:6]}'}.png"
+
+
+def task_grid(evaluation: Evaluation, task: str) -> Image.Image:
+    """The task's examples as one image; wrong samples are outlined."""
+    shown = _shown(evaluation, task)
+    examples = evaluation.examples[task]
+    rows = [[_picture(e, key) for key, _ in shown] for e in examples]
+    scale = fit_scale(examples[0].drawn[STUDENT], _GRID_SIDE)
+    wrong = {
+        (r, c)
+        for r, example in enumerate(examples)
+        for c, (key, _) in enumerate(shown)
+        if _is_wrong(evaluation, task, example, key)
+    }
+    return picture_grid(rows, [title for _, title in shown], [e.record.prompt for e in examples], scale, wrong)
+
+
+def render_html(view: dict) -> str:
+    """The page of a view, as one text that needs nothing else."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text()).render(view)
+
+
+# --- figures as text ---
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return _NONE
+    return f"{100 * value:.1f} %" if unit == "rate" else f"{value:.1f} dB" if unit == "dB" else f"{value:.3f}"
+
+
+def _kept(entry: dict, unit: str) -> str:
+    """Retention in the form that suits the unit: a share, or (decibels being logarithms) a difference."""
+    if unit == "dB":
+        difference = entry["difference"]
+        return _NONE if difference is None else f"{difference:+.1f} dB".replace("-", _MINUS)
+    return _NONE if entry["ratio"] is None else f"{100 * entry['ratio']:.1f} %"
+
+
+def _rule(gate: dict, unit: str) -> str:
+    """A gate's rule in words."""
+    kind, amount = gate["rule"].split()
+    if kind == "retain":
+        return f"at least {100 * float(amount):g} % of its teacher"
+    drop = {"rate": f"{100 * float(amount):g} points", "dB": f"{amount} dB", "index": amount}[unit]
+    return f"at most {drop} below its teacher"
+
+
+# --- pictures ---
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    longer = max(picture.shape[:2])
+    image = resize(picture, _PAGE_SIDE / longer) if longer > _PAGE_SIDE else Image.fromarray(picture)
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+
+
+def _picture(example: Example, key: str) -> np.ndarray | None:
+    return getattr(example, key) if key in ("source", "target") else example.drawn[key.removeprefix("field ")]
+
+
+def _shown(evaluation: Evaluation, task: str) -> list[tuple[str, str]]:
+    """The columns of a task's pictures, as (key, title); a task that draws from nothing has no source."""
+    teacher, examples = evaluation.metrics["teacher_of"][task], evaluation.examples[task]
+    columns = [("source", "source"), (f"field {teacher}", f"teacher: {teacher}"), (f"field {STUDENT}", "student")]
+    columns.append(("target", "target"))
+    return [(key, title) for key, title in columns if any(_picture(e, key) is not None for e in examples)]
+
+
+def _mark(evaluation: Evaluation, task: str) -> str:
+    """The metric a sample is judged by: the task's first that is right or wrong, else its first."""
+    names = evaluation.metrics["retention"][task]
+    return next((n for n in names if metric(n).unit == "rate"), evaluation.metrics["primary"][task])
+
+
+def _is_wrong(evaluation: Evaluation, task: str, example: Example, key: str) -> bool:
+    name = _mark(evaluation, task)
+    field = key.removeprefix("field ")
+    return field != key and metric(name).unit == "rate" and example.scores[field][name] == 0
+
+
+# --- the page's contents ---
+
+
+def _view(evaluation: Evaluation, provenance: dict) -> dict:
+    metrics = evaluation.metrics
+    failed = [g for g in metrics["gates"] if not g["passed"]]
+    return {
+        "recipe": metrics["recipe"],
+        "split": metrics["split"],
+        "records": sum(metrics["records"].values()),
+        "steps": metrics["steps"],
+        "seed": metrics["seed"],
+        "banner": "failed" if failed else "held" if metrics["gates"] else "none",
+        "verdict": _verdict(metrics["gates"], failed),
+        "failures": [_failure(g, metrics) for g in failed],
+        "tiles": [_tile(metrics, task) for task in metrics["retention"]],
+        "rows": [row for task in metrics["retention"] for row in _rows(metrics, task)],
+        "meanings": [(name, metric(name).meaning) for name in metrics["units"]],
+        "matrix": _matrix(metrics),
+        "novelty": _novelty(metrics),
+        "galleries": [_gallery(evaluation, task) for task in evaluation.examples],
+        "provenance": _sections(provenance),
+    }
+
+
+def _verdict(gates: list[dict], failed: list[dict]) -> str:
+    if not gates:
+        return "The recipe sets no gates"
+    if not failed:
+        return f"The student holds all {len(gates)} gates" if len(gates) > 1 else "The student holds its gate"
+    return f"The student fails {len(failed)} of {len(gates)} gate{'s' if len(gates) > 1 else ''}"
+
+
+def _failure(gate: dict, metrics: dict) -> str:
+    unit = metrics["units"][gate["metric"]]
+    got = "has no value" if gate["value"] is None else f"is {_figure(gate['value'], unit)}"
+    need = "its teacher has none" if gate["limit"] is None else f"needs at least {_figure(gate['limit'], unit)}"
+    return f"{gate['task']}: {gate['metric']} {got}, {need} ({_rule(gate, unit)})"
+
+
+def _status(metrics: dict, task: str, name: str | None = None) -> str:
+    """`held`, `failed`, or `none` where no gate is set, over one metric of a task or all."""
+    gates = [g for g in metrics["gates"] if g["task"] == task and name in (None, g["metric"])]
+    return "none" if not gates else "held" if all(g["passed"] for g in gates) else "failed"
+
+
+def _tile(metrics: dict, task: str) -> dict:
+    name = metrics["primary"][task]
+    entry, unit = metrics["retention"][task][name], metrics["units"][name]
+    against = "to" if unit == "dB" else "of"
+    gates = [g for g in metrics["gates"] if g["task"] == task]
+    failed = [g["metric"] for g in gates if not g["passed"]]
+    held = f"{len(gates)} gate{'s' if len(gates) > 1 else ''} held" if gates else "no gate"
+    return {
+        "task": task,
+        "metric": name,
+        "value": _figure(entry["student"], unit),
+        "kept": f"{_kept(entry, unit)} {against} its teacher",
+        "status": _status(metrics, task),
+        "gates": f"fails: {', '.join(failed)}" if failed else held,
+    }
+
+
+def _rows(metrics: dict, task: str) -> list[dict]:
+    rows = []
+    for name, entry in metrics["retention"][task].items():
+        unit = metrics["units"][name]
+        gates = [g for g in metrics["gates"] if g["task"] == task and g["metric"] == name]
+        ceiling = metrics["ceiling"][task].get(name)
+        base = metrics["scores"][BASE][task].get(name)
+        limits = [g["limit"] for g in gates if g["limit"] is not None]
+        rows.append({
+            "task": task,
+            "span": len(metrics["retention"][task]) if not rows else 0,
+            "teacher_name": metrics["teacher_of"][task],
+            "metric": name,
+            "base": _figure(base, unit),
+            "teacher": _figure(entry["teacher"], unit),
+            "student": _figure(entry["student"], unit),
+            "kept": _kept(entry, unit),
+            "kept_how": f"student {_MINUS} teacher" if unit == "dB" else "student / teacher",
+            "limits": [f"≥ {_figure(g['limit'], unit)}" for g in gates],
+            "rules": [_rule(g, unit) for g in gates],
+            "ceiling": _figure(ceiling, unit),
+            "status": _status(metrics, task, name),
+            "bar": _bar(unit, entry, base, ceiling, max(limits, default=None)),
+        })  # fmt: skip
+    return rows
+
+
+def _bar(unit: str, entry: dict, base: float | None, ceiling: float | None, limit: float | None) -> dict:
+    """Positions in percent of a bar from 0 to the best there is (1, or the highest of the decibel figures)."""
+    known = [v for v in (entry["teacher"], entry["student"], base, ceiling) if v is not None]
+    top = max([1.0, *known]) if unit == "dB" else 1.0
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * min(max(value / top, 0), 1), 1)
+
+    return {
+        "student": place(entry["student"]) or 0, "teacher": place(entry["teacher"]),
+        "base": place(base), "limit": place(limit),
+    }  # fmt: skip
+
+
+def _matrix(metrics: dict) -> dict:
+    """Every field on every task by the task's primary metric; shades tell how near a cell is to its column's best."""
+    columns = [(task, metrics["primary"][task]) for task in metrics["retention"]]
+    rows = []
+    for field, scores in metrics["scores"].items():
+        cells = []
+        for task, name in columns:
+            value = scores[task][name]
+            best = max((s[task][name] or 0 for s in metrics["scores"].values()), default=0)
+            shade = 0 if value is None or best <= 0 else min(max(value / best, 0), 1)
+            cells.append({
+                "text": _figure(value, metrics["units"][name]),
+                "shade": round(shade**2, 3),
+                "own": field == metrics["teacher_of"][task],
+            })  # fmt: skip
+        rows.append({"field": field, "cells": cells})
+    return {"columns": columns, "rows": rows}
+
+
+def _novelty(metrics: dict) -> list[dict]:
+    """The student's figures by kind of novelty, for tasks whose records name one."""
+    return [
+        {
+            "task": task,
+            "metrics": list(metrics["retention"][task]),
+            "rows": [
+                (novelty, [_figure(values[name], metrics["units"][name]) for name in metrics["retention"][task]])
+                for novelty, values in kinds.items()
+            ],
+        }
+        for task, kinds in metrics["by_novelty"].items()
+    ]
+
+
+def _gallery(evaluation: Evaluation, task: str) -> dict:
+    name = _mark(evaluation, task)
+    unit = metric(name).unit
+    shown = _shown(evaluation, task)
+
+    def note(example: Example, key: str) -> str:
+        field = key.removeprefix("field ")
+        if field == key:
+            return ""
+        value = example.scores[field][name]
+        return ("✓ right" if value else "✕ wrong") if unit == "rate" else _figure(value, unit)
+
+    def cell(example: Example, key: str, title: str) -> dict:
+        picture = _picture(example, key)
+        return {
+            "title": title,
+            "uri": None if picture is None else _data_uri(picture),
+            "pixelated": picture is not None and max(picture.shape[:2]) <= _GRID_SIDE,
+            "note": note(example, key),
+            "wrong": _is_wrong(evaluation, task, example, key),
+        }
+
+    return {
+        "task": task,
+        "metric": name,
+        "rate": unit == "rate",
+        "count": evaluation.metrics["records"][task],
+        "columns": len(shown),
+        "samples": [
+            {
+                "prompt": example.record.prompt,
+                "id": example.record.id,
+                "novelty": example.record.facts().get("novelty"),
+                "cells": [cell(example, key, title) for key, title in shown],
+            }
+            for example in evaluation.examples[task]
+        ],
+    }
+
+
+def _sections(provenance: dict) -> list[dict]:
+    """Provenance as titled lists of short facts and folded blocks."""
+    plain = json.loads(json.dumps(provenance, default=str))
+    first: dict = {"title": "Run", "facts": [], "block": None}
+    sections = [first]
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and not any(isinstance(v, (Mapping, list)) for v in value.values()):
+            sections.append({"title": key, "facts": [(k, _fact(v)) for k, v in value.items()], "block": None})
+        elif isinstance(value, (Mapping, list)):
+            text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+            sections.append({"title": key, "facts": [], "block": text})
+        elif isinstance(value, str) and "\n" in value:
+            sections.append({"title": key, "facts": [], "block": value})
+        else:
+            first["facts"].append((key, _fact(value)))
+    return [s for s in sections if s["facts"] or s["block"]]
+
+
+def _fact(value: object) -> str:
+    if value is None:
+        return _NONE
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# --- Markdown ---
+
+
+def _cell(text: object) -> str:
+    return " ".join(html.escape(str(text), quote=False).replace("|", "\\|").split())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(_cell(c) if n != 1 else c for c in line)} |" for n, line in enumerate(lines)]
+
+
+def _markdown(view: dict, evaluation: Evaluation) -> str:
+    sign = {"held": "held", "failed": "**failed**", "none": _NONE}
+    lines = [
+        f"# Evaluation of {_cell(view['recipe'])}", "",
+        f"**{view['verdict']}.**", "",
+        *[f"- {_cell(failure)}" for failure in view["failures"]], "",
+        f"{view['records']} {view['split']} records, {view['steps']} sampling steps, seed {view['seed']}.", "",
+        "## Retention", "",
+        *_table(
+            ["task", "metric", "base", "teacher", "student", "retention", "gate", "verdict", "ceiling"],
+            [
+                [r["task"], r["metric"], r["base"], r["teacher"], r["student"], r["kept"],
+                 ", ".join(r["limits"]) or _NONE, sign[r["status"]], r["ceiling"]]
+                for r in view["rows"]
+            ],
+        ), "",
+        f"Retention is student / teacher, and for decibels student {_MINUS} teacher. "
+        "The ceiling is the autoencoder's own reconstruction of the targets.", "",
+        "## Every field on every task", "",
+        *_table(
+            ["field", *[f"{task} ({name})" for task, name in view["matrix"]["columns"]]],
+            [[row["field"], *[c["text"] for c in row["cells"]]] for row in view["matrix"]["rows"]],
+        ), "",
+        "## Pictures", "",
+        *[line for task in evaluation.examples for line in (f"### {_cell(task)}", "", f"![]({grid_path(task)})", "")],
+        "## Provenance", "",
+        *[f"- {_cell(s['title'])}, {_cell(k)}: {_cell(v)}" for s in view["provenance"] for k, v in s["facts"]],
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,75 @@
+"""Query windows: where on its own path the student asks its teacher.
+
+A window is a distribution over the noise level sigma (1 = noise, 0 = clean), never over the step index: on a shifted
+grid the same index is another noise level. A draw is then moved to the nearest state that the sampling grid visits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from danceopd.errors import UserError, unknown_name
+
+# Beta(a, b) over sigma. `semantic`: the early, high-noise part, where layout and meaning are decided.
+# `low_noise`: the late part (arXiv 2606.27377 draws Beta(5, 2) over the index towards the clean end).
+NAMED = {"semantic": (5.0, 2.0), "mid": (4.0, 4.0), "low_noise": (2.0, 5.0), "uniform": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class QueryWindow:
+    """Beta(a, b), stretched over [low, high] in sigma."""
+
+    a: float
+    b: float
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, count: int, grid: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw query states.
+
+        Args:
+            count: how many.
+            grid: the sampling grid (steps + 1,), falling to 0; its last entry is never queried, since no sampler
+                asks for a velocity there.
+            generator: the source of randomness, on the CPU.
+
+        Returns:
+            Indices into the grid, (count,), int64, in [0, steps - 1].
+        """
+        shares = torch.tensor([self.a, self.b], dtype=torch.float64).expand(count, 2)
+        gammas = torch._standard_gamma(shares, generator=generator)
+        sigma = self.low + (self.high - self.low) * gammas[:, 0] / gammas.sum(dim=1)
+        return (sigma[:, None] - grid[None, :-1].double()).abs().argmin(dim=1)
+
+
+def query_window(spec: str | tuple[float, float] | list[float]) -> QueryWindow:
+    """A window by name (`semantic`, `mid`, `low_noise`, `uniform`) or by range `[sigma_lo, sigma_hi]`.
+
+    Raises:
+        UserError: for an unknown name or a range that is not 0 <= lo < hi <= 1.
+    """
+    if isinstance(spec, str):
+        if spec not in NAMED:
+            raise unknown_name("query window", spec, NAMED)
+        return QueryWindow(*NAMED[spec])
+    if len(spec) != 2 or not 0 <= spec[0] < spec[1] <= 1:
+        raise UserError(f"query window {list(spec)}: write [sigma_lo, sigma_hi] with 0 <= sigma_lo < sigma_hi <= 1")
+    return QueryWindow(1.0, 1.0, *spec)
+
+
+@dataclass(frozen=True)
+class WindowSchedule:
+    """Query windows over training: each holds until its share of the steps is done.
+
+    Attributes:
+        phases: (share of the steps, window), shares rising to 1.
+    """
+
+    phases: tuple[tuple[float, QueryWindow], ...]
+
+    def at(self, step: int, steps: int) -> QueryWindow:
+        """The window of update `step`, in [0, steps - 1]."""
+        return next(window for until, window in self.phases if step < until * steps or until == 1)

@@ -1,0 +1,348 @@
+"""Every knob of a run, as one tree of pydantic models; recipes are YAML files of it (`danceopd/recipes/`).
+
+A field that does not exist is an error that lists the right ones; a value out of range says its range.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from danceopd.errors import UserError
+from danceopd.files import content_key
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# How often training is saved and how much of that is kept.
+KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def decisive(self) -> dict[str, Any]:
+        """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
+        return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING})
+
+
+class ModelRecipe(_Part):
+    """The base: where it lies and how its prompts are encoded."""
+
+    base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
+    revision: str | None = Field(None, description="hub revision")
+    backbone: Literal["flux2_klein"] = "flux2_klein"
+    height: int = Field(gt=0, description="of every picture, in pixels")
+    width: int = Field(gt=0)
+    max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
+    text_encoder_out_layers: tuple[int, ...] = Field((9, 18, 27), description="hidden states that make the embedding")
+
+
+class DataRecipe(_Part):
+    """The task-tagged dataset. Either inputs to assemble, or the sizes of the generated world."""
+
+    inputs: tuple[str, ...] = Field((), description="Parquet files or folders in the schema, image folders")
+    world: dict[str, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if bool(self.inputs) == bool(self.world):
+            raise ValueError("give either 'inputs' (your data) or 'world' (generated data)")
+        return self
+
+
+class LoraRecipe(_Part):
+    """Low-rank adapter on the transformer; `targets` defaults to the back end's own list."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(16, gt=0)
+    targets: tuple[str, ...] | None = None
+
+
+class TrainRecipe(_Part):
+    """What fine-tuning and distillation share."""
+
+    trainable: Literal["full", "lora"] = "full"
+    lora: LoraRecipe = LoraRecipe()
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    warmup: int = Field(20, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    log_every: int = Field(50, gt=0)
+    checkpoint_every: int = Field(200, ge=0, description="steps between saves to resume from; 0: none")
+    keep_checkpoints: int = Field(2, gt=0, description="how many of the last saves to keep")
+    seed: int = 0
+
+
+class FinetuneRecipe(TrainRecipe):
+    """Flow-matching fine-tuning of one teacher on one task's paired targets."""
+
+    prompt_dropout: Fraction = Field(0.0, description="share of samples trained with the empty prompt")
+
+
+Window = Literal["semantic", "mid", "low_noise", "uniform"] | tuple[Fraction, Fraction]
+
+
+class WindowPhase(_Part):
+    """One stretch of a schedule of query windows: `window` holds until this share of the steps is done."""
+
+    until: Fraction
+    window: Window
+
+
+class DistillRecipe(TrainRecipe):
+    """On-policy distillation: one query (K = 1) a sample, from `window`, on a grid of `rollout_steps`.
+
+    `window` is a name, a range `[sigma_lo, sigma_hi]`, or a schedule: a list of phases, the last until 1.
+    """
+
+    start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
+    rollout_steps: int = Field(16, gt=0)
+    window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
+    preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
+
+    @property
+    def phases(self) -> tuple[WindowPhase, ...]:
+        """The schedule of query windows; a single window is one phase."""
+        if isinstance(self.window, tuple) and isinstance(self.window[0], WindowPhase):
+            return self.window
+        return (WindowPhase(until=1.0, window=self.window),)
+
+    @model_validator(mode="after")
+    def _windows_fit(self):
+        for window in (phase.window for phase in self.phases):
+            if isinstance(window, tuple) and window[0] >= window[1]:
+                raise ValueError(f"window {list(window)}: write [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)) or ends[-1] != 1:
+            raise ValueError(f"window: the phases end at {ends}; 'until' must rise and the last be 1")
+        return self
+
+
+class BaseTeacher(_Part):
+    """The base itself serves as teacher."""
+
+    kind: Literal["base"]
+
+
+class FinetunedTeacher(_Part):
+    """A teacher fine-tuned in the run, on one task."""
+
+    kind: Literal["finetune"]
+    task: str
+    train: FinetuneRecipe
+
+
+class CheckpointTeacher(_Part):
+    """A teacher that exists already: a diffusers pipeline or transformer folder, or a PEFT LoRA folder."""
+
+    kind: Literal["checkpoint", "lora"]
+    path: str
+
+
+Teacher = Annotated[BaseTeacher | FinetunedTeacher | CheckpointTeacher, Field(discriminator="kind")]
+
+
+class Gate(_Part):
+    """What the student must hold on one metric to be registered.
+
+    `retain`: at least this share of its teacher's value; `max_drop`: at most this much below it, in the metric's
+    unit. `champion_margin`: at most this much below the current champion, in the metric's unit.
+    """
+
+    metric: str
+    retain: Fraction | None = None
+    max_drop: float | None = Field(None, ge=0)
+    champion_margin: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if (self.retain is None) == (self.max_drop is None):
+            raise ValueError("give exactly one of 'retain' and 'max_drop'")
+        return self
+
+
+class TaskRecipe(_Part):
+    """One capability: its teacher, its weight in the loss, how it is measured, what it must hold."""
+
+    teacher: str
+    needs_source: bool = Field(description="whether every sample edits a source image")
+    weight: float = Field(1.0, gt=0)
+    metrics: tuple[str, ...] = Field(min_length=1)
+    gates: tuple[Gate, ...] = ()
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self):
+        for gate in self.gates:
+            if gate.metric not in self.metrics:
+                raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {self.metrics}")
+        return self
+
+
+class EvaluateRecipe(_Part):
+    """Which held-out records are drawn, and how."""
+
+    split: Literal["val", "test"] = "test"
+    per_task: int = Field(128, gt=0)
+    steps: int = Field(8, gt=0)
+    batch: int = Field(64, gt=0)
+    seed: int = 0
+    pictures: int = Field(8, gt=0, description="rows of the report's picture grid, a task")
+
+
+class RegisterRecipe(_Part):
+    """Where a student that holds its gates goes."""
+
+    model: str = Field(description="name in the MLflow model registry")
+    experiment: str = "danceopd"
+
+
+class Recipe(_Part):
+    """One run, from data to a registered student."""
+
+    name: str
+    seed: int = 0
+    model: ModelRecipe
+    data: DataRecipe
+    tasks: dict[str, TaskRecipe] = Field(min_length=1)
+    teachers: dict[str, Teacher] = Field(min_length=1)
+    distill: DistillRecipe
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    register_as: RegisterRecipe
+
+    @model_validator(mode="after")
+    def _names_fit(self):
+        for task, spec in self.tasks.items():
+            if spec.teacher not in self.teachers:
+                raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")
+        if (
+            not isinstance(self.teachers.get("base", BaseTeacher(kind="base")), BaseTeacher)
+            or "student" in self.teachers
+        ):
+            raise ValueError("teachers: 'student' is the student's name, and 'base' the base's (kind: base); rename it")
+        if self.distill.start not in ("base", *self.teachers):
+            raise ValueError(
+                f"distill.start is {self.distill.start!r}; choose one of: base, {', '.join(self.teachers)}"
+            )
+        if self.distill.start != "base" and self.distill.trainable != "full":
+            raise ValueError(
+                "distill.start: a LoRA student starts from the base; set trainable: full to start elsewhere"
+            )
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, FinetunedTeacher) and teacher.task not in self.tasks:
+                raise ValueError(f"teachers.{name}.task is {teacher.task!r}; tasks are: {', '.join(self.tasks)}")
+        return self
+
+    def digest(self) -> str:
+        """A 16-digit name of the whole recipe."""
+        return content_key(self.model_dump(mode="json"))
+
+
+def _say(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
+    first = error.errors()[0]
+    path = ".".join(str(p) for p in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"no such field; here are: {', '.join(_fields_at(model, first['loc'][:-1]))}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return UserError(f"{where}: {path or 'recipe'}: {message}{more}")
+
+
+def _fields_at(model: Any, path: tuple) -> list[str]:
+    schema = model.model_json_schema()
+    node = schema
+    for part in path:
+        node = _resolve(node, schema)
+        options = [_resolve(o, schema) for o in node.get("anyOf", []) + node.get("oneOf", [])]
+        for option in [node, *options]:
+            if part in option.get("properties", {}):
+                node = option["properties"][part]
+                break
+            tag = option.get("properties", {}).get("kind", {})
+            if part == tag.get("const") or part in tag.get("enum", []):
+                node = option
+                break
+            if isinstance(option.get("additionalProperties"), dict):
+                node = option["additionalProperties"]
+                break
+    return sorted(_resolve(node, schema).get("properties", {})) or ["(none)"]
+
+
+def _resolve(node: dict, schema: dict) -> dict:
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return node
+
+
+def parse_recipe(data: Any, where: str) -> Recipe:
+    """Check a mapping against the recipe's models.
+
+    Raises:
+        UserError: one line that names the field and the right values.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a recipe is a YAML mapping, this is {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _say(error, Recipe, where) from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("danceopd.recipes").iterdir()
+                  if p.name.endswith(".yaml"))  # fmt: skip
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Load a recipe by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
+
+    Raises:
+        UserError: if it cannot be found or read, or does not fit the models.
+    """
+    if name_or_path in recipe_names():
+        text = resources.files("danceopd.recipes").joinpath(f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise UserError(
+            f"recipe {name_or_path!r}: neither a file nor a shipped recipe; shipped: {', '.join(recipe_names())}"
+        )
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name_or_path}: not valid YAML ({' '.join(str(error).split())})") from error
+    return parse_recipe(apply_overrides(data, overrides), f"recipe {name_or_path}")
+
+
+def apply_overrides(data: Any, overrides: list[str] | tuple[str, ...]) -> Any:
+    """A copy of a plain tree with `a.b.c=value` settings applied; values are read as YAML.
+
+    Raises:
+        UserError: if a setting has no `=`, or its path runs through something that is no mapping.
+    """
+    data = copy.deepcopy(data)
+    for setting in overrides:
+        path, sign, value = setting.partition("=")
+        if not sign or not path:
+            raise UserError(f"--set {setting!r}: write it as key.sub=value, for example distill.steps=200")
+        *parents, last = path.split(".")
+        node = data
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise UserError(f"--set {setting!r}: {part!r} is not a section of the recipe")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
+    return data

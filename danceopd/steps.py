@@ -1,0 +1,468 @@
+"""The chain's steps over a workspace folder: base, data, teachers, student, evaluation, registration.
+
+Every step writes one product folder, named by the content of everything it depends on (recipe section, inputs'
+digests, code), whole or not at all; a product that exists already is reused. Command line, Kubeflow components and GPU
+jobs all call these functions, so that a retried pod and a second run on a laptop pick up what is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.errors import UserError
+from danceopd.files import FIELD, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
+from danceopd.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
+
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.backbones.base import Backbone
+    from danceopd.data.encoded import EncodedRecords
+    from danceopd.fields import VelocityField
+    from danceopd.registry import Registration
+
+log = logging.getLogger(__name__)
+STEP = "step.json"
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a step made.
+
+    Attributes:
+        folder: where it lies.
+        digest: SHA-256 of its files.
+        facts: figures and names worth passing on.
+    """
+
+    folder: Path
+    digest: str
+    facts: dict[str, Any]
+
+    @property
+    def pipeline(self) -> Path:
+        """The diffusers pipeline folder of a base or student product."""
+        return self.folder / self.facts["pipeline"]
+
+
+def open_product(folder: Path) -> Product:
+    """Read a product folder back.
+
+    Raises:
+        UserError: if it is not there, or not whole.
+    """
+    folder = Path(folder)
+    if not (folder / STEP).is_file():
+        raise UserError(f"{folder}: no finished step there ({STEP} is missing); run the step before this one again")
+    data = read_json(folder / STEP)
+    return Product(folder, data["digest"], data["facts"])
+
+
+@functools.cache
+def code_revision() -> str:
+    """A name for the method's own code: the same sources, the same name, with or without git."""
+    package = Path(str(resources.files("danceopd")))
+    sources = [p for pattern in ("**/*.py", "**/*.j2") for p in package.glob(pattern)]
+    return content_key(sorted((p.relative_to(package).as_posix(), hash_file(p)) for p in sources))
+
+
+def _make(workspace: Path, step: str, name: str, inputs: Any, build: Callable[[Path, Path], dict]) -> Product:
+    """Reuse the product, or have `build` write it into the first folder it is given and say its facts.
+
+    The second folder is for what a build that was stopped needs to go on with when it is run again; it is named by the
+    product's key and removed once the product is there.
+    """
+    key = content_key(step, name, inputs, code_revision())
+    folder = Path(workspace) / step / f"{name}-{key}"
+    checkpoints = Path(workspace) / "checkpoints" / f"{step}-{name}-{key}"
+    if (folder / STEP).is_file():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        log.info("%s %s: reused from %s", step, name, folder)
+        return open_product(folder)
+    started = time.monotonic()
+    with atomic_folder(folder) as scratch:
+        facts = build(scratch, checkpoints)
+        seconds = round(time.monotonic() - started, 1)
+        digest = hash_folder(scratch)
+        write_json(scratch / STEP, {"step": step, "key": key, "digest": digest, "facts": facts, "seconds": seconds})
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    log.info("%s %s: done in %.0f s, %s", step, name, seconds, folder)
+    return open_product(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- base, data
+
+
+def resolve_base(recipe: Recipe, workspace: Path) -> Product:
+    """Bring the base's pipeline folder to where every later step can read it.
+
+    Raises:
+        UserError: if it cannot be found, or the shipped one is damaged.
+    """
+    from danceopd.bases import fetch_base
+
+    source = fetch_base(recipe.model.base, recipe.model.revision, Path(workspace))
+
+    def build(scratch: Path, _: Path) -> dict:
+        if source.shipped:
+            shutil.copytree(source.folder, scratch / "pipeline")
+        name = "pipeline" if source.shipped else str(source.folder)
+        # A base that stays where it is leaves nothing else here to tell its product's digest from another's.
+        write_json(scratch / "source.json", {"weights": source.digest})
+        return {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
+
+    return _make(workspace, "base", source.name, [source.digest, str(source.folder)], build)
+
+
+def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo: Path | None = None) -> Product:
+    """Make the task-tagged dataset, or find it: under DVC in the repository, in the workspace, or at `folder`.
+
+    Args:
+        recipe: its data section says what.
+        workspace: where the product's card lies, and the dataset itself if it is not tracked.
+        folder: write the dataset here instead.
+        repo: the repository whose `data.dvc` may track the dataset; default: the one around the working directory.
+
+    Raises:
+        UserError: for invalid records, or data that is not what `data.dvc` names.
+    """
+    from danceopd.data import versioning
+    from danceopd.data.assemble import assemble, open_dataset, recipe_records
+    from danceopd.data.records import MANIFEST
+
+    repo = versioning.find_repo(Path.cwd()) if repo is None else repo
+    generated, read = _tracked_use(recipe, repo)
+    tracked = generated and folder is None
+    own = Path(workspace) / "datasets" / f"{recipe.name}-{data_revision(recipe, repo)}"
+    home = Path(folder or (repo / "data" if tracked else own)).resolve()
+    if (tracked or read) and not (repo / "data").is_dir():
+        versioning.pull(repo)
+    if folder is not None or not (home / MANIFEST).is_file():
+        log.info("assembling the dataset at %s", home)
+        needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
+        assemble(recipe_records(recipe.data), home, needs_source)
+    dataset = open_dataset(home)
+    version = versioning.verify(repo, repo / "data") if tracked or read else None
+    facts = {
+        "dataset": str(home),
+        "content": dataset.content,
+        "counts": dataset.manifest["counts"],
+        "dvc": version.dvc if version else None,
+        "git": versioning.git_revision(repo) if repo else None,
+    }
+
+    def build(scratch: Path, _: Path) -> dict:
+        write_json(scratch / "dataset.json", facts)
+        return facts
+
+    return _make(workspace, "data", recipe.name, facts, build)
+
+
+def _data_key(recipe: Recipe) -> str:
+    return content_key(recipe.data.model_dump(mode="json"))
+
+
+def _tracked_use(recipe: Recipe, repo: Path | None) -> tuple[bool, bool]:
+    """What the repository's tracked `data/` is to a recipe: its generated dataset (`data.dvc` says so in its `meta`),
+    and the place its inputs lie in."""
+    from danceopd.data import versioning
+
+    entry = None if repo is None else versioning.tracked(repo, repo / "data")
+    if entry is None:
+        return False, False
+    inside = [Path(location).resolve().is_relative_to(entry.path) for location in recipe.data.inputs]
+    return entry.meta.get("recipe_data") == _data_key(recipe), any(inside)
+
+
+def track_data(recipe: Recipe, repo: Path) -> str:
+    """Build the recipe's dataset anew as the repository's `data/` and record it in `data.dvc`; returns DVC's hash."""
+    from danceopd.data import versioning
+    from danceopd.data.assemble import assemble, recipe_records
+
+    needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
+    assemble(recipe_records(recipe.data), repo / "data", needs_source)
+    return versioning.track(repo, repo / "data", recipe_data=_data_key(recipe)).md5
+
+
+def data_revision(recipe: Recipe, repo: Path | None = None) -> str:
+    """A name for the data a run would read, found without reading it: a cache key that never serves stale data."""
+    from danceopd.data import versioning
+
+    repo = versioning.find_repo(Path.cwd()) if repo is None else repo
+    entry = versioning.tracked(repo, repo / "data") if repo is not None else None
+    inputs = [_input_state(Path(location)) for location in recipe.data.inputs]
+    return content_key(recipe.data.model_dump(mode="json"), entry.md5 if entry else None, inputs)
+
+
+def _input_state(path: Path) -> list:
+    files = [path] if path.is_file() else sorted(p for p in path.glob("**/*") if p.is_file())
+    return [(p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+
+def _open_backbone(recipe: Recipe, base: Product) -> Backbone:
+    from danceopd.backbones import load_backbone
+    from danceopd.devices import best_device
+
+    return load_backbone(base.pipeline, recipe.model, best_device())
+
+
+def _encode(
+    recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, split: str, targets: bool,
+    tasks: tuple[str, ...], limit: int | None = None,
+) -> tuple[list, EncodedRecords]:  # fmt: skip
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.encoded import encode_records
+
+    dataset = open_dataset(Path(data.facts["dataset"]))
+    records = [record for task in tasks for record in dataset.records(split, task, limit)]
+    cache = Path(workspace) / "cache"
+    model = recipe.model
+    key = content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
+    return records, encode_records(backbone, records, model.height, model.width, cache, key, targets)
+
+
+def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path) -> Product:
+    """Make one teacher's field folder: fine-tuned, or taken from where it lies, and proved better than the base.
+
+    Raises:
+        UserError: if the teacher is unknown, has no training records, or is no better than the base on its task.
+    """
+    if teacher not in recipe.teachers:
+        raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
+    spec = recipe.teachers[teacher]
+    inputs = [base.digest, recipe.model.model_dump(mode="json"), spec.decisive(), recipe.evaluate.steps]
+    if isinstance(spec, CheckpointTeacher):
+        inputs.append(hash_folder(Path(spec.path)))
+    if not isinstance(spec, BaseTeacher):
+        inputs.append(data.facts["content"])
+        inputs.append([(t, s.metrics) for t, s in recipe.tasks.items() if s.teacher == teacher])
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
+
+    return _make(workspace, "teachers", teacher, inputs, build)
+
+
+def _build_teacher(
+    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path
+) -> dict:
+    spec = recipe.teachers[teacher]
+    if isinstance(spec, BaseTeacher):
+        write_json(scratch / FIELD, {"kind": "base", "name": teacher})
+        return {"kind": "base", "scores": {}}
+
+    from danceopd.checkpoint import load_field, save_field
+
+    backbone = _open_backbone(recipe, base)
+    facts: dict[str, Any] = {"kind": spec.kind}
+    if isinstance(spec, FinetunedTeacher):
+        from danceopd.finetune import finetune
+        from danceopd.resume import Checkpoints
+
+        _, encoded = _encode(recipe, backbone, base, data, workspace, "train", True, (spec.task,))
+        _require_targets(encoded, spec.task)
+        saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
+        field, history = finetune(backbone, teacher, encoded, spec.train, saves)
+        write_json(scratch / "history.json", history)
+        facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"]}
+    else:
+        field = load_field(backbone, teacher, Path(spec.path))
+    save_field(field, scratch)
+    facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
+    return facts
+
+
+def _require_targets(encoded: EncodedRecords, task: str) -> None:
+    lacking = int((encoded.target_row < 0).sum())
+    if lacking:
+        raise UserError(f"task {task!r}: {lacking} training records have no target image; fine-tuning needs one each")
+
+
+def _prove_teacher(recipe: Recipe, field: VelocityField, base: Product, data: Product, workspace: Path) -> dict:
+    """Score base and teacher on the validation records of every task the teacher serves.
+
+    Raises:
+        UserError: with the figures, if the teacher is no better than the base on a task's first metric.
+    """
+    from danceopd.evaluation.evaluate import score_records
+    from danceopd.fields import VelocityField
+
+    backbone = field.backbone
+    bare = VelocityField("base", backbone, backbone.transformer)
+    scores: dict[str, dict] = {}
+    for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
+        records, encoded = _encode(recipe, backbone, base, data, workspace, "val", False, (task,))
+        metrics = recipe.tasks[task].metrics
+        means = {f.name: score_records(f, encoded, records, metrics, recipe.evaluate).means for f in (bare, field)}
+        scores[task] = {"base": means["base"], "teacher": means[field.name]}
+        first = metrics[0]
+        figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"
+        log.info("teacher %s on %s: %s", field.name, task, figures)
+        if not means[field.name][first] > means["base"][first]:
+            raise UserError(
+                f"teacher {field.name!r} is no better than the base on its task {task!r} ({figures}); train it longer "
+                f"(teachers.{field.name}.train.steps), or let the base teach this task"
+            )
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------- student
+
+
+def distill_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
+) -> Product:
+    """Distill the recipe's teachers into one student, exported as a complete pipeline folder.
+
+    Raises:
+        UserError: if a teacher's product or a task's training records are missing.
+    """
+    wanted = {task: spec.teacher for task, spec in recipe.tasks.items()}
+    missing = sorted(set(wanted.values()) - set(teachers))
+    if missing:
+        raise UserError(f"distillation lacks the teacher(s) {', '.join(missing)}; finetune them first")
+    used = {name: teachers[name] for name in sorted(set(wanted.values()))}
+    inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,
+              {task: spec.weight for task, spec in recipe.tasks.items()},
+              recipe.model.model_dump(mode="json"), recipe.distill.decisive()]  # fmt: skip
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
+
+    return _make(workspace, "students", recipe.name, inputs, build)
+
+
+def _build_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
+    checkpoints: Path,
+) -> dict:  # fmt: skip
+    from danceopd.checkpoint import load_field
+    from danceopd.distill import distill
+    from danceopd.plots import plot_history
+    from danceopd.previews import Previewer
+    from danceopd.resume import Checkpoints
+
+    backbone = _open_backbone(recipe, base)
+    tasks = tuple(recipe.tasks)
+    _, encoded = _encode(recipe, backbone, base, data, workspace, "train", False, tasks)
+    lacking = sorted(set(tasks) - set(encoded.tasks))
+    if lacking:
+        raise UserError(f"no training records for task(s) {', '.join(lacking)}; the dataset has none in 'train'")
+    fields = {name: load_field(backbone, name, product.folder) for name, product in teachers.items()}
+    teacher_of = {task: recipe.tasks[task].teacher for task in tasks}
+    shown = _encode(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
+    # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
+    previewer = Previewer(*shown, fields, teacher_of, recipe.evaluate, checkpoints / "previews")
+    weights = {task: recipe.tasks[task].weight for task in tasks}
+    saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
+    student, history = distill(backbone, encoded, fields, teacher_of, weights, recipe.distill, previewer, saves)
+    shutil.copytree(checkpoints / "previews", scratch / "previews")
+    write_json(scratch / "history.json", history)
+    plot_history(history, scratch / "previews" / "training.png")
+    _export(student, recipe, scratch)
+    forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
+    return {"pipeline": "pipeline", "steps": recipe.distill.steps, "loss": history[-1]["loss"],
+            "forwards_per_sample": forwards,
+            "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
+
+
+def _export(student: VelocityField, recipe: Recipe, scratch: Path) -> None:
+    """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
+    from safetensors.torch import save_file
+
+    from danceopd.backbones.base import Condition
+    from danceopd.checkpoint import probe, save_field
+
+    backbone, model = student.backbone, recipe.model
+    save_field(student, scratch)
+    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
+    save_file({"velocity": probe(student, condition)}, scratch / "probe.safetensors")
+    if student.adapter is None:
+        backbone.save(scratch / "pipeline", student.network)
+        shutil.rmtree(scratch / "transformer")  # the pipeline folder holds it
+        return
+    from danceopd.adapters import plain_copy
+
+    backbone.save(scratch / "pipeline", plain_copy(student.network, merge=student.adapter))
+
+
+# -------------------------------------------------------------------------------------------- evaluation, registration
+
+
+def evaluate_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path
+) -> Product:
+    """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
+    inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in sorted(teachers.items())}, student.digest,
+              recipe.model.model_dump(mode="json"), recipe.evaluate.model_dump(mode="json"),
+              {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}]  # fmt: skip
+
+    def build(scratch: Path, _: Path) -> dict:
+        return _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
+
+    return _make(workspace, "evaluations", recipe.name, inputs, build)
+
+
+def _build_evaluation(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path,
+    scratch: Path,
+) -> dict:  # fmt: skip
+    from danceopd.checkpoint import load_field
+    from danceopd.data.assemble import open_dataset
+    from danceopd.evaluation.evaluate import evaluate
+    from danceopd.evaluation.report import write_report
+    from danceopd.fields import VelocityField
+
+    backbone = _open_backbone(recipe, base)
+    fields = {"base": VelocityField("base", backbone, backbone.transformer)}
+    fields |= {name: load_field(backbone, name, product.folder) for name, product in teachers.items()}
+    fields["student"] = VelocityField("student", backbone, backbone.new_transformer(student.pipeline))
+    dataset = open_dataset(Path(data.facts["dataset"]))
+    model = recipe.model
+    key = content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
+    evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", key)
+    provenance = lineage(recipe, base, data, teachers, student) | {"training": student.facts}
+    write_report(evaluation, scratch, provenance)
+    metrics = read_json(scratch / "metrics.json")
+    return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
+
+
+def lineage(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product
+) -> dict[str, Any]:
+    """Where a student comes from: revisions and digests of everything that made it."""
+    return {
+        "recipe": recipe.digest(),
+        "code": code_revision(),
+        "git": data.facts["git"],
+        "dvc": data.facts["dvc"],
+        "data": data.facts["content"],
+        "base": base.digest,
+        "teachers": {name: product.digest for name, product in sorted(teachers.items())},
+        "student": student.digest,
+    }
+
+
+def register_student(
+    recipe: Recipe, student: Product, evaluation: Product, lineage: dict, tracking_uri: str | None, workspace: Path
+) -> Registration:
+    """Register the student in MLflow if its gates hold; the default store lies in the workspace."""
+    from danceopd import registry
+    from danceopd.tracking import default_tracking_uri
+
+    uri = tracking_uri or default_tracking_uri(Path(workspace))
+    return registry.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+
+
+def registration_facts(registration: Registration) -> dict:
+    """A registration as plain data."""
+    return asdict(registration)

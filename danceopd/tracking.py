@@ -1,0 +1,210 @@
+"""MLflow runs: one a step, with parameters, curves, pictures and files, in a store inside the workspace by default.
+
+MLflow is slow to import, so it is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ENVIRONMENT = "MLFLOW_TRACKING_URI"
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlflow-artifacts"
+HIDDEN = "(hidden)"
+_SQLITE = "sqlite:///"
+_SECRET = re.compile(r"(^|[_\-])(secret|token|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
+_USER_INFO = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
+_QUERY = re.compile(r"(\w[\w+.-]*://[^\s?]+)\?\S+")
+_CHUNK = 100  # MLflow takes at most 100 parameters and 1000 metrics a call
+_METRICS = 1000
+
+
+def default_tracking_uri(workspace: Path) -> str:
+    """`MLFLOW_TRACKING_URI` if it is set, else a SQLite file in the workspace."""
+    return os.environ.get(ENVIRONMENT) or f"{_SQLITE}{Path(workspace).resolve() / DATABASE}"
+
+
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where a SQLite store's files go: a folder beside the database. None for a server, which decides itself."""
+    if not tracking_uri.startswith(_SQLITE):
+        return None
+    return (Path(tracking_uri.removeprefix(_SQLITE)).resolve().parent / ARTIFACTS).as_uri()
+
+
+def import_mlflow():
+    """The `mlflow` module, quiet, and not reporting its use to anyone; set its own variables to have it otherwise."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # if it was imported before
+    return mlflow
+
+
+def open_client(tracking_uri: str) -> MlflowClient:
+    """A client of the store; a SQLite file and its folder are made if they are missing.
+
+    Raises:
+        UserError: if the address is none, or the store does not answer.
+    """
+    mlflow = import_mlflow()
+    if tracking_uri.startswith(_SQLITE):
+        Path(tracking_uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client = mlflow.MlflowClient(tracking_uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # a store's driver decides what it raises
+        text = " ".join(redact(str(error)).split())[:300]
+        raise UserError(f"MLflow store {redact(tracking_uri)} does not answer: {text}; check {ENVIRONMENT}") from error
+    return client
+
+
+@contextmanager
+def current_store(tracking_uri: str) -> Iterator[Any]:
+    """Make a store MLflow's current one for its functions that take no address, and put the old one back."""
+    mlflow = import_mlflow()
+    before = os.environ.pop(ENVIRONMENT, None)  # so that what MLflow was told by call shows
+    previous = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(tracking_uri)  # sets the environment variable, too
+    try:
+        yield mlflow
+    finally:
+        mlflow.set_tracking_uri(previous)
+        os.environ.pop(ENVIRONMENT, None)
+        if before is not None:
+            os.environ[ENVIRONMENT] = before
+
+
+def open_experiment(client: MlflowClient, tracking_uri: str, name: str) -> str:
+    """The id of an experiment, which is created if it is missing.
+
+    Raises:
+        UserError: if it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location(tracking_uri))
+        except MlflowException:  # another step running at the same time may have made it
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UserError(f"MLflow experiment {name!r} was deleted; restore it, or name another (register_as.experiment)")
+    return found.experiment_id
+
+
+def redact(text: str) -> str:
+    """Text without the credentials that addresses may carry: user information and query strings."""
+    return _QUERY.sub(r"\1", _USER_INFO.sub(r"\1", text))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A tree of settings as `a.b.c: text`, without secrets; a list becomes one comma-separated text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif _SECRET.search(str(key)):
+            flat[name] = HIDDEN
+        elif isinstance(value, (list, tuple)) and not any(isinstance(v, Mapping) for v in value):
+            flat[name] = redact(", ".join(map(str, value)))
+        elif isinstance(value, (list, tuple)):
+            flat |= flatten({str(i): v for i, v in enumerate(value)}, f"{name}.")
+        else:
+            flat[name] = redact(str(value))
+    return flat
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^\w\-. /]", "_", name)[:250]
+
+
+def _chunks(values: Iterable, size: int) -> Iterator[list]:
+    values = list(values)
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def log_step(
+    tracking_uri: str,
+    experiment: str,
+    run_name: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    series: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    images: Mapping[str, Sequence[tuple[int, Path]]] | None = None,
+    artifacts: Sequence[tuple[Path, str]] = (),
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Write one finished run and return its id. If writing breaks off, the run is marked as failed.
+
+    Args:
+        tracking_uri: of the store.
+        experiment: its name; created if missing.
+        run_name: what the run is called in lists.
+        params: settings, nested as you like; secrets are hidden.
+        metrics: final figures.
+        series: curves, as (step, value) pairs.
+        images: pictures that change over steps, as (step, image file) pairs.
+        artifacts: (file or folder, folder of the run its contents go to) pairs; "" is the run's top.
+        tags: short texts to search by.
+
+    Raises:
+        UserError: if the store does not answer, or the experiment was deleted.
+    """
+    client = open_client(tracking_uri)
+    run_id = client.create_run(open_experiment(client, tracking_uri, experiment), run_name=run_name).info.run_id
+    try:
+        _log_figures(client, run_id, params or {}, metrics or {}, series or {}, tags or {})
+        _log_files(client, run_id, images or {}, artifacts)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _log_figures(
+    client: MlflowClient, run_id: str, params: Mapping, metrics: Mapping, series: Mapping, tags: Mapping
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    now = int(time.time() * 1000)
+    points = [Metric(_key(name), float(value), now, 0) for name, value in metrics.items()]
+    points += [Metric(_key(name), float(v), now, int(step)) for name, curve in series.items() for step, v in curve]
+    for part in _chunks((Param(_key(k), v) for k, v in flatten(params).items()), _CHUNK):
+        client.log_batch(run_id, params=part)
+    for part in _chunks((RunTag(_key(k), redact(str(v))) for k, v in tags.items()), _CHUNK):
+        client.log_batch(run_id, tags=part)
+    for part in _chunks(points, _METRICS):
+        client.log_batch(run_id, metrics=part)
+
+
+def _log_files(client: MlflowClient, run_id: str, images: Mapping, artifacts: Sequence[tuple[Path, str]]) -> None:
+    from PIL import Image
+
+    for name, frames in images.items():
+        for step, path in frames:
+            with Image.open(path) as image:
+                client.log_image(run_id, image.convert("RGB"), key=_key(name), step=int(step), synchronous=True)
+    for path, place in artifacts:
+        log = client.log_artifacts if Path(path).is_dir() else client.log_artifact
+        log(run_id, str(path), place or None)

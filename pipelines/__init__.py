@@ -1,0 +1,1 @@
+"""The chain as one Kubeflow pipeline: composed, compiled, run locally."""

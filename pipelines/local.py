@@ -1,0 +1,174 @@
+"""The pipeline on one machine, through kfp's own local runner: the same function that compiles for a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+
+from components.cards import card_problem
+from components.running import RUN_ID, failures, notes_folder, read_notes
+from danceopd import steps
+from danceopd.files import content_key, read_json
+from danceopd.recipe import CheckpointTeacher, FinetunedTeacher, Recipe
+from pipelines.distillation import build_pipeline
+from pipelines.options import PipelineOptions, Threads
+from pipelines.steplog import readable_steps
+
+PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
+_ANSI_COLOR = re.compile(r"\x1b\[\d+m")
+
+
+class StepFailed(RuntimeError):
+    """A step of the run ended badly; the message says which and why, a line each."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        metrics: the evaluation's `metrics.json`.
+        registration: what was registered, or why not.
+        report: the evaluation's HTML report.
+        notes: the folder with the run's notes and `summary.md`.
+    """
+
+    metrics: dict[str, Any]
+    registration: dict[str, Any]
+    report: Path
+    notes: Path
+
+
+def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
+    """Run the whole chain here, step logs on standard output as they come.
+
+    Steps whose inputs, data and code are unchanged, and whose products still lie in the workspace, are not run again.
+
+    Args:
+        recipe: what to run.
+        workspace: folder for everything the run makes; made if need be.
+        fresh: forget earlier products and run every step.
+
+    Raises:
+        StepFailed: if a step ended badly.
+        UserError: if the data's revision cannot be told.
+    """
+    workspace = Path(workspace).resolve()
+    cache = workspace / "kfp" / "cache"
+    if fresh:
+        forget_products(workspace)
+    drop_stale_entries(cache)
+    options = PipelineOptions(retries=0, threads=share_cores(recipe))  # an unchanged machine fails the same way again
+    arguments = {
+        "recipe": recipe.model_dump_json(),
+        "data_revision": inputs_revision(recipe),
+        "code_revision": steps.code_revision(),
+        "workspace": str(workspace),
+        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", ""),
+    }
+    run = uuid.uuid4().hex[:12]
+    # no workspace_root: the runner deletes that folder when it is done
+    local.init(
+        local.SubprocessRunner(use_venv=False), pipeline_root=str(workspace / "kfp"), enable_caching=True,
+        cache_root=str(cache),
+    )  # fmt: skip
+    with _run_id(run), readable_steps():
+        try:
+            build_pipeline(options)(**arguments)
+        except RuntimeError as error:
+            raise StepFailed(_failure(workspace, run, error)) from error
+    return _summary(workspace, run)
+
+
+def share_cores(recipe: Recipe) -> Threads:
+    """Threads for teachers that train side by side, and for the steps that run alone.
+
+    The cores are what `OMP_NUM_THREADS` allows, else what this process may run on.
+    """
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = int(allowed) if allowed.isdigit() and int(allowed) > 0 else usable
+    trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())
+    return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
+
+
+def inputs_revision(recipe: Recipe) -> str:
+    """A name for everything a run reads from paths: its data, and a base and teachers that lie in folders here.
+
+    A recipe's text stays the same when the weights behind a path are replaced; sizes and times of the files do not.
+    A base from a hub is named by the recipe's own `model.revision`.
+    """
+    teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
+    states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    data = steps.data_revision(recipe)
+    return content_key(data, states) if states else data
+
+
+def _files(path: Path) -> list:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [(p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def forget_products(workspace: Path) -> None:
+    """Remove what earlier runs made below `workspace`: products, checkpoints, the runner's own. Nothing else."""
+    for name in ("kfp", "checkpoints"):
+        shutil.rmtree(workspace / name, ignore_errors=True)
+    for marker in list(workspace.glob(f"*/*/{steps.STEP}")):
+        shutil.rmtree(marker.parent)
+
+
+def drop_stale_entries(cache: Path) -> list[str]:
+    """Remove the runner's cache entries whose cards name products that are gone or changed; says why for each."""
+    problems = []
+    for entry in sorted(cache.glob("*.json")):
+        problem = next(filter(None, map(_card_problem, _artifacts(json.loads(entry.read_text())))), None)
+        if problem:
+            entry.unlink()
+            problems.append(problem)
+    return problems
+
+
+def _card_problem(metadata: dict) -> str | None:
+    return card_problem(metadata["folder"], metadata["digest"]) if "folder" in metadata else None
+
+
+def _artifacts(value: Any) -> Iterator[dict]:
+    """The metadata of every artifact in a cache entry."""
+    if isinstance(value, dict) and isinstance(value.get("metadata"), dict):
+        yield value["metadata"]
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _artifacts(item)
+
+
+@contextmanager
+def _run_id(run: str) -> Iterator[None]:
+    before = os.environ.get(RUN_ID)
+    os.environ[RUN_ID] = run
+    try:
+        yield
+    finally:
+        os.environ.pop(RUN_ID)
+        if before is not None:
+            os.environ[RUN_ID] = before
+
+
+def _failure(workspace: Path, run: str, error: RuntimeError) -> str:
+    return "\n".join(failures(read_notes(workspace, run))) or _ANSI_COLOR.sub("", str(error))
+
+
+def _summary(workspace: Path, run: str) -> Summary:
+    note = next(note for note in read_notes(workspace, run) if note["step"] == "register")
+    evaluation = Path(note["evaluation"])
+    metrics = read_json(evaluation / "metrics.json")
+    return Summary(metrics, note["registration"], evaluation / "report.html", notes_folder(workspace, run))

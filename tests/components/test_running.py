@@ -1,0 +1,148 @@
+"""What surrounds a step's call: one-line errors, notes, and the summary made of them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from components.running import (
+    NO_LAST_WORD,
+    RUN_ID,
+    failures,
+    notes_folder,
+    read_notes,
+    running,
+    summary_markdown,
+    write_summary,
+)
+from danceopd.errors import Interrupted, UserError
+from danceopd.files import write_json
+from danceopd.recipe import load_recipe
+
+RECIPE = load_recipe("world")
+
+
+@pytest.fixture(autouse=True)
+def one_run(monkeypatch):
+    """A run of its own, and the loggers as they were afterwards."""
+    monkeypatch.setenv(RUN_ID, "run-1")
+    loggers = [logging.getLogger(name) for name in ("danceopd", "components")]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_a_step_that_ends_well_notes_its_results(tmp_path, capsys):
+    with running("finetune", RECIPE.model_dump_json(), str(tmp_path / "new"), "local") as step:
+        assert step.recipe == RECIPE
+        step.results["scores"] = [1, 2]
+        logging.getLogger("danceopd.finetune").info("step 7")
+    [note] = read_notes(tmp_path / "new")
+    assert (note["step"], note["state"], note["scores"]) == ("finetune local", "done", [1, 2])
+    assert " finetune local | step 7\n" in capsys.readouterr().err
+
+
+def test_a_user_error_ends_the_process_with_its_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught, running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        raise UserError("teacher 'x': broken")
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "started" not in line]
+    assert len(lines) == 1 and lines[0].endswith("distill | failed: teacher 'x': broken")
+    assert failures(read_notes(tmp_path)) == ["distill: teacher 'x': broken"]
+
+
+def test_any_other_error_goes_through_and_is_noted(tmp_path):
+    with pytest.raises(ZeroDivisionError), running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        raise ZeroDivisionError("by zero")
+    assert failures(read_notes(tmp_path)) == ["distill: ZeroDivisionError: by zero"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{", "recipe: not valid JSON"),
+        ("[]", "recipe: a recipe is a YAML mapping, this is list"),
+        ('{"nme": 1}', "recipe: "),
+    ],
+)
+def test_a_bad_recipe(tmp_path, capsys, recipe, message):
+    with pytest.raises(SystemExit), running("check-recipe", recipe, str(tmp_path)):
+        pytest.fail("the body must not run")
+    assert f"check-recipe | failed: {message}" in capsys.readouterr().err
+
+
+def test_a_workspace_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit), running("distill", RECIPE.model_dump_json(), str(tmp_path / "file")):
+        pytest.fail("the body must not run")
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_workspace_without_write_access(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("components.running.os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SystemExit), running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        pytest.fail("the body must not run")
+    assert "no permission to write" in capsys.readouterr().err
+
+
+def test_runs_do_not_see_each_others_notes(tmp_path, monkeypatch):
+    with running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        pass
+    monkeypatch.setenv(RUN_ID, "run-2")
+    assert read_notes(tmp_path) == [] and len(read_notes(tmp_path, "run-1")) == 1
+
+
+def test_a_step_that_was_killed_is_told_from_one_that_ended(tmp_path):
+    write_json(notes_folder(tmp_path) / "distill.json", {"step": "distill", "seconds": 0, "state": "running"})
+    assert failures(read_notes(tmp_path)) == [f"distill: {NO_LAST_WORD}"]
+
+
+def test_a_step_that_was_interrupted_says_so_and_asks_to_be_retried(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught, running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        raise Interrupted("interrupted after step 3 of 8")
+    assert caught.value.code == 75
+    [note] = read_notes(tmp_path)
+    assert note["state"] == "interrupted"
+    assert failures([note]) == ["distill: interrupted after step 3 of 8"]
+    assert "distill | interrupted after step 3 of 8" in capsys.readouterr().err
+
+
+def test_a_retried_step_leaves_one_note(tmp_path):
+    with pytest.raises(SystemExit), running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        raise UserError("once")
+    with running("distill", RECIPE.model_dump_json(), str(tmp_path)):
+        pass
+    assert failures(read_notes(tmp_path)) == []
+
+
+def test_the_summary_of_a_failed_run_says_what_and_why():
+    notes = [
+        {"step": "resolve-base", "state": "done", "seconds": 1.0},
+        {"step": "finetune local", "state": "failed", "seconds": 2.0, "error": "no better than the base"},
+    ]
+    text = summary_markdown(notes, "FAILED", {"code_revision": "c0de"})
+    assert text.startswith("# DanceOPD run: FAILED\n\n- code revision: `c0de`\n")
+    assert "- finetune local: no better than the base\n" in text
+    assert "| resolve-base | 1.0 | done |" in text and "Registration" not in text
+
+
+def test_the_summary_of_a_good_run_has_the_registration_and_the_report(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "report.md").write_text("# World: figures\n")
+    registration = {"registered": True, "version": "3", "alias": ["challenger", "champion"], "champion_before": None}
+    with running("register", RECIPE.model_dump_json(), str(tmp_path)) as step:
+        step.results["registration"] = registration
+        step.results["evaluation"] = str(tmp_path / "evaluation")
+    write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision="da7a")
+    text = (tmp_path / "out").read_text()
+    assert "- alias: challenger, champion\n- champion_before: none\n" in text
+    assert text.endswith("# World: figures\n") and "What failed" not in text
+    assert (notes_folder(tmp_path) / "summary.md").read_text() == text
+
+
+def test_a_summary_without_any_note_is_still_written(tmp_path):
+    write_summary(str(tmp_path), "FAILED", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text().startswith("# DanceOPD run: FAILED")

@@ -1,0 +1,43 @@
+"""Fixtures every room shares: a tiny random base of the real classes, and a small world on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A Flux2KleinPipeline folder with random weights (a 50,000-parameter transformer) and the world's tokenizer."""
+    from danceopd import world_base as wb
+
+    torch.manual_seed(0)
+    transformer = wb.new_transformer(192, 16, heads=2, head_dim=16, doubles=1, singles=1)
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    pipeline = wb.new_pipeline(wb.new_vae().eval(), transformer)
+    pipeline.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny_base):
+    """The tiny base, loaded. Do not change it."""
+    from danceopd.backbones import load_backbone
+    from danceopd.world_base import SHAPE
+
+    return load_backbone(tiny_base, SHAPE)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A dataset folder of the small world: 12 train, 6 val and 6 test records a task."""
+    from danceopd.data import world
+    from danceopd.data.assemble import assemble
+
+    folder = tmp_path_factory.mktemp("data") / "world"
+    assemble(world.world_records({t: {"train": 12, "val": 6, "test": 6} for t in world.TASKS}), folder)
+    return folder

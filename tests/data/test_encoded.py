@@ -1,0 +1,69 @@
+"""Encoding once: the cache gives back the same tensors, and only for the same content."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from danceopd.data.assemble import open_dataset
+from danceopd.data.encoded import encode_records, load_pixels
+from danceopd.data.png import encode_png
+from danceopd.errors import UserError
+
+
+@pytest.fixture
+def records(small_data):
+    return open_dataset(small_data).records("val")
+
+
+def test_rows_lead_to_their_own_prompt_source_and_target(backbone, records):
+    encoded = encode_records(backbone, records, 64, 64, None, "k", targets=True)
+    for row, record in enumerate(records):
+        torch.testing.assert_close(
+            encoded.prompts[encoded.prompt_row[row]], backbone.encode_prompts([record.prompt])[0], atol=1e-5, rtol=1e-4
+        )
+        assert (encoded.source_row[row] < 0) == (record.source is None)
+        target = backbone.encode_images(load_pixels(record.target, 64, 64, "")[None])
+        torch.testing.assert_close(encoded.target([row]), target, atol=1e-4, rtol=1e-4)
+
+
+def test_shape_groups_part_drawing_from_editing_and_lose_nobody(backbone, records):
+    encoded = encode_records(backbone, records, 64, 64, None, "k", targets=False)
+    rows = list(range(len(records)))
+    groups = encoded.shape_groups(rows)
+    assert sorted(i for group in groups for i in group) == rows
+    assert [encoded.condition(group).source is None for group in groups] == [True, False]
+    part = encoded.subset([3, 1])
+    assert part.tasks == [records[3].task, records[1].task]
+    torch.testing.assert_close(part.condition([1]).prompt, encoded.condition([1]).prompt)
+
+
+def test_the_cache_is_read_back_and_hangs_on_the_content(backbone, records, tmp_path):
+    first = encode_records(backbone, records, 64, 64, tmp_path, "k", targets=False)
+    assert len(list(tmp_path.iterdir())) == 1
+
+    class Deaf:
+        """A back end that cannot encode: only the cache can answer."""
+
+    again = encode_records(Deaf(), records, 64, 64, tmp_path, "k", targets=False)
+    assert torch.equal(first.prompts, again.prompts)
+    assert torch.equal(first.sources, again.sources)
+    changed = [replace(records[0], prompt="another wish"), *records[1:]]
+    for other, key in ((changed, "k"), (records, "another base")):
+        with pytest.raises(AttributeError):
+            encode_records(Deaf(), other, 64, 64, tmp_path, key, targets=False)
+
+
+def test_pictures_of_another_size_are_cropped_to_fit():
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    assert load_pixels(encode_png(wide), 64, 64, "x").shape == (3, 64, 64)
+    assert load_pixels(encode_png(wide), 64, 64, "x").mean() > 0.9
+
+
+def test_nothing_to_encode_is_refused(backbone):
+    with pytest.raises(UserError, match="no records to encode"):
+        encode_records(backbone, [], 64, 64, None, "k", targets=False)

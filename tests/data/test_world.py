@@ -1,0 +1,111 @@
+"""The small world: what it draws, what it holds out, and that it never changes."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from danceopd.data import world
+from danceopd.data.records import content_hash, decode_image
+from danceopd.errors import UserError
+
+SIZES = {task: {"train": 150, "val": 10, "test": 60} for task in world.TASKS}
+
+
+@pytest.fixture(scope="module")
+def records():
+    return list(world.world_records(SIZES))
+
+
+def of(records, task, split):
+    return [r for r in records if r.task == task and r.split == split]
+
+
+def test_two_runs_give_the_same_records_and_another_seed_others(records):
+    assert content_hash(records) == content_hash(world.world_records(SIZES))
+    assert content_hash(records) != content_hash(world.world_records(SIZES, seed=1))
+
+
+def test_a_record_does_not_depend_on_its_neighbors(records):
+    few = list(world.world_records({"local_edit": {"train": 5}}))
+    assert few == of(records, "local_edit", "train")[:5]
+
+
+def test_an_eighth_of_the_combinations_is_held_out_and_no_word_with_it():
+    assert len(world.HELD_OUT) == 8
+    assert len(world.TRAINED) == 72
+    for pick in (lambda t: t.color, lambda t: t.shape, lambda t: t.position):
+        assert {pick(t) for t in world.TRAINED} == {pick(t) for t in world.ALL_THINGS}
+
+
+def test_training_never_shows_a_held_out_combination(records):
+    for record in records:
+        if record.split == "test":
+            continue
+        scene = world.Scene.from_json(record.facts()["scene"])
+        assert not any(world.is_held_out(t) for t in scene.things)
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_every_test_record_is_new_in_a_way_it_names(records, task):
+    held_out = re.compile(r"^on \w+, draw|^make the color of|^take the .* away|^at the .* add|^turn it")
+    for record in of(records, task, "test"):
+        novelty = record.facts()["novelty"]
+        assert bool(held_out.search(record.prompt)) == (novelty in ("wording", "both"))
+        shown = decode_image(record.source or record.target, record.id)
+        new = any(np.array_equal(shown[world.cell_slice(t.position)][::8, ::8], world.draw_cell(b, t.position, t))
+                  for t in world.HELD_OUT for b in world.BACKGROUNDS)  # fmt: skip
+        if task != "local_edit":
+            assert new == (novelty in ("combination", "both"))
+    for record in of(records, task, "train"):
+        assert not held_out.search(record.prompt)
+
+
+def test_held_out_wordings_use_known_words_only():
+    for wordings in (world.CAPTIONS, *world.WORDINGS.values()):
+        *known, novel = wordings
+        assert set(re.findall(r"[a-z]+", novel)) <= set(re.findall(r"[a-z]+", " ".join(known)))
+        assert novel not in known
+
+
+def test_an_edit_changes_its_place_and_nothing_else(records):
+    kinds = set()
+    for record in of(records, "local_edit", "train"):
+        facts = record.facts()
+        kinds.add(facts["edit"])
+        source, target = decode_image(record.source, ""), decode_image(record.target, "")
+        inside = np.zeros(source.shape[:2], bool)
+        inside[world.cell_slice(facts["position"])] = True
+        assert np.array_equal(source[~inside], target[~inside])
+        assert not np.array_equal(source[inside], target[inside])
+        assert np.array_equal(target, world.render(world.Scene.from_json(facts["scene"])))
+    assert kinds == set(world.EDITS)
+
+
+def test_instructions_name_one_thing_only(records):
+    for record in of(records, "local_edit", "train"):
+        names = [t.name for t in world.Scene.from_json(record.facts()["scene"]).things]
+        assert len(names) == len(set(names))
+
+
+def test_styles_differ_from_the_picture_and_from_each_other():
+    scene = world.random_scene(random.Random(4), fewest=3)
+    pictures = [world.render(scene, style) for style in (None, *world.STYLES)]
+    assert len(world.STYLES) >= 4
+    for i, first in enumerate(pictures):
+        for second in pictures[i + 1 :]:
+            assert np.abs(first.astype(int) - second).mean() > 4
+
+
+def test_pictures_are_large_enough_for_the_stock_pipeline(records):
+    assert decode_image(records[0].target, "").shape == (64, 64, 3)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="'cubism' is not known; choose one of: grayscale, negative, night, sepia"):
+        world.render(world.random_scene(random.Random(0)), "cubism")
+    with pytest.raises(UserError, match="'outline' is not known; choose one of"):
+        list(world.world_records({"outline": {"train": 1}}))

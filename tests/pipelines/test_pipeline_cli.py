@@ -1,0 +1,131 @@
+"""`danceopd pipeline`: the table a run ends with, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipelines import local
+from pipelines.cli import app
+from pipelines.summary import registration_line, summary_table
+
+METRICS = {
+    "recipe": "world", "split": "test", "units": {"hit": "rate", "out": "dB", "ssim": "index"},
+    "teacher_of": {"t2i": "base", "edit": "local"}, "ceiling": {"t2i": {}, "edit": {"out": 33.25}},
+    "scores": {
+        "base": {"t2i": {"hit": 0.97}, "edit": {"hit": 0.01, "out": 9.5, "ssim": None}},
+        "local": {"t2i": {"hit": 0.2}, "edit": {"hit": 0.99, "out": 31.0, "ssim": 0.9}},
+        "student": {"t2i": {"hit": 0.95}, "edit": {"hit": 0.5, "out": 29.5, "ssim": 0.88}},
+    },
+    "retention": {
+        "t2i": {"hit": {"teacher": 0.97, "student": 0.95, "ratio": 0.979, "difference": -0.02}},
+        "edit": {
+            "hit": {"teacher": 0.99, "student": 0.5, "ratio": 0.505, "difference": -0.49},
+            "out": {"teacher": 31.0, "student": 29.5, "ratio": 0.95, "difference": -1.5},
+            "ssim": {"teacher": 0.9, "student": 0.88, "ratio": None, "difference": None},
+        },
+    },
+    "gates": [
+        {"task": "t2i", "metric": "hit", "rule": "retain 0.95", "limit": 0.92, "value": 0.95, "passed": True},
+        {"task": "edit", "metric": "hit", "rule": "retain 0.95", "limit": 0.94, "value": 0.5, "passed": False},
+    ],
+    "passed": False,
+}  # fmt: skip
+REGISTERED = {"registered": True, "version": "3", "alias": ["challenger", "champion"], "reasons": []}
+REFUSED = {"registered": False, "version": None, "alias": [], "reasons": ["edit.hit is 0.5, its gate is 0.94"]}
+
+
+def rows(registration: dict) -> list[str]:
+    """The table's lines, each run of spaces as one."""
+    out = io.StringIO()
+    Console(file=out, width=110).print(summary_table(METRICS, registration))
+    return [" ".join(line.split()) for line in out.getvalue().splitlines()]
+
+
+def test_the_table_has_a_row_a_task_and_metric_each_in_its_unit():
+    table = rows(REGISTERED)
+    assert "t2i hit 97.0 % 97.0 % 95.0 % 97.9 % - holds" in table
+    assert "edit hit 1.0 % 99.0 % 50.0 % 50.5 % - fails" in table
+    assert "out 9.5 dB 31.0 dB 29.5 dB -1.5 dB 33.2 dB" in table
+    assert "ssim - 0.900 0.880 - -" in table
+    assert "(taught by local)" in table
+
+
+@pytest.mark.parametrize(
+    ("registration", "line"),
+    [
+        (REGISTERED, "registered as version 3 (challenger, champion)"),
+        (REFUSED, "not registered: edit.hit is 0.5, its gate is 0.94"),
+        (
+            REGISTERED | {"alias": ["challenger"], "reasons": ["worse than the champion"]},
+            "registered as version 3 (challenger): worse than the champion",
+        ),
+        (REGISTERED | {"alias": []}, "registered as version 3 (no alias)"),
+    ],
+)
+def test_the_registration_in_one_line(registration, line):
+    assert registration_line(registration) == line
+    assert line in rows(registration)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "nope"], "recipe 'nope': neither a file nor a shipped recipe"),
+        (["--set", "nme=1"], "nme: no such field"),
+        (["--set", "seed"], "write it as key.sub=value"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    result = invoke("run", "--workspace", str(tmp_path / "ws"), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "ws").exists()
+
+
+def test_a_failed_step_is_exit_code_1(monkeypatch):
+    def fail(recipe, workspace, fresh):
+        raise local.StepFailed("finetune a: bad\nfinetune b: worse")
+
+    monkeypatch.setattr(local, "run_local", fail)
+    result = invoke("run")
+    assert result.exit_code == 1
+    assert result.stderr == "danceopd: finetune a: bad\ndanceopd: finetune b: worse\n"
+
+
+def test_a_run_ends_with_the_table_and_where_the_report_lies(monkeypatch, tmp_path):
+    seen = []
+
+    def succeed(recipe, workspace, fresh):
+        seen.append((recipe.seed, workspace, fresh))
+        return local.Summary(METRICS, REGISTERED, tmp_path / "report.html", tmp_path)
+
+    monkeypatch.setattr(local, "run_local", succeed)
+    result = invoke("run", "--set", "seed=5", "--fresh")
+    assert result.exit_code == 0
+    assert seen == [(5, Path("runs/world"), True)]
+    assert "registered as version 3" in result.stdout
+    assert f"report   {tmp_path / 'report.html'}\n" in result.stdout
+
+
+def test_compile_writes_the_yaml(tmp_path):
+    out = tmp_path / "sub" / "p.yaml"
+    arguments = ("--image", "example.com/d:1", "--gpu", "amd.com/gpu", "--gpu-count", "4", "--claim", "volume")
+    assert invoke("compile", "--out", str(out), *arguments).exit_code == 0
+    text = out.read_text()
+    assert "image: example.com/d:1" in text and "constant: volume" in text
+    assert text.count("resourceType: amd.com/gpu") == 3 and text.count("resourceCount: '4'") == 3
+
+
+@pytest.mark.parametrize(("option", "value"), [("--gpu-count", "0"), ("--image", ""), ("--out", "p.txt")])
+def test_compile_refuses_bad_options(option, value):
+    result = invoke("compile", option, value)
+    assert result.exit_code == 2 and result.stderr.startswith("danceopd: ") and result.stderr.count("\n") == 1

@@ -1,0 +1,391 @@
+"""The way into a real MLflow registry on SQLite: gates, proof of the export, aliases, and loading elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from danceopd import registry, tracking
+from danceopd.backbones import Condition
+from danceopd.checkpoint import probe
+from danceopd.errors import UserError
+from danceopd.fields import VelocityField
+from danceopd.recipe import Recipe, parse_recipe
+from danceopd.registry import failed_gates, read_metrics, register_student, verify_export
+
+LINEAGE = {
+    "recipe": "r1", "code": "c1", "git": "g1", "dvc": None, "data": "d1", "base": "b1",
+    "teachers": {"base": "b1", "painter": "p1"},
+}  # fmt: skip
+
+
+def new_recipe(model: str) -> Recipe:
+    """Drawing judged by a rate, editing by a rate and by decibels."""
+    gates = {
+        "t2i": [{"metric": "scene_accuracy", "retain": 0.95, "champion_margin": 0.03}],
+        "local_edit": [
+            {"metric": "edit_success", "retain": 0.95, "champion_margin": 0.03},
+            {"metric": "preserved_psnr", "max_drop": 3.0, "champion_margin": 1.0},
+        ],
+    }
+    tasks = {
+        task: {
+            "teacher": "base",
+            "needs_source": task != "t2i",
+            "metrics": [g["metric"] for g in rules],
+            "gates": rules,
+        }
+        for task, rules in gates.items()
+    }
+    data = {
+        "name": "tiny",
+        "model": {"base": "world", "height": 64, "width": 64, "max_sequence_length": 24,
+                  "text_encoder_out_layers": [1, 2, 3]},
+        "data": {"world": {"t2i": {"train": 4, "val": 2, "test": 2}}},
+        "tasks": tasks,
+        "teachers": {"base": {"kind": "base"}},
+        "distill": {"lr": 0.01, "steps": 1, "batch": 1},
+        "register_as": {"model": model, "experiment": "tiny"},
+    }  # fmt: skip
+    return parse_recipe(data, "test")
+
+
+def new_metrics(scene: float = 0.97, edit: float = 0.95, psnr: float = 30.0) -> dict:
+    """An evaluation in which each value is judged against a teacher of 1.0, 1.0 and 32 dB."""
+
+    def gate(task: str, metric: str, rule: str, limit: float, value: float) -> dict:
+        return {"task": task, "metric": metric, "rule": rule, "limit": limit, "value": value, "passed": value >= limit}
+
+    gates = [
+        gate("t2i", "scene_accuracy", "retain 0.95", 0.95, scene),
+        gate("local_edit", "edit_success", "retain 0.95", 0.9, edit),
+        gate("local_edit", "preserved_psnr", "max_drop 3.0", 29.0, psnr),
+    ]
+    student = {"t2i": {"scene_accuracy": scene}, "local_edit": {"edit_success": edit, "preserved_psnr": psnr}}
+    return {
+        "recipe": "tiny",
+        "split": "test",
+        "records": {"t2i": 64, "local_edit": 64},
+        "steps": 8,
+        "seed": 0,
+        "scores": {"student": student},
+        "gates": gates,
+        "passed": all(g["passed"] for g in gates),
+    }
+
+
+def export_student(backbone, folder: Path) -> Path:
+    """A student's product folder as distillation leaves it."""
+    backbone.save(folder / "pipeline", backbone.transformer)
+    condition = Condition(backbone.encode_prompts(["", "tiny"]), None, 64, 64)
+    field = VelocityField("student", backbone, backbone.transformer)
+    save_file({"velocity": probe(field, condition)}, folder / "probe.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(backbone, tmp_path_factory) -> Path:
+    return export_student(backbone, tmp_path_factory.mktemp("student"))
+
+
+class Shop:
+    """One store, many registered models."""
+
+    def __init__(self, workspace: Path, student: Path):
+        self.workspace, self.student = workspace, student
+        self.uri = tracking.default_tracking_uri(workspace)
+        self.client = tracking.open_client(self.uri)
+
+    def register(self, model: str, digest: str, metrics: dict, **changes) -> registry.Registration:
+        """Register the student under another digest, as if it were another one."""
+        evaluation = self.workspace / f"evaluation-{model}-{digest}"
+        evaluation.mkdir(exist_ok=True)
+        (evaluation / "metrics.json").write_text(json.dumps(metrics))
+        (evaluation / "report.html").write_text("<p>report</p>")
+        lineage = {**LINEAGE, "student": digest, **changes}
+        return register_student(new_recipe(model), self.student, evaluation, lineage, self.uri, self.workspace)
+
+    def aliases(self, model: str) -> dict[str, str]:
+        return {name: str(number) for name, number in self.client.get_registered_model(model).aliases.items()}
+
+
+@pytest.fixture(scope="module")
+def shop(student, tmp_path_factory) -> Shop:
+    environment = pytest.MonkeyPatch()
+    environment.delenv(tracking.ENVIRONMENT, raising=False)
+    yield Shop(tmp_path_factory.mktemp("shop"), student)
+    environment.undo()
+
+
+# ------------------------------------------------------------------------------------------- figures, without a store
+
+
+def test_failed_gates_name_task_metric_and_figures():
+    assert failed_gates(new_metrics()) == []
+    assert failed_gates(new_metrics(scene=0.5, psnr=20.123)) == [
+        "t2i.scene_accuracy is 0.5, its gate is 0.95 (retain 0.95)",
+        "local_edit.preserved_psnr is 20.12, its gate is 29 (max_drop 3.0)",
+    ]
+    unknown = new_metrics()
+    unknown["gates"][0] |= {"value": None, "limit": None, "passed": False}
+    assert failed_gates(unknown) == ["t2i.scene_accuracy is unknown, its gate is unknown (retain 0.95)"]
+    assert failed_gates(new_metrics() | {"passed": False}) == ["the evaluation did not pass"]
+
+
+def test_metrics_that_do_not_fit_are_refused(tmp_path):
+    recipe = new_recipe("m")
+    with pytest.raises(UserError, match="no such file"):
+        read_metrics(tmp_path, recipe)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="no scores of a student"):
+        read_metrics(tmp_path, recipe)
+    fewer = new_metrics()
+    fewer["gates"].pop()
+    (tmp_path / "metrics.json").write_text(json.dumps(fewer))
+    with pytest.raises(UserError, match=r"gate on local_edit.preserved_psnr was not judged"):
+        read_metrics(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("ours", "count"),
+    [
+        ({}, 0),
+        ({"scene": 0.94}, 0),  # at its margin exactly
+        ({"scene": 0.9399}, 1),
+        ({"psnr": 29.0}, 0),
+        ({"psnr": 28.9}, 1),
+        ({"scene": 0.9, "edit": 0.9, "psnr": 20.0}, 3),
+        ({"scene": float("nan")}, 1),
+        ({"scene": None}, 1),
+        ({"scene": 1.0, "edit": 1.0, "psnr": 40.0}, 0),
+    ],
+)
+def test_the_margin_decides(ours, count):
+    metrics = new_metrics()
+    student = metrics["scores"]["student"]
+    for name, value in ours.items():
+        task, metric = {"scene": ("t2i", "scene_accuracy"), "edit": ("local_edit", "edit_success"),
+                        "psnr": ("local_edit", "preserved_psnr")}[name]  # fmt: skip
+        student[task][metric] = value
+    assert len(registry.below_champion(new_recipe("m"), metrics, new_metrics(), "champion")) == count
+
+
+def test_a_champion_that_can_do_more_is_not_replaced():
+    theirs = new_metrics()
+    theirs["gates"].append({"task": "global_style", "metric": "psnr"})
+    lines = registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion")
+    assert lines == ["the champion also does task 'global_style', this student does not"]
+
+
+def test_a_new_ability_is_not_held_against_the_student():
+    theirs = new_metrics()
+    del theirs["scores"]["student"]["local_edit"]
+    theirs["gates"] = theirs["gates"][:1]
+    assert registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion") == []
+
+
+def test_measurements_are_alike_only_in_every_condition():
+    ours = {"data": "d", "records": {"a": 4, "b": 4}, "split": "test", "steps": 8, "seed": 0}
+    assert registry.measured_unlike(ours, copy.deepcopy(ours)) == []
+    assert registry.measured_unlike(ours, ours | {"records": {"a": 4, "c": 9}}) == []
+    for name, value in {"data": "e", "records": {"a": 5}, "split": "val", "steps": 4, "seed": 1}.items():
+        assert registry.measured_unlike(ours, ours | {name: value}) == [name]
+
+
+# ------------------------------------------------------------------------------------------------------- the export
+
+
+def test_an_export_gives_the_students_velocity(student):
+    assert verify_export(student / "pipeline", new_recipe("m"), student / "probe.safetensors") < 1e-5
+
+
+def test_a_changed_export_is_refused(student, backbone, tmp_path):
+    recipe = new_recipe("m")
+    folder = export_student(backbone, tmp_path)
+    file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"] += 0.01
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not the trained one"):
+        verify_export(folder / "pipeline", recipe, folder / "probe.safetensors")
+    settings = json.loads((folder / "pipeline" / "danceopd.json").read_text())
+    (folder / "pipeline" / "danceopd.json").write_text(json.dumps(settings | {"height": 128}))
+    with pytest.raises(UserError, match="velocity's shape is"):
+        verify_export(folder / "pipeline", recipe, folder / "probe.safetensors")
+
+
+def test_a_nan_in_the_export_is_refused(student, tmp_path):
+    velocity = load_file(student / "probe.safetensors")["velocity"]
+    save_file({"velocity": torch.full_like(velocity, float("nan"))}, tmp_path / "probe.safetensors")
+    with pytest.raises(UserError, match="not the trained one"):
+        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
+
+
+def test_a_missing_probe_is_named(student, tmp_path):
+    with pytest.raises(UserError, match="no such file; distill the student again"):
+        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
+    save_file({"other": torch.zeros(1)}, tmp_path / "probe.safetensors")
+    with pytest.raises(UserError, match="holds no 'velocity'"):
+        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------- the store
+
+
+@pytest.mark.slow
+def test_a_failed_gate_registers_nothing(shop):
+    result = shop.register("refused", "s1", new_metrics(scene=0.5))
+    assert result == registry.Registration(
+        False, None, [], ["t2i.scene_accuracy is 0.5, its gate is 0.95 (retain 0.95)"], None, None
+    )
+    assert shop.client.search_registered_models("name = 'refused'") == []
+
+
+@pytest.mark.slow
+def test_a_lineage_with_a_gap_registers_nothing(shop):
+    with pytest.raises(UserError, match="lineage: 'student' is missing"):
+        register_student(new_recipe("gap"), shop.student, shop.workspace, LINEAGE, shop.uri, shop.workspace)
+
+
+@pytest.mark.slow
+def test_a_broken_export_registers_nothing(shop, backbone, tmp_path):
+    folder = export_student(backbone, tmp_path)
+    velocity = load_file(folder / "probe.safetensors")["velocity"]
+    save_file({"velocity": velocity + 1e-3}, folder / "probe.safetensors")
+    with pytest.raises(UserError, match="not the trained one"):
+        Shop(shop.workspace, folder).register("broken", "s1", new_metrics())
+    assert shop.client.search_registered_models("name = 'broken'") == []
+
+
+@pytest.mark.slow
+def test_champions_come_and_go(shop):
+    first = shop.register("race", "s1", new_metrics())
+    assert (first.registered, first.version, first.alias, first.reasons) == (True, "1", ["champion"], [])
+    assert first.champion_before is None
+    assert shop.aliases("race") == {"champion": "1"}
+
+    worse = shop.register("race", "s2", new_metrics(edit=0.91, psnr=30.0))
+    assert (worse.version, worse.alias, worse.champion_before) == ("2", ["challenger"], "1")
+    assert worse.reasons == [
+        "local_edit.edit_success is 0.91, the champion (version 1) has 0.95 (margin 0.03)",
+    ]
+    assert shop.aliases("race") == {"champion": "1", "challenger": "2"}
+
+    better = shop.register("race", "s3", new_metrics(scene=0.99, edit=0.94))
+    assert (better.version, better.alias, better.reasons) == ("3", ["champion"], [])
+    assert better.champion_before == "1"
+    assert shop.aliases("race") == {"champion": "3", "previous": "1"}
+
+    for digest, metrics, before in (("s1", new_metrics(), None), ("s2", new_metrics(edit=0.91), "1")):
+        again = shop.register("race", digest, metrics)
+        assert again.registered and again.champion_before == before
+    assert shop.aliases("race") == {"champion": "3", "previous": "1"}
+    assert len(shop.client.search_model_versions("name = 'race'")) == 3
+    assert registry.load_champion_metrics(shop.client, "race")["scores"]["student"]["t2i"]["scene_accuracy"] == 0.99
+    summary = registry.champion_summary(shop.uri, "race")
+    assert (summary["version"], summary["scores"]["local_edit"]["edit_success"]) == ("3", 0.94)
+
+
+@pytest.mark.slow
+def test_a_champion_measured_on_other_data_stays(shop):
+    shop.register("moved", "s1", new_metrics())
+    other = shop.register("moved", "s2", new_metrics(scene=1.0), data="d2")
+    assert (other.version, other.alias) == ("2", ["challenger"])
+    assert "was measured on other data" in other.reasons[0] and "set the alias 'champion' on it" in other.reasons[0]
+    registry.promote(shop.client, "moved", "2")
+    assert shop.aliases("moved") == {"champion": "2", "previous": "1"}
+
+
+@pytest.mark.slow
+def test_a_champion_without_figures_stays(shop):
+    first = shop.register("blind", "s1", new_metrics())
+    run = shop.client.get_run(first.run_id)
+    Path(run.info.artifact_uri.removeprefix("file://"), "evaluation", "metrics.json").unlink()
+    second = shop.register("blind", "s2", new_metrics(scene=1.0))
+    assert second.alias == ["challenger"] and "cannot be compared" in second.reasons[0]
+    assert registry.champion_summary(shop.uri, "blind")["scores"] is None
+    with pytest.raises(UserError, match="cannot be compared"):
+        registry.load_champion_metrics(shop.client, "blind")
+
+
+@pytest.mark.slow
+def test_a_registration_that_broke_off_is_finished(shop):
+    shop.register("torn", "s1", new_metrics())
+    shop.client.delete_model_version_tag("torn", "1", registry.DECISION)
+    shop.client.delete_registered_model_alias("torn", "champion")
+    assert shop.register("torn", "s1", new_metrics()).alias == ["champion"]
+    assert shop.aliases("torn") == {"champion": "1"}
+    assert len(shop.client.search_model_versions("name = 'torn'")) == 1
+
+
+@pytest.mark.slow
+def test_nobody_is_champion_of_an_unknown_model(shop):
+    assert registry.load_champion_metrics(shop.client, "unknown") is None
+    assert registry.champion_summary(shop.uri, "unknown") is None
+
+
+LOADER = """
+import base64, io, json, sys
+import mlflow, numpy as np, pandas as pd
+from PIL import Image
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/served@champion")
+png = base64.b64decode(sys.argv[2])
+table = pd.DataFrame({"prompt": ["red square", "make it blue"], "image": [None, png], "seed": [3, None]})
+drawn = model.predict(table, params={"steps": 2})["image"]
+pictures = [np.asarray(Image.open(io.BytesIO(data))) for data in drawn]
+alone = model.predict(table[1:].assign(image=sys.argv[2]), params={"steps": 2})["image"]
+import danceopd
+print(json.dumps({
+    "shapes": [p.shape for p in pictures],
+    "sums": [int(p.sum()) for p in pictures],
+    "apart": int(np.abs(np.asarray(Image.open(io.BytesIO(list(alone)[0])), int) - pictures[1]).max()),
+    "code": danceopd.__file__,
+}))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
+    from PIL import Image
+
+    from danceopd.generate import encode_picture, open_student
+
+    result = shop.register("served", "s1", new_metrics())
+    version = shop.client.get_model_version("served", result.version)
+    wanted = {"code": "c1", "git": "g1", "dvc": "none", "data": "d1", "base": "b1", "recipe": "r1", "student": "s1",
+              "teacher.painter": "p1", "gate.t2i.scene_accuracy": "0.97 (retain 0.95)"}  # fmt: skip
+    assert wanted.items() <= version.tags.items()
+    run = shop.client.get_run(result.run_id)
+    assert run.info.status == "FINISHED" and run.data.metrics["local_edit/preserved_psnr"] == 30.0
+    source = Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 50).convert("RGB")
+    png = encode_picture(source)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", tracking.ENVIRONMENT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADER, shop.uri, base64.b64encode(png).decode()],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout.splitlines()[-1])
+    drawer = open_student(student / "pipeline")
+    here = drawer.draw(["red square", "make it blue"], [None, source], [3, 0], 2)
+    assert said["shapes"] == [[64, 64, 3]] * 2 and said["apart"] <= 1
+    for total, picture in zip(said["sums"], here, strict=True):
+        assert abs(total - int(np.asarray(picture, np.int64).sum())) <= 64 * 64 * 3
+    logged = Path(said["code"]).parents[2]
+    assert (logged / "MLmodel").is_file(), "danceopd must come from the logged model"
+    files = {path.relative_to(logged).as_posix() for path in logged.rglob("*") if path.is_file()}
+    assert not [name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    assert {"code/danceopd/generate.py", "pyfunc_model.py", "artifacts/pipeline/danceopd.json"} <= files
+    assert all(name.endswith((".py", ".pyc")) for name in files if name.startswith("code/"))

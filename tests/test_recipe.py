@@ -1,0 +1,94 @@
+"""Recipes: the shipped ones load, and every mistake gets one line that lists the right names."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from danceopd.errors import UserError
+from danceopd.recipe import apply_overrides, load_recipe, parse_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_load_and_survive_json(name):
+    recipe = load_recipe(name)
+    again = type(recipe).model_validate_json(recipe.model_dump_json())
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("distill.stps=3", r"distill\.stps: no such field; here are: batch, .*steps"),
+        ("teachers.local_edit.train.lrr=1", r"lrr: no such field; here are: batch, .*lr, "),
+        ("distill.window=sematic", "Input should be 'semantic', 'mid', 'low_noise' or 'uniform'"),
+        ("distill.window=[0.5, 0.2]", "sigma_lo < sigma_hi"),
+        ("distill.window=[{until: 0.5, window: mid}]", "'until' must rise and the last be 1"),
+        ("distill.window=[{until: 1, window: [0.5, 0.2]}]", "sigma_lo < sigma_hi"),
+        ("distill.start=nobody", "distill.start is 'nobody'; choose one of: base, "),
+        (
+            "distill={start: local_edit, trainable: lora, lr: 1, steps: 1, batch: 3}",
+            "a LoRA student starts from the base",
+        ),
+        ("distill.steps=0", r"distill\.steps: Input should be greater than 0"),
+        ("tasks.t2i.teacher=nobody", "tasks.t2i.teacher is 'nobody'; teachers are: base, local_edit, global_style"),
+        ("teachers.local_edit.task=paint", "teachers.local_edit.task is 'paint'; tasks are: "),
+        ("teachers.base={kind: checkpoint, path: x}", "'base' the base's"),
+        ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
+        ("tasks.t2i.gates=[{metric: scene_accuracy, champion_margin: 0}]", "exactly one of 'retain' and 'max_drop'"),
+        ("data.inputs=[x.parquet]", "give either 'inputs'"),
+        ("distill.steps", "write it as key.sub=value"),
+        ("name.more=1", "'name' is not a section"),
+        ("distill.steps=[", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(setting, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("world", [setting])
+
+
+def test_overrides_reach_any_depth_and_leave_the_tree_alone():
+    tree = {"a": {"b": 1}}
+    assert apply_overrides(tree, ["a.b=[1, 2]", "a.c.d=x"]) == {"a": {"b": [1, 2], "c": {"d": "x"}}}
+    assert tree == {"a": {"b": 1}}
+
+
+def test_the_digest_follows_the_settings():
+    assert load_recipe("world").digest() != load_recipe("world", ["distill.steps=7"]).digest()
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    for name, message in (("list.yaml", "YAML mapping, this is list"), ("broken.yaml", "not valid YAML")):
+        with pytest.raises(UserError, match=message):
+            load_recipe(str(tmp_path / name))
+    with pytest.raises(UserError, match=r"neither a file nor a shipped recipe; shipped: .*world"):
+        load_recipe("wrld")
+
+
+def test_a_recipe_file_is_read_as_a_shipped_one(tmp_path):
+    recipe = load_recipe("world")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert load_recipe(str(path)) == recipe
+    assert parse_recipe(recipe.model_dump(mode="json"), "x") == recipe
+
+
+def test_how_often_training_is_saved_names_no_product():
+    settings = [f"{place}.{knob}=7" for place in ("distill", "teachers.local_edit.train")
+                for knob in ("checkpoint_every", "keep_checkpoints")]  # fmt: skip
+    plain, saved = load_recipe("world"), load_recipe("world", settings)
+    assert saved.distill.checkpoint_every == saved.teachers["local_edit"].train.keep_checkpoints == 7
+    assert saved.distill.decisive() == plain.distill.decisive()
+    assert saved.teachers["local_edit"].decisive() == plain.teachers["local_edit"].decisive()
+    changed = load_recipe("world", ["distill.lr=0.5", "teachers.local_edit.train.seed=3"])
+    assert changed.distill.decisive() != plain.distill.decisive()
+    assert changed.teachers["local_edit"].decisive() != plain.teachers["local_edit"].decisive()
+
+
+@pytest.mark.parametrize("setting", ["distill.checkpoint_every=-1", "distill.keep_checkpoints=0"])
+def test_saves_out_of_range_are_refused(setting):
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        load_recipe("world", [setting])

@@ -1,0 +1,191 @@
+"""The chain's steps at the smallest scale: what is made, what is reused, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+
+from danceopd import steps
+from danceopd.backbones import load_backbone
+from danceopd.backbones.base import Condition
+from danceopd.checkpoint import load_field, probe
+from danceopd.errors import UserError
+from danceopd.fields import VelocityField
+from danceopd.files import read_json
+from danceopd.recipe import load_recipe
+from danceopd.world_base import OUT_LAYERS, PROMPT_TOKENS
+
+SMALL = [
+    "data.world={t2i: {train: 12, val: 4, test: 4}, local_edit: {train: 12, val: 4, test: 4},"
+    " global_style: {train: 12, val: 4, test: 4}}",
+    "tasks.local_edit.metrics=[psnr, preserved_psnr]",
+    "tasks.local_edit.gates=[{metric: psnr, max_drop: 60, champion_margin: 60}]",
+    "tasks.global_style.gates=[{metric: psnr, max_drop: 60, champion_margin: 60}]",
+    "teachers.local_edit={kind: base}",
+    "teachers.global_style.train={trainable: lora, lr: 0.01, steps: 40, batch: 8, warmup: 2}",
+    "distill.steps=3", "distill.batch=6", "distill.rollout_steps=3", "distill.preview_every=2",
+    "evaluate.per_task=4", "evaluate.steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_folder(tiny_base) -> Path:
+    return tiny_base
+
+
+@pytest.fixture(scope="module")
+def recipe(base_folder):
+    return load_recipe("world", [f"model.base={base_folder}", *SMALL])
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+def run_to_student(recipe, workspace):
+    base = steps.resolve_base(recipe, workspace)
+    data = steps.build_data(recipe, workspace, repo=workspace)
+    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in recipe.teachers}
+    return base, data, teachers, steps.distill_student(recipe, base, data, teachers, workspace)
+
+
+@pytest.fixture(scope="module")
+def made(recipe, workspace):
+    """Base, data, teachers and student of the small recipe."""
+    return run_to_student(recipe, workspace)
+
+
+def test_products_say_what_they_are(made):
+    base, data, teachers, student = made
+    assert read_json(student.folder / steps.STEP)["step"] == "students"
+    assert data.facts["counts"]["t2i"] == {"train": 12, "val": 4, "test": 4}
+    assert teachers["base"].facts["kind"] == "base"
+    scores = teachers["global_style"].facts["scores"]["global_style"]
+    assert scores["teacher"]["psnr"] > scores["base"]["psnr"]
+    assert {p.name for p in (student.folder / "previews").iterdir()} == {
+        "step-000002.png", "step-000003.png", "training.png",
+    }  # fmt: skip
+    assert base.pipeline.is_dir()
+
+
+def test_what_is_there_is_reused(recipe, workspace, made, caplog):
+    with caplog.at_level(logging.INFO, "danceopd"):
+        again = run_to_student(recipe, workspace)
+    assert [p.folder for p in (again[0], again[1], again[3])] == [p.folder for p in (made[0], made[1], made[3])]
+    assert sum("reused" in line for line in caplog.messages) == 6
+
+
+def test_a_changed_section_makes_its_own_product_and_those_behind_it(base_folder, workspace, made):
+    changed = load_recipe("world", [f"model.base={base_folder}", *SMALL, "distill.window=semantic"])
+    base, _, teachers, student = run_to_student(changed, workspace)
+    assert base.folder == made[0].folder
+    assert teachers == made[2]
+    assert student.folder != made[3].folder
+
+
+def test_the_stock_pipeline_opens_the_student_and_draws(made):
+    pipeline = Flux2KleinPipeline.from_pretrained(str(made[3].pipeline))
+    picture = pipeline(prompt="red ring top left on white", height=64, width=64, num_inference_steps=2,
+                       guidance_scale=1.0, max_sequence_length=PROMPT_TOKENS,
+                       text_encoder_out_layers=OUT_LAYERS).images[0]  # fmt: skip
+    assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_export_is_the_student(base_folder, workspace, made, trainable):
+    from safetensors.torch import load_file
+
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, f"distill.trainable={trainable}"])
+    base, _, _, student = run_to_student(recipe, workspace)
+    written = load_file(student.folder / "probe.safetensors")["velocity"]
+    exported = load_backbone(student.pipeline, recipe.model)
+    condition = Condition(exported.encode_prompts(["", recipe.name]), None, 64, 64)
+    found = probe(VelocityField("student", exported, exported.transformer), condition)
+    torch.testing.assert_close(found, written, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, probe(load_field(load_backbone(base.pipeline, recipe.model), "base",
+                                                      made[2]["base"].folder), condition))  # fmt: skip
+    assert (student.folder / "lora").is_dir() == (trainable == "lora")
+    if trainable == "lora":
+        fresh = load_backbone(base.pipeline, recipe.model)
+        lora = probe(load_field(fresh, "student", student.folder), condition)
+        torch.testing.assert_close(lora, written, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_and_registration_follow(recipe, workspace, made):
+    base, data, teachers, student = made
+    evaluation = steps.evaluate_student(recipe, base, data, teachers, student, workspace)
+    metrics = read_json(evaluation.folder / "metrics.json")
+    assert set(metrics["scores"]) == {"base", "local_edit", "global_style", "student"}
+    assert (evaluation.folder / "report.html").stat().st_size > 10_000
+    lineage = steps.lineage(recipe, base, data, teachers, student)
+    assert lineage["teachers"] == {name: product.digest for name, product in teachers.items()}
+    assert json.dumps(lineage)
+
+
+def test_a_teacher_no_better_than_the_base_fails_with_the_figures(base_folder, workspace, made):
+    lazy = load_recipe("world", [f"model.base={base_folder}", *SMALL, "teachers.global_style.train.lr=1e-12"])
+    with pytest.raises(UserError, match=r"no better than the base on its task 'global_style' \(psnr [\d.]+, the base"):
+        steps.finetune_teacher(lazy, "global_style", *made[:2], workspace)
+    assert not [p for p in (workspace / "teachers").iterdir() if p.name.startswith(".")]
+
+
+def test_a_teacher_that_exists_is_taken_and_proved(base_folder, workspace, made):
+    path = made[2]["global_style"].folder
+    settings = [f"teachers.global_style={{kind: lora, path: {path}}}"]
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    product = steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+    assert product.facts["scores"] == made[2]["global_style"].facts["scores"]
+
+
+def test_missing_things_are_named(recipe, workspace, made):
+    base, data, teachers, _ = made
+    with pytest.raises(UserError, match="teacher 'painter' is not in the recipe; teachers are: "):
+        steps.finetune_teacher(recipe, "painter", base, data, workspace)
+    with pytest.raises(UserError, match=r"lacks the teacher\(s\) global_style"):
+        steps.distill_student(recipe, base, data, {"base": teachers["base"], "local_edit": teachers["base"]}, workspace)
+    with pytest.raises(UserError, match="no finished step there"):
+        steps.open_product(workspace)
+
+
+def test_a_task_without_training_records_is_named(recipe, workspace, made, base_folder):
+    base, _, teachers, _ = made
+    sizes = "data.world={t2i: {train: 3, val: 2}, global_style: {train: 3, val: 2}, local_edit: {val: 2}}"
+    bare = load_recipe("world", [f"model.base={base_folder}", *SMALL, sizes])
+    data = steps.build_data(bare, workspace, repo=workspace)
+    with pytest.raises(UserError, match=r"no training records for task\(s\) local_edit"):
+        steps.distill_student(bare, base, data, teachers, workspace)
+
+
+def test_the_data_revision_follows_recipe_and_inputs(recipe, tmp_path):
+    settings = ["data.world=null", f"data.inputs=[{tmp_path / 'in.parquet'}]"]
+    mine = load_recipe("world", settings)
+    (tmp_path / "in.parquet").write_bytes(b"1")
+    first = steps.data_revision(mine, tmp_path)
+    assert first == steps.data_revision(mine, tmp_path)
+    (tmp_path / "in.parquet").write_bytes(b"22")
+    assert steps.data_revision(mine, tmp_path) != first
+    assert steps.data_revision(recipe, tmp_path) != first
+
+
+def test_the_code_revision_is_stable():
+    assert steps.code_revision() == steps.code_revision()
+    assert len(steps.code_revision()) == 16
+
+
+def test_changed_inputs_are_read_again(recipe, base_folder, tmp_path):
+    from danceopd.data import world
+    from danceopd.data.assemble import assemble
+
+    mine = load_recipe("world", [f"model.base={base_folder}", "data.world=null", f"data.inputs=[{tmp_path / 'in'}]"])
+    found = []
+    for count in (2, 3):
+        assemble(world.world_records({"t2i": {"train": count}}), tmp_path / "in")
+        found.append(steps.build_data(mine, tmp_path / "ws", repo=tmp_path))
+    assert [p.facts["counts"]["t2i"]["train"] for p in found] == [2, 3]
+    assert found[0].digest != found[1].digest
