@@ -229,10 +229,9 @@ class Recipe(_Part):
             or "student" in self.teachers
         ):
             raise ValueError("teachers: 'student' is the student's name, and 'base' the base's (kind: base); rename it")
-        if self.distill.start not in ("base", *self.teachers):
-            raise ValueError(
-                f"distill.start is {self.distill.start!r}; choose one of: base, {', '.join(self.teachers)}"
-            )
+        starts = dict.fromkeys(("base", *self.teachers))
+        if self.distill.start not in starts:
+            raise ValueError(f"distill.start is {self.distill.start!r}; choose one of: {', '.join(starts)}")
         if self.distill.start != "base" and self.distill.trainable != "full":
             raise ValueError(
                 "distill.start: a LoRA student starts from the base; set trainable: full to start elsewhere"

@@ -101,7 +101,9 @@ def test_the_stock_pipeline_opens_the_student_and_draws(made):
 def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     from safetensors.torch import load_file
 
-    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, f"distill.trainable={trainable}"])
+    recipe = load_recipe(
+        "world", [f"model.base={base_folder}", *SMALL, "distill.start=base", f"distill.trainable={trainable}"]
+    )
     base, _, _, student = run_to_student(recipe, workspace)
     written = load_file(student.folder / "probe.safetensors")["velocity"]
     exported = load_backbone(student.pipeline, recipe.model)

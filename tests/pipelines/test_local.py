@@ -29,6 +29,7 @@ BASE_ONLY = [
     "teachers={base: {kind: base}}",
     "tasks.local_edit.teacher=base",
     "tasks.global_style.teacher=base",
+    "distill.start=base",
     "data.world={t2i: {train: 1}}",
 ]
 
