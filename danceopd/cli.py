@@ -57,7 +57,8 @@ def set_up_logging(level: int) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("danceopd").setLevel(level)
+    # Of several processes the first speaks for all.
+    logging.getLogger("danceopd").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def _open(recipe: str, overrides: list[str], workspace: Path | None) -> tuple[Recipe, Path]:

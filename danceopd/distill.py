@@ -2,49 +2,97 @@
 
 One update, as in the paper: draw a mixed batch whose tags are its routes; draw each sample's query state; roll the
 student out to it without gradient and no further; ask the routed teacher there; match its velocity.
+
+The loop around it is shared with the methods it is compared with (`danceopd.baselines`): they differ in what a
+`Method` does with one group of samples.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from danceopd.backbones.base import Backbone
+from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
+from danceopd.errors import UserError
 from danceopd.fields import VelocityField, routed_velocity
 from danceopd.objectives import velocity_matching_loss
+from danceopd.processes import share
 from danceopd.progress import StepProgress
 from danceopd.queries import QueryWindow, WindowSchedule, query_window
-from danceopd.recipe import DistillRecipe
+from danceopd.recipe import DistillRecipe, SelectRecipe, Weight
 from danceopd.resume import Checkpoints, resumable
 from danceopd.rollout import roll_out
-from danceopd.routing import TaskSampler, sample_weights
-from danceopd.training import Learner, batch_noise, new_learner
+from danceopd.routing import TaskSampler, sample_weights, task_counts, weights_at
+from danceopd.training import Learner, new_learner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class UpdateFigures:
-    """What one update measured: loss and query noise levels by task, forwards spent a sample."""
+    """What updates measured: loss and query noise levels by task, and the transformer forwards they took.
+
+    A backward pass counts as two forwards, and as three where activations are computed again.
+    """
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     sigmas: dict[str, list[float]] = field(default_factory=dict)
-    rollout_forwards: int = 0
+    forwards: int = 0
     samples: int = 0
 
     def add(self, tags: list[str], losses: Tensor, sigmas: Tensor, forwards: int) -> None:
-        for tag, loss, sigma in zip(tags, losses.tolist(), sigmas.tolist(), strict=True):
+        """Add one group: a loss and a noise level a sample (or several a sample, sample by sample)."""
+        per_sample = len(losses) // len(tags)
+        for position, (loss, sigma) in enumerate(zip(losses.tolist(), sigmas.tolist(), strict=True)):
+            tag = tags[position // per_sample]
             self.losses.setdefault(tag, []).append(loss)
             self.sigmas.setdefault(tag, []).append(sigma)
-        self.rollout_forwards += forwards
+        self.forwards += forwards
         self.samples += len(tags)
+
+    def merge(self, other: UpdateFigures) -> None:
+        """Add another's figures to these."""
+        for task, losses in other.losses.items():
+            self.losses.setdefault(task, []).extend(losses)
+            self.sigmas.setdefault(task, []).extend(other.sigmas[task])
+        self.forwards += other.forwards
+        self.samples += other.samples
 
     @property
     def forwards_per_sample(self) -> float:
-        """Transformer forwards a sample: the rollout, 1 teacher, 3 for the student's forward and backward."""
-        return self.rollout_forwards / self.samples + 4
+        """Transformer forwards a sample: for this method the rollout, 1 teacher, 3 for the student."""
+        return self.forwards / self.samples
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one shape: this process's share of a part of a mixed batch, with all of its random draws.
+
+    Attributes:
+        rows: row numbers in the encoded records.
+        tags: their tasks.
+        weights: each sample's weight in the loss, (n,) float32; over all groups and processes they sum to 1.
+        condition: of the same n samples.
+        noise: where each sample's path starts, (n, N, C).
+        stop: indices of the query states on the grid, (n, K), int64 on the CPU, rising along K.
+        seeds: one a sample, for methods that draw more along the path; empty for those that do not.
+        last: whether no group of this process follows in the update: its last backward pass synchronises.
+    """
+
+    rows: list[int]
+    tags: list[str]
+    weights: Tensor
+    condition: Condition
+    noise: Tensor
+    stop: Tensor
+    seeds: list[int]
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -53,10 +101,9 @@ class Distillation:
 
     Attributes:
         backbone: the model family and base.
-        encoded: training prompts and sources; targets are never read.
+        encoded: training prompts and sources; targets are read only by methods that train on data.
         teachers: frozen fields by name.
         teacher_of: task -> teacher's name, the routing.
-        weights: task -> weight in the loss.
         grid: the sampling grid the student rolls out on, (steps + 1,).
     """
 
@@ -64,39 +111,121 @@ class Distillation:
     encoded: EncodedRecords
     teachers: dict[str, VelocityField]
     teacher_of: dict[str, str]
-    weights: dict[str, float]
     grid: Tensor
 
-    def update(
-        self, learner: Learner, rows: list[int], tags: list[str], window: QueryWindow, generator: torch.Generator
-    ) -> UpdateFigures:
-        """Rollout, query, loss and gradient of one mixed batch (no optimizer step).
+    def routes(self, tags: list[str]) -> list[str]:
+        """The teacher's name of each sample."""
+        return [self.teacher_of[tag] for tag in tags]
 
-        Args:
-            learner: the student.
-            rows: row numbers of the batch in `encoded`.
-            tags: their tasks.
-            window: where on the grid to ask.
-            generator: for noise and query states.
-        """
-        figures = UpdateFigures()
-        weights = sample_weights(tags, self.weights)
-        device = learner.accelerator.device
-        shape = self.backbone.latent_shape(self.encoded.height, self.encoded.width)
-        for group in self.encoded.shape_groups(rows):
-            group_tags = [tags[i] for i in group]
-            condition = self.encoded.condition([rows[i] for i in group], device)
-            stop = window.draw(len(group), self.grid, generator)
-            noise = batch_noise(len(group), shape, generator, condition.prompt)
-            query = roll_out(learner.field, noise, self.grid, stop, condition)
-            routes = [self.teacher_of[tag] for tag in group_tags]
-            target = routed_velocity(self.teachers, routes, query.state, query.sigma, condition)
-            with learner.field.active():
-                velocity = self.backbone.velocity(learner.field.network, query.state, query.sigma, condition)
-                losses = velocity_matching_loss(velocity, target)
-                learner.accelerator.backward((losses * weights[group].to(losses)).sum())
-            figures.add(group_tags, losses.detach(), query.sigma, query.forwards)
-        return figures
+
+class Method(Protocol):
+    """What one update does with a group of samples.
+
+    Attributes:
+        queries: query states drawn a sample (K).
+        seeded: whether the group carries a seed a sample.
+        needs_targets: whether it trains on target images.
+    """
+
+    queries: int
+    seeded: bool
+    needs_targets: bool
+
+    def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        """Add the group's gradient to the learner's through `learner.backward`, and what was measured to `figures`."""
+        ...
+
+
+class HardRoutedOnPolicy:
+    """DanceOPD: one query on the student's own path, the routed teacher alone, |v_student - v_teacher|^2 there."""
+
+    queries = 1
+    seeded = False
+    needs_targets = False
+
+    def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        query = roll_out(learner.field, group.noise, setup.grid, group.stop[:, 0], group.condition)
+        target = routed_velocity(setup.teachers, setup.routes(group.tags), query.state, query.sigma, group.condition)
+        with learner.field.active():
+            velocity = setup.backbone.velocity(learner.field.network, query.state, query.sigma, group.condition)
+            losses = velocity_matching_loss(velocity, target)
+            learner.backward((losses * group.weights.to(losses)).sum(), sync=group.last)
+        spent = query.forwards + len(group.rows) * (1 + learner.update_forwards)
+        figures.add(group.tags, losses.detach(), query.sigma, spent)
+
+
+def method_of(spec: DistillRecipe) -> Method:
+    """The method a recipe's `distill.method` names."""
+    return HardRoutedOnPolicy()
+
+
+def draw_groups(
+    setup: Distillation,
+    method: Method,
+    learner: Learner,
+    rows: list[int],
+    tags: list[str],
+    weights: dict[str, float],
+    window: QueryWindow,
+    generator: torch.Generator,
+    parts: int = 1,
+) -> list[Group]:
+    """Make every random draw of a global batch, and give this process its groups.
+
+    Every process draws for the whole batch from its own copy of one generator and then keeps every n-th sample of a
+    shape, so that the batch, its routes and its draws are the same however many processes share it.
+
+    Args:
+        setup: records and grid.
+        method: how many draws a sample needs.
+        learner: whose process and device.
+        rows: row numbers of the batch.
+        tags: their tasks.
+        weights: task -> weight in the loss.
+        window: where on the grid to ask.
+        generator: for noise and query states, on the CPU.
+        parts: pieces each shape's samples are split into, so that less lies in memory at once.
+    """
+    by_sample = sample_weights(tags, weights)
+    device = learner.device
+    shape = setup.backbone.latent_shape(setup.encoded.height, setup.encoded.width)
+    groups: list[Group] = []
+    for positions in setup.encoded.shape_groups(rows):
+        count = len(positions)
+        stop = window.draw(count * method.queries, setup.grid, generator).view(count, method.queries).sort(dim=1)[0]
+        noise = torch.randn(count, *shape, generator=generator)
+        seeds = torch.randint(2**62, (count,), generator=generator).tolist() if method.seeded else []
+        for part in share(count, learner.processes, parts):
+            where = [positions[i] for i in part]
+            picked = [rows[i] for i in where]
+            groups.append(
+                Group(
+                    rows=picked,
+                    tags=[tags[i] for i in where],
+                    weights=by_sample[where],
+                    condition=setup.encoded.condition(picked, device),
+                    noise=noise[part].to(device),
+                    stop=stop[part],
+                    seeds=[seeds[i] for i in part] if seeds else [],
+                    last=False,
+                )
+            )
+    if groups:
+        groups[-1] = replace(groups[-1], last=True)
+    return groups
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a student did on validation records.
+
+    Attributes:
+        score: the higher the better; at >= 0 it holds every gate.
+        figures: what was measured, for the history.
+    """
+
+    score: float
+    figures: dict
 
 
 def distill(
@@ -104,69 +233,122 @@ def distill(
     encoded: EncodedRecords,
     teachers: dict[str, VelocityField],
     teacher_of: dict[str, str],
-    weights: dict[str, float],
+    weights: dict[str, Weight],
     spec: DistillRecipe,
     preview: Callable[[VelocityField, int], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    validate: Callable[[VelocityField], Validation] | None = None,
 ) -> tuple[VelocityField, list[dict]]:
     """Distill the teachers into one student that starts from the base, or from the teacher `spec.start` names.
+
+    With several processes every one of them calls this with the same arguments and gets the same student.
 
     Args:
         backbone: the base; its own weights stay as they are.
         encoded: training records of every task (prompts and sources).
         teachers: frozen fields by name.
         teacher_of: task -> teacher's name.
-        weights: task -> weight in the loss.
+        weights: task -> weight in the loss, perhaps by phases of the training.
         spec: the recipe's section.
         preview: called with the student and the step every `spec.preview_every` steps and at the end.
         checkpoints: where training is saved, and resumed from; None: it is not.
+        validate: scores the student every `spec.select.every` steps; needed if the recipe selects.
 
     Returns:
         The student's field, frozen, and its history: one entry a logged step with the mean loss by task since the
-        last, counts of query noise levels by task, forwards a sample and the gradient norm.
+        last, counts of query noise levels by task, forwards a sample and the gradient norm, and what validated then.
 
     Raises:
         Interrupted: after a save, if SIGTERM came.
+        UserError: if there are fewer samples in a batch than processes.
     """
+    method = method_of(spec)
     learner = new_learner(backbone, "student", spec, teachers.get(spec.start))
-    sampler = TaskSampler(encoded.rows_by_task(), weights, spec.batch, spec.seed)
+    if spec.batch < learner.processes.count:
+        raise UserError(f"distill.batch {spec.batch}: {learner.processes.count} processes need a sample each")
+    sampler = TaskSampler(encoded.rows_by_task(), spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
     grid = backbone.sigmas(spec.rollout_steps, encoded.height, encoded.width)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
-    setup = Distillation(backbone, encoded, teachers, teacher_of, weights, grid)
+    setup = Distillation(backbone, encoded, teachers, teacher_of, grid)
     progress = StepProgress("distill", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])
         since = UpdateFigures(**keeper.kept.get("since", {}))
+        selection = Selection(**keeper.kept.get("selection", {}))
         for step in progress.steps(keeper.start):
-            rows, tags = sampler.draw()
-            figures = setup.update(learner, rows, tags, windows.at(step, spec.steps), generator)
+            if selection.ended:
+                break
+            now = weights_at(weights, step, spec.steps)
+            rows, tags = sampler.draw(task_counts(now, spec.batch))
+            window = windows.at(step, spec.steps)
+            groups = draw_groups(setup, method, learner, rows, tags, now, window, generator, spec.accumulate)
+            figures = UpdateFigures()
+            with learner.precision():
+                for group in groups:
+                    method.accumulate(setup, learner, group, figures)
             norm = learner.update()
-            _merge(since, figures)
+            for part in learner.processes.gather(figures):
+                since.merge(part)
             progress.show(step, **{task: sum(v) / len(v) for task, v in since.losses.items()})
-            if (step + 1) % spec.log_every == 0 or step + 1 == spec.steps:
-                history.append(_entry(step + 1, since, norm))
+            done, last = step + 1, step + 1 == spec.steps
+            if spec.select is not None and (done % spec.select.every == 0 or last):
+                with learner.shown() as field:
+                    better = selection.see(done, learner.processes.gather(validate(field))[0], spec.select)
+                if better:
+                    learner.keep_best()
+            last = last or selection.ended
+            if done % spec.log_every == 0 or last:
+                history.append(_entry(done, since, norm, selection.news(done)))
                 since = UpdateFigures()
-            last = step + 1 == spec.steps
-            if preview is not None and (last or (spec.preview_every and (step + 1) % spec.preview_every == 0)):
-                preview(learner.field, step + 1)
-            keeper.after(step + 1, history=history, since=vars(since))
-    learner.field.network.requires_grad_(False).eval()
-    return learner.field, history
+            if preview is not None and (last or (spec.preview_every and done % spec.preview_every == 0)):
+                with learner.shown() as field:
+                    preview(field, done)
+            keeper.after(done, history=history, since=vars(since), selection=vars(selection))
+    return learner.finish(), history
 
 
-def _merge(into: UpdateFigures, figures: UpdateFigures) -> None:
-    for task, losses in figures.losses.items():
-        into.losses.setdefault(task, []).extend(losses)
-        into.sigmas.setdefault(task, []).extend(figures.sigmas[task])
-    into.rollout_forwards += figures.rollout_forwards
-    into.samples += figures.samples
+@dataclass
+class Selection:
+    """The best state so far, and whether it is time to end.
+
+    Attributes:
+        best: score of the best state; None before the first validation.
+        best_step: when that was.
+        waited: validations since.
+        ended: whether training ends before its last step.
+        latest: figures of the latest validation, with its step.
+    """
+
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0
+    ended: bool = False
+    latest: dict | None = None
+
+    def see(self, step: int, validation: Validation, spec: SelectRecipe) -> bool:
+        """Note a validation; returns whether it is the best so far."""
+        better = self.best is None or validation.score > self.best
+        if better:
+            self.best, self.best_step, self.waited = validation.score, step, 0
+        else:
+            self.waited += 1
+        held = spec.stop_when_held and validation.score >= 0
+        self.ended = held or (spec.patience is not None and self.waited >= spec.patience)
+        self.latest = {"step": step, "score": validation.score, "figures": validation.figures}
+        log.info("validation at step %d: margin %.3g%s", step, validation.score, ", the best so far" if better else "")
+        return better
+
+    def news(self, step: int) -> dict:
+        """The latest validation, if it is of this step."""
+        fresh = self.latest is not None and self.latest["step"] == step
+        return {"validation": self.latest, "best_step": self.best_step} if fresh else {}
 
 
 SIGMA_BINS = 10
 
 
-def _entry(step: int, figures: UpdateFigures, norm: float) -> dict:
+def _entry(step: int, figures: UpdateFigures, norm: float, more: dict) -> dict:
     def histogram(sigmas: list[float]) -> list[int]:
         return torch.histc(torch.tensor(sigmas), SIGMA_BINS, 0.0, 1.0).int().tolist()
 
@@ -176,4 +358,4 @@ def _entry(step: int, figures: UpdateFigures, norm: float) -> dict:
         "sigma_histogram": {task: histogram(v) for task, v in sorted(figures.sigmas.items())},
         "forwards_per_sample": figures.forwards_per_sample,
         "grad_norm": norm,
-    }
+    } | more

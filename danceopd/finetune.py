@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
+from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
+from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.objectives import flow_matching_loss
+from danceopd.processes import Processes, share
 from danceopd.progress import StepProgress
 from danceopd.recipe import FinetuneRecipe
 from danceopd.resume import Checkpoints, resumable
@@ -38,37 +44,68 @@ def finetune(
         Interrupted: after a save, if SIGTERM came.
     """
     learner = new_learner(backbone, name, spec)
-    device = learner.accelerator.device
-    sampler = TaskSampler({"all": list(range(len(encoded.tasks)))}, {"all": 1.0}, spec.batch, spec.seed)
+    device, processes = learner.device, learner.processes
+    if spec.batch < processes.count:
+        raise UserError(f"teachers.{name}.train.batch {spec.batch}: {processes.count} processes need a sample each")
+    sampler = TaskSampler({"all": list(range(len(encoded.tasks)))}, spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
     empty = backbone.encode_prompts([""])[0].to(device)
     progress = StepProgress(f"finetune {name}", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])
         for step in progress.steps(keeper.start):
-            rows, _ = sampler.draw()
+            rows, _ = sampler.draw({"all": spec.batch})
+            parts = list(_parts(encoded, rows, spec, generator, processes))
             total = 0.0
-            with learner.field.active():
-                for group in encoded.shape_groups(rows):
-                    picked = [rows[i] for i in group]
-                    condition = _drop_prompts(encoded.condition(picked, device), empty, spec.prompt_dropout, generator)
-                    clean = encoded.target(picked, device)
-                    loss = flow_matching_loss(backbone, learner.field.network, clean, condition, generator)
-                    learner.accelerator.backward(loss * len(picked) / len(rows))
-                    total += loss.item() * len(picked) / len(rows)
+            with learner.field.active(), learner.precision():
+                for part in parts:
+                    condition = _drop_prompts(encoded.condition(part.rows, device), empty, part.dropped.to(device))
+                    clean, noise, sigma = (
+                        encoded.target(part.rows, device),
+                        part.noise.to(device),
+                        part.sigma.to(device),
+                    )
+                    losses = flow_matching_loss(backbone, learner.field.network, clean, condition, noise, sigma)
+                    loss = losses.sum() / len(rows)
+                    learner.backward(loss, sync=part is parts[-1])
+                    total += loss.item()
             norm = learner.update()
+            total = sum(processes.gather(total))
             progress.show(step, loss=total)
             if (step + 1) % spec.log_every == 0 or step + 1 == spec.steps:
                 history.append({"step": step + 1, "loss": total, "grad_norm": norm})
             keeper.after(step + 1, history=history)
-    learner.field.network.requires_grad_(False).eval()
-    return learner.field, history
+    return learner.finish(), history
 
 
-def _drop_prompts(condition: Condition, empty: torch.Tensor, share: float, generator: torch.Generator) -> Condition:
-    """Replace a share of the prompts by the empty one, so that the field keeps an unconditional side for guidance."""
-    if share == 0:
+@dataclass(frozen=True)
+class _Part:
+    """Samples of one shape worked off at once: rows, whose prompt is dropped, noise eps, noise level sigma."""
+
+    rows: list[int]
+    dropped: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+
+def _parts(
+    encoded: EncodedRecords, rows: list[int], spec: FinetuneRecipe, generator: torch.Generator, processes: Processes
+) -> Iterator[_Part]:
+    """This process's share of a batch, whose draws are made for all, so that they do not hang on who takes which."""
+    for group in encoded.shape_groups(rows):
+        count = len(group)
+        dropped = torch.zeros(count, dtype=torch.bool)
+        if spec.prompt_dropout:
+            dropped = torch.rand(count, generator=generator) < spec.prompt_dropout
+        noise = torch.randn(count, *encoded.targets.shape[1:], generator=generator)
+        sigma = torch.rand(count, generator=generator)
+        for part in share(count, processes, spec.accumulate):
+            yield _Part([rows[group[i]] for i in part], dropped[part], noise[part], sigma[part])
+
+
+def _drop_prompts(condition: Condition, empty: Tensor, dropped: Tensor) -> Condition:
+    """Replace some prompts by the empty one, so that the field keeps an unconditional side for guidance."""
+    if not dropped.any():
         return condition
-    dropped = (torch.rand(len(condition), generator=generator) < share).to(empty.device)
     prompt = torch.where(dropped[:, None, None], empty, condition.prompt)
-    return Condition(prompt, condition.source, condition.height, condition.width)
+    return replace(condition, prompt=prompt)

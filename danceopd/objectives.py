@@ -9,25 +9,21 @@ from danceopd.backbones.base import Backbone, Condition
 
 
 def flow_matching_loss(
-    backbone: Backbone, network: nn.Module, clean: Tensor, condition: Condition, generator: torch.Generator
+    backbone: Backbone, network: nn.Module, clean: Tensor, condition: Condition, noise: Tensor, sigma: Tensor
 ) -> Tensor:
-    """Flow matching: z = (1 - sigma) x + sigma eps, loss = |v(z, sigma, c) - (eps - x)|^2, sigma uniform in [0, 1].
+    """Flow matching: z = (1 - sigma) x + sigma eps, |v(z, sigma, c) - (eps - x)|^2 of each sample, in float32: (B,).
 
     Args:
         backbone: the model family.
         network: the transformer that learns.
         clean: latents x (B, N, C).
         condition: of the same B samples.
-        generator: for noise and noise level, on the CPU.
-
-    Returns:
-        Mean over the batch, a float32 scalar.
+        noise: eps (B, N, C).
+        sigma: noise levels (B,), in [0, 1].
     """
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    sigma = torch.rand(len(clean), generator=generator).to(clean)
     state = torch.lerp(clean, noise, sigma[:, None, None])
     velocity = backbone.velocity(network, state, sigma, condition)
-    return (velocity.float() - (noise - clean).float()).square().mean()
+    return (velocity.float() - (noise - clean).float()).square().mean(dim=(1, 2))
 
 
 def velocity_matching_loss(student: Tensor, teacher: Tensor) -> Tensor:

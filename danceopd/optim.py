@@ -10,7 +10,7 @@ from torch import nn
 
 from danceopd.errors import UserError, unknown_name
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -52,7 +52,8 @@ def build_optimizer(params: Iterable[nn.Parameter], name: str, lr: float, weight
 
     Args:
         params: any parameters; frozen ones are left out.
-        name: `adamw`, or `muon` (matrices; the rest by AdamW at a tenth of `lr`).
+        name: `adamw`; `adamw8bit` (bitsandbytes: state in a quarter of the memory); or `muon`
+            (matrices; the rest by AdamW at a tenth of `lr`).
         lr: peak learning rate, > 0.
         weight_decay: decoupled weight decay, >= 0.
 
@@ -64,9 +65,19 @@ def build_optimizer(params: Iterable[nn.Parameter], name: str, lr: float, weight
         raise UserError("optimizer: no trainable parameter; check the recipe's 'trainable' setting")
     if name == "adamw":
         return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=True)
+    if name == "adamw8bit":
+        return _adamw8bit(trainable, lr, weight_decay)
     if name == "muon":
         return MuonWithAdamW(trainable, lr=lr, adamw_lr=lr / 10, weight_decay=weight_decay)
     raise unknown_name("optimizer", name, OPTIMIZERS)
+
+
+def _adamw8bit(params: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("optimizer adamw8bit needs bitsandbytes; install it, or set optimizer: adamw") from error
+    return AdamW8bit(params, lr=lr, weight_decay=weight_decay)
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:

@@ -70,23 +70,45 @@ class TrainRecipe(_Part):
 
     trainable: Literal["full", "lora"] = "full"
     lora: LoraRecipe = LoraRecipe()
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
+    batch: int = Field(gt=0, description="samples an optimizer step, over all processes")
+    accumulate: int = Field(1, gt=0, description="parts a batch is worked off in: less memory, the same update")
     warmup: int = Field(20, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products, by autocast")
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        "off", description="torch.compile of the transformer's blocks; reduce-overhead uses CUDA graphs"
+    )
+    activation_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    parallel: Literal["replicate", "shard"] = Field(
+        "replicate", description="many processes: whole weights in each, or each a part (FSDP2; full weights only)"
+    )
     log_every: int = Field(50, gt=0)
     checkpoint_every: int = Field(200, ge=0, description="steps between saves to resume from; 0: none")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the last saves to keep")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _sharding_fits(self):
+        if self.parallel == "shard" and (self.trainable != "full" or self.optimizer != "adamw"):
+            raise ValueError("parallel: shard is for trainable: full with optimizer: adamw; use replicate otherwise")
+        return self
 
 
 class FinetuneRecipe(TrainRecipe):
     """Flow-matching fine-tuning of one teacher on one task's paired targets."""
 
     prompt_dropout: Fraction = Field(0.0, description="share of samples trained with the empty prompt")
+
+
+def check_phases(what: str, ends: list[float]) -> None:
+    """Raise ValueError unless a schedule's phases follow each other to the end of training."""
+    if ends != sorted(set(ends)) or ends[-1] != 1:
+        raise ValueError(f"{what}: the phases end at {ends}; 'until' must rise and the last be 1")
 
 
 Window = Literal["semantic", "mid", "low_noise", "uniform"] | tuple[Fraction, Fraction]
@@ -99,16 +121,35 @@ class WindowPhase(_Part):
     window: Window
 
 
+class SelectRecipe(_Part):
+    """Which of the student's states on the way is handed over: the one that holds its gates best on `val`.
+
+    A state's score is the smallest margin over all gates, as a share of what the gate allows; it holds them at >= 0.
+    """
+
+    every: int = Field(gt=0, description="steps between validations")
+    per_task: int = Field(48, gt=0, description="validation records a task")
+    patience: int | None = Field(None, gt=0, description="end after this many validations without a better one")
+    stop_when_held: bool = Field(False, description="end at the first validation that holds every gate")
+
+
+METHODS = ("danceopd",)
+
+
 class DistillRecipe(TrainRecipe):
     """On-policy distillation: one query (K = 1) a sample, from `window`, on a grid of `rollout_steps`.
 
     `window` is a name, a range `[sigma_lo, sigma_hi]`, or a schedule: a list of phases, the last until 1.
+    `method` is `danceopd`, or one that it is compared with (`danceopd.baselines`).
     """
+
+    method: Literal[METHODS] = "danceopd"
 
     start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
     rollout_steps: int = Field(16, gt=0)
     window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
     preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
+    select: SelectRecipe | None = Field(None, description="keep the best state rather than the last")
 
     @property
     def phases(self) -> tuple[WindowPhase, ...]:
@@ -122,9 +163,7 @@ class DistillRecipe(TrainRecipe):
         for window in (phase.window for phase in self.phases):
             if isinstance(window, tuple) and window[0] >= window[1]:
                 raise ValueError(f"window {list(window)}: write [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
-        ends = [phase.until for phase in self.phases]
-        if ends != sorted(set(ends)) or ends[-1] != 1:
-            raise ValueError(f"window: the phases end at {ends}; 'until' must rise and the last be 1")
+        check_phases("window", [phase.until for phase in self.phases])
         return self
 
 
@@ -171,17 +210,32 @@ class Gate(_Part):
         return self
 
 
+class WeightPhase(_Part):
+    """One stretch of a task's curriculum: `weight` holds until this share of the steps is done."""
+
+    until: Fraction
+    weight: float = Field(gt=0)
+
+
+Weight = Annotated[float, Field(gt=0)] | Annotated[tuple[WeightPhase, ...], Field(min_length=1)]
+
+
 class TaskRecipe(_Part):
-    """One capability: its teacher, its weight in the loss, how it is measured, what it must hold."""
+    """One capability: its teacher, its weight in the loss, how it is measured, what it must hold.
+
+    `weight` decides the task's share of a batch and of the loss; a list of phases makes it a curriculum.
+    """
 
     teacher: str
     needs_source: bool = Field(description="whether every sample edits a source image")
-    weight: float = Field(1.0, gt=0)
+    weight: Weight = 1.0
     metrics: tuple[str, ...] = Field(min_length=1)
     gates: tuple[Gate, ...] = ()
 
     @model_validator(mode="after")
     def _gates_are_measured(self):
+        if isinstance(self.weight, tuple):
+            check_phases("weight", [phase.until for phase in self.weight])
         for gate in self.gates:
             if gate.metric not in self.metrics:
                 raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {self.metrics}")
@@ -236,6 +290,8 @@ class Recipe(_Part):
             raise ValueError(
                 "distill.start: a LoRA student starts from the base; set trainable: full to start elsewhere"
             )
+        if self.distill.select is not None and not any(spec.gates for spec in self.tasks.values()):
+            raise ValueError("distill.select: no task has a gate to select by; add gates, or remove select")
         for name, teacher in self.teachers.items():
             if isinstance(teacher, FinetunedTeacher) and teacher.task not in self.tasks:
                 raise ValueError(f"teachers.{name}.task is {teacher.task!r}; tasks are: {', '.join(self.tasks)}")

@@ -190,7 +190,14 @@ class Keeper:
 
     def restore(self) -> None:
         """Put the newest checkpoint's state back, if there is one."""
-        found = None if self.checkpoints is None else self.checkpoints.newest()
+        if self.checkpoints is None:
+            return
+        with self.learner.processes.main_first():
+            found = self.checkpoints.newest()
+        starts = self.learner.processes.gather(None if found is None else found[0])
+        if len(set(starts)) > 1:
+            raise UserError(f"{self.checkpoints.folder}: the processes see checkpoints of different steps {starts}; "
+                            "the folder must lie on a volume that all of them share")  # fmt: skip
         if found is None:
             return
         self.start, state = found
@@ -212,12 +219,16 @@ class Keeper:
         """
         if self.checkpoints is None:
             return
-        if step % self.spec.checkpoint_every and step != self.spec.steps and not self.stop.asked:
+        asked = self.learner.processes.any(self.stop.asked)
+        if step % self.spec.checkpoint_every and step != self.spec.steps and not asked:
             return
         state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
-        path = self.checkpoints.save(step, state)
-        if self.stop.asked:
+        path = self.checkpoints.folder
+        if self.learner.processes.main:
+            path = self.checkpoints.save(step, state)
+        self.learner.processes.wait()
+        if asked:
             raise Interrupted(f"interrupted after step {step} of {self.spec.steps}; goes on from {path}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from danceopd.recipe import Weight
+
 
 def task_counts(weights: dict[str, float], batch: int) -> dict[str, int]:
     """Share a batch among tasks by weight (largest remainder), at least one sample each.
@@ -29,27 +31,35 @@ def sample_weights(tasks: list[str], weights: dict[str, float]) -> Tensor:
     return torch.tensor([weights[task] / (total * tasks.count(task)) for task in tasks])
 
 
+def weights_at(weights: dict[str, Weight], step: int, steps: int) -> dict[str, float]:
+    """Each task's weight at update `step` of `steps`: a constant, or the phase that holds then."""
+
+    def now(weight: Weight) -> float:
+        if not isinstance(weight, tuple):
+            return weight
+        return next(phase.weight for phase in weight if step < phase.until * steps or phase.until == 1)
+
+    return {task: now(weight) for task, weight in weights.items()}
+
+
 class TaskSampler:
     """Draws mixed batches of rows; each task walks through its own rows in its own shuffled order.
 
     Args:
         rows: row numbers by task, none empty.
-        weights: the recipe's weight of each task.
-        batch: samples a draw.
         seed: of the order; everything that follows is determined by it.
     """
 
-    def __init__(self, rows: dict[str, list[int]], weights: dict[str, float], batch: int, seed: int):
-        self.counts = task_counts(weights, batch)
+    def __init__(self, rows: dict[str, list[int]], seed: int):
         self._rows = {task: torch.tensor(numbers) for task, numbers in rows.items()}
         self._generator = torch.Generator().manual_seed(seed)
         self._queue = {task: torch.empty(0, dtype=torch.int64) for task in rows}
 
-    def draw(self) -> tuple[list[int], list[str]]:
-        """The next batch: row numbers and their task tags."""
+    def draw(self, counts: dict[str, int]) -> tuple[list[int], list[str]]:
+        """The next batch, with so many samples of each task: row numbers and their task tags."""
         rows: list[int] = []
         tags: list[str] = []
-        for task, count in self.counts.items():
+        for task, count in counts.items():
             while len(self._queue[task]) < count:
                 order = torch.randperm(len(self._rows[task]), generator=self._generator)
                 self._queue[task] = torch.cat([self._queue[task], self._rows[task][order]])

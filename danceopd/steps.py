@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +28,7 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
     from danceopd.backbones.base import Backbone
     from danceopd.data.encoded import EncodedRecords
     from danceopd.fields import VelocityField
+    from danceopd.processes import Processes
     from danceopd.registry import Registration
 
 log = logging.getLogger(__name__)
@@ -72,19 +76,41 @@ def code_revision() -> str:
     return content_key(sorted((p.relative_to(package).as_posix(), hash_file(p)) for p in sources))
 
 
-def _make(workspace: Path, step: str, name: str, inputs: Any, build: Callable[[Path, Path], dict]) -> Product:
+def _make(
+    workspace: Path, step: str, name: str, inputs: Any, build: Callable[[Path, Path], dict], together: bool = False
+) -> Product:
     """Reuse the product, or have `build` write it into the first folder it is given and say its facts.
 
     The second folder is for what a build that was stopped needs to go on with when it is run again; it is named by the
-    product's key and removed once the product is there.
+    product's key and removed once the product is there. Of several processes the main one makes the product; the
+    others wait for it, or take part in a build that is done `together` (training) and leave the writing to it.
     """
     key = content_key(step, name, inputs, code_revision())
     folder = Path(workspace) / step / f"{name}-{key}"
     checkpoints = Path(workspace) / "checkpoints" / f"{step}-{name}-{key}"
-    if (folder / STEP).is_file():
+    there = (folder / STEP).is_file()
+    processes = _processes()
+    if processes is not None:
+        processes.wait()  # all have looked before any writes
+        if not processes.main:
+            if together and not there:
+                with tempfile.TemporaryDirectory() as scratch:
+                    build(Path(scratch), checkpoints)
+            processes.wait()
+            return open_product(folder)
+    if there:
         shutil.rmtree(checkpoints, ignore_errors=True)
         log.info("%s %s: reused from %s", step, name, folder)
-        return open_product(folder)
+    else:
+        _build(folder, checkpoints, step, name, key, build)
+    if processes is not None:
+        processes.wait()
+    return open_product(folder)
+
+
+def _build(
+    folder: Path, checkpoints: Path, step: str, name: str, key: str, build: Callable[[Path, Path], dict]
+) -> None:
     started = time.monotonic()
     with atomic_folder(folder) as scratch:
         facts = build(scratch, checkpoints)
@@ -93,7 +119,21 @@ def _make(workspace: Path, step: str, name: str, inputs: Any, build: Callable[[P
         write_json(scratch / STEP, {"step": step, "key": key, "digest": digest, "facts": facts, "seconds": seconds})
     shutil.rmtree(checkpoints, ignore_errors=True)
     log.info("%s %s: done in %.0f s, %s", step, name, seconds, folder)
-    return open_product(folder)
+
+
+def _processes() -> Processes | None:
+    """The processes that run this together, or None if it runs alone (then torch is not imported for the question)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from danceopd.processes import this_process
+
+    return this_process()
+
+
+def _main_first() -> AbstractContextManager:
+    """Of several processes, let the main one run the block first; the others find what it wrote."""
+    processes = _processes()
+    return nullcontext() if processes is None else processes.main_first()
 
 
 # ---------------------------------------------------------------------------------------------------------- base, data
@@ -141,12 +181,14 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
     tracked = generated and folder is None
     own = Path(workspace) / "datasets" / f"{recipe.name}-{data_revision(recipe, repo)}"
     home = Path(folder or (repo / "data" if tracked else own)).resolve()
-    if (tracked or read) and not (repo / "data").is_dir():
-        versioning.pull(repo)
-    if folder is not None or not (home / MANIFEST).is_file():
-        log.info("assembling the dataset at %s", home)
-        needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
-        assemble(recipe_records(recipe.data), home, needs_source)
+    with _main_first():
+        if (tracked or read) and not (repo / "data").is_dir():
+            versioning.pull(repo)
+        rebuild = folder is not None and (_processes() is None or _processes().main)
+        if rebuild or not (home / MANIFEST).is_file():
+            log.info("assembling the dataset at %s", home)
+            needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
+            assemble(recipe_records(recipe.data), home, needs_source)
     dataset = open_dataset(home)
     version = versioning.verify(repo, repo / "data") if tracked or read else None
     facts = {
@@ -210,9 +252,9 @@ def _input_state(path: Path) -> list:
 
 def _open_backbone(recipe: Recipe, base: Product) -> Backbone:
     from danceopd.backbones import load_backbone
-    from danceopd.devices import best_device
+    from danceopd.processes import this_process
 
-    return load_backbone(base.pipeline, recipe.model, best_device())
+    return load_backbone(base.pipeline, recipe.model, this_process().device)
 
 
 def _encode(
@@ -227,7 +269,9 @@ def _encode(
     cache = Path(workspace) / "cache"
     model = recipe.model
     key = content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
-    return records, encode_records(backbone, records, model.height, model.width, cache, key, targets)
+    with _main_first():
+        encoded = encode_records(backbone, records, model.height, model.width, cache, key, targets)
+    return records, encoded
 
 
 def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path) -> Product:
@@ -249,7 +293,7 @@ def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product,
     def build(scratch: Path, checkpoints: Path) -> dict:
         return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
 
-    return _make(workspace, "teachers", teacher, inputs, build)
+    return _make(workspace, "teachers", teacher, inputs, build, together=not isinstance(spec, BaseTeacher))
 
 
 def _build_teacher(
@@ -282,9 +326,10 @@ def _build_teacher(
 
 
 def _require_targets(encoded: EncodedRecords, task: str) -> None:
-    lacking = int((encoded.target_row < 0).sum())
+    lacking = sum(row < 0 for row, of in zip(encoded.target_row.tolist(), encoded.tasks, strict=True) if of == task)
     if lacking:
-        raise UserError(f"task {task!r}: {lacking} training records have no target image; fine-tuning needs one each")
+        raise UserError(f"task {task!r}: {lacking} training records have no target image; training on data needs one "
+                        "each")  # fmt: skip
 
 
 def _prove_teacher(recipe: Recipe, field: VelocityField, base: Product, data: Product, workspace: Path) -> dict:
@@ -331,14 +376,16 @@ def distill_student(
     if missing:
         raise UserError(f"distillation lacks the teacher(s) {', '.join(missing)}; finetune them first")
     used = {name: teachers[name] for name in sorted(set(wanted.values()))}
+    tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
+    judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,
-              {task: spec.weight for task, spec in recipe.tasks.items()},
+              {task: spec["weight"] for task, spec in tasks.items()}, judged,
               recipe.model.model_dump(mode="json"), recipe.distill.decisive()]  # fmt: skip
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
 
-    return _make(workspace, "students", recipe.name, inputs, build)
+    return _make(workspace, "students", recipe.name, inputs, build, together=True)
 
 
 def _build_student(
@@ -346,14 +393,20 @@ def _build_student(
     checkpoints: Path,
 ) -> dict:  # fmt: skip
     from danceopd.checkpoint import load_field
-    from danceopd.distill import distill
+    from danceopd.distill import distill, method_of
+    from danceopd.evaluation.validate import GateValidator
     from danceopd.plots import plot_history
     from danceopd.previews import Previewer
+    from danceopd.processes import this_process
     from danceopd.resume import Checkpoints
 
     backbone = _open_backbone(recipe, base)
     tasks = tuple(recipe.tasks)
-    _, encoded = _encode(recipe, backbone, base, data, workspace, "train", False, tasks)
+    targets = method_of(recipe.distill).needs_targets
+    _, encoded = _encode(recipe, backbone, base, data, workspace, "train", targets, tasks)
+    if targets:
+        for task in tasks:
+            _require_targets(encoded, task)
     lacking = sorted(set(tasks) - set(encoded.tasks))
     if lacking:
         raise UserError(f"no training records for task(s) {', '.join(lacking)}; the dataset has none in 'train'")
@@ -361,16 +414,24 @@ def _build_student(
     teacher_of = {task: recipe.tasks[task].teacher for task in tasks}
     shown = _encode(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
-    previewer = Previewer(*shown, fields, teacher_of, recipe.evaluate, checkpoints / "previews")
+    previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
+    previewer = Previewer(*shown, fields, teacher_of, recipe.evaluate, previews)
     weights = {task: recipe.tasks[task].weight for task in tasks}
     saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
-    student, history = distill(backbone, encoded, fields, teacher_of, weights, recipe.distill, previewer, saves)
-    shutil.copytree(checkpoints / "previews", scratch / "previews")
+    validate = None
+    if recipe.distill.select is not None:
+        limit = recipe.distill.select.per_task
+        sets = {t: _encode(recipe, backbone, base, data, workspace, "val", False, (t,), limit) for t in tasks}
+        validate = GateValidator(recipe, fields, sets)
+    student, history = distill(
+        backbone, encoded, fields, teacher_of, weights, recipe.distill, previewer, saves, validate
+    )
+    shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
     _export(student, recipe, scratch)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
-    return {"pipeline": "pipeline", "steps": recipe.distill.steps, "loss": history[-1]["loss"],
+    return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
             "forwards_per_sample": forwards,
             "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
 

@@ -76,5 +76,5 @@ def test_frozen_weights_stay():
 def test_nothing_to_train_and_unknown_names_are_refused():
     with pytest.raises(UserError, match="no trainable parameter"):
         build_optimizer(network().requires_grad_(False).parameters(), "adamw", lr=1.0, weight_decay=0.0)
-    with pytest.raises(UserError, match="'adam' is not known; choose one of: adamw, muon"):
+    with pytest.raises(UserError, match="'adam' is not known; choose one of: adamw, adamw8bit, muon"):
         build_optimizer(network().parameters(), "adam", lr=1.0, weight_decay=0.0)

@@ -20,12 +20,16 @@ def test_shipped_recipes_load_and_survive_json(name):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("distill.stps=3", r"distill\.stps: no such field; here are: batch, .*steps"),
-        ("teachers.local_edit.train.lrr=1", r"lrr: no such field; here are: batch, .*lr, "),
+        ("distill.stps=3", r"distill\.stps: no such field; here are: accumulate, .*steps, "),
+        ("teachers.local_edit.train.lrr=1", r"lrr: no such field; here are: accumulate, .*lr, "),
         ("distill.window=sematic", "Input should be 'semantic', 'mid', 'low_noise' or 'uniform'"),
         ("distill.window=[0.5, 0.2]", "sigma_lo < sigma_hi"),
         ("distill.window=[{until: 0.5, window: mid}]", "'until' must rise and the last be 1"),
         ("distill.window=[{until: 1, window: [0.5, 0.2]}]", "sigma_lo < sigma_hi"),
+        ("tasks.t2i.weight=[{until: 0.5, weight: 1}]", "weight: the phases end at"),
+        ("tasks.t2i.weight=0", r"tasks\.t2i\.weight"),
+        ("distill.parallel=shard", "parallel: shard is for trainable: full with optimizer: adamw"),
+        ("distill.optimizer=adam", "'adamw', 'adamw8bit' or 'muon'"),
         ("distill.start=nobody", "distill.start is 'nobody'; choose one of: base, "),
         (
             "distill={start: local_edit, trainable: lora, lr: 1, steps: 1, batch: 3}",

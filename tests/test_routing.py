@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from danceopd.routing import TaskSampler, sample_weights, task_counts
+from danceopd.recipe import WeightPhase
+from danceopd.routing import TaskSampler, sample_weights, task_counts, weights_at
 
 WEIGHTS = {"a": 2.0, "b": 1.0, "c": 1.0}
 
@@ -30,10 +31,10 @@ def test_every_task_weighs_as_the_recipe_says_whatever_its_count():
 
 
 def test_a_sampler_mixes_tasks_and_visits_every_row_once_an_epoch():
-    sampler = TaskSampler({"a": list(range(10)), "b": list(range(10, 14))}, {"a": 1.0, "b": 1.0}, 4, seed=0)
+    sampler = TaskSampler({"a": list(range(10)), "b": list(range(10, 14))}, seed=0)
     drawn: dict[str, list[int]] = {"a": [], "b": []}
     for _ in range(5):
-        rows, tags = sampler.draw()
+        rows, tags = sampler.draw({"a": 2, "b": 2})
         assert set(tags) == {"a", "b"}
         for row, tag in zip(rows, tags, strict=True):
             drawn[tag].append(row)
@@ -43,9 +44,16 @@ def test_a_sampler_mixes_tasks_and_visits_every_row_once_an_epoch():
 
 def test_the_order_hangs_on_the_seed_and_not_on_the_global_generator():
     def order(seed):
-        sampler = TaskSampler({"a": list(range(50))}, {"a": 1.0}, 5, seed)
+        sampler = TaskSampler({"a": list(range(50))}, seed)
         torch.rand(3)
-        return [sampler.draw()[0] for _ in range(4)]
+        return [sampler.draw({"a": 5})[0] for _ in range(4)]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+def test_a_curriculum_changes_a_weight_with_its_phases_and_leaves_the_others():
+    phases = (WeightPhase(until=0.5, weight=1.0), WeightPhase(until=1.0, weight=4.0))
+    seen = [weights_at({"a": phases, "b": 2.0}, step, 4) for step in range(4)]
+    assert [w["a"] for w in seen] == [1.0, 1.0, 4.0, 4.0]
+    assert {w["b"] for w in seen} == {2.0}
