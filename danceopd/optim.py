@@ -76,7 +76,9 @@ def _adamw8bit(params: list[nn.Parameter], lr: float, weight_decay: float) -> to
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("optimizer adamw8bit needs bitsandbytes; install it, or set optimizer: adamw") from error
+        raise UserError(
+            "optimizer adamw8bit needs bitsandbytes; install it by pip install 'danceopd[adamw8bit]', or choose adamw"
+        ) from error
     return AdamW8bit(params, lr=lr, weight_decay=weight_decay)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 
 from danceopd.errors import UserError
 from danceopd.optim import OPTIMIZERS, build_optimizer, lr_factor
+
+EIGHT_BIT = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+NAMES = [pytest.param(name, marks=EIGHT_BIT) if name == "adamw8bit" else name for name in OPTIMIZERS]
 
 
 def network():
@@ -28,7 +33,7 @@ def train(model, optimizer, steps, seed):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_moves_and_the_loss_falls(name):
     model = network()
     before = [p.clone() for p in model.parameters()]
@@ -38,7 +43,7 @@ def test_every_weight_moves_and_the_loss_falls(name):
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_state_resumes_bit_for_bit(name):
     model = network()
     optimizer = build_optimizer(model.parameters(), name, lr=0.02, weight_decay=0.01)
@@ -78,3 +83,18 @@ def test_nothing_to_train_and_unknown_names_are_refused():
         build_optimizer(network().requires_grad_(False).parameters(), "adamw", lr=1.0, weight_decay=0.0)
     with pytest.raises(UserError, match="'adam' is not known; choose one of: adamw, adamw8bit, muon"):
         build_optimizer(network().parameters(), "adam", lr=1.0, weight_decay=0.0)
+
+
+@EIGHT_BIT
+def test_eight_bit_state_is_eight_bits():
+    weight = nn.Linear(256, 256).weight
+    optimizer = build_optimizer([weight], "adamw8bit", lr=0.01, weight_decay=0.0)
+    weight.square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == optimizer.state[weight]["state2"].dtype == torch.uint8
+
+
+def test_eight_bits_without_their_library_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="adamw8bit needs bitsandbytes; install it"):
+        build_optimizer(network().parameters(), "adamw8bit", lr=1.0, weight_decay=0.0)
