@@ -24,7 +24,16 @@ def shard_network(network: nn.Module, processes: Processes) -> None:
 
 def synchronise_gradients(network: nn.Module, last: bool) -> None:
     """Whether the next backward pass shares out its gradients and lets go of the gathered weights."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last, recurse=False)
-            module.set_reshard_after_backward(last, recurse=False)
+    for module in _units(network):
+        module.set_requires_gradient_sync(last, recurse=False)
+        module.set_reshard_after_backward(last, recurse=False)
+
+
+def forget_gathered(network: nn.Module) -> None:
+    """Let go of gathered weights, after the shards they came from were written to."""
+    for module in _units(network):
+        module.reshard()
+
+
+def _units(network: nn.Module) -> list[FSDPModule]:
+    return [module for module in network.modules() if isinstance(module, FSDPModule)]

@@ -16,7 +16,7 @@ from danceopd.fields import VelocityField
 from danceopd.optim import build_optimizer, lr_factor
 from danceopd.processes import Processes, this_process
 from danceopd.recipe import TrainRecipe
-from danceopd.sharding import shard_network, synchronise_gradients
+from danceopd.sharding import forget_gathered, shard_network, synchronise_gradients
 
 
 @dataclass
@@ -123,6 +123,8 @@ class Learner:
     def _put(self, weights: list[Tensor]) -> None:
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.copy_(weight)
+        if self.sharded:
+            forget_gathered(self.field.network)
 
     def finish(self) -> VelocityField:
         """The trained field, whole and frozen: the best weights if any were kept, else the average, else the last."""
@@ -153,8 +155,7 @@ class Learner:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Put back what `state_dict` gave for a learner of the same recipe."""
-        for parameter, saved in zip(self.parameters, state["weights"], strict=True):
-            parameter.copy_(_like(saved, parameter))
+        self._put([_like(saved, p) for saved, p in zip(state["weights"], self.parameters, strict=True)])
         for name in ("average", "best"):
             saved = state[name]
             setattr(self, name, saved and [_like(w, p) for w, p in zip(saved, self.parameters, strict=True)])

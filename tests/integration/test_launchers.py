@@ -1,0 +1,48 @@
+"""The command line under torchrun and accelerate launch: two processes, one product."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from danceopd.files import read_json
+from danceopd.steps import STEP
+
+SETTINGS = [
+    "data.world={t2i: {train: 12, val: 4, test: 4}, local_edit: {train: 12, val: 4, test: 4}}",
+    "tasks={t2i: {teacher: base, needs_source: false, metrics: [scene_accuracy]},"
+    " local_edit: {teacher: editor, needs_source: true, metrics: [preserved_psnr]}}",
+    "teachers={base: {kind: base}, editor: {kind: base}}",
+    "distill={steps: 3, batch: 4, lr: 0.001, rollout_steps: 3, warmup: 1, log_every: 1}",
+    "evaluate={per_task: 2, steps: 2}",
+]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "danceopd"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+                   "-m", "danceopd"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_make_one_student(launcher, tiny_base, tmp_path):
+    sets = [part for setting in [f"model.base={tiny_base}", *SETTINGS] for part in ("--set", setting)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "distill", *sets, "--workspace", str(tmp_path / "ws")]
+    if torch.accelerator.is_available():
+        pytest.skip("this test is for processes without an accelerator")
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [student] = (tmp_path / "ws" / "students").iterdir()
+    assert done.stdout.count(str(student)) == 1
+    facts = read_json(student / STEP)["facts"]
+    assert facts["steps"] == 3
+    history = read_json(student / "history.json")
+    assert sum(sum(bins) for bins in history[0]["sigma_histogram"].values()) == 4  # of both processes
+    assert not list((tmp_path / "ws" / "students").glob(".*"))
