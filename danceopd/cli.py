@@ -144,10 +144,10 @@ def finetune(
     loaded, place = _open(recipe, overrides, workspace)
     base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
     product = steps.finetune_teacher(loaded, teacher, base, data, place)
-    _say(f"{product.folder}  {product.facts['scores']}")
+    _tell(f"{product.folder}  {product.facts['scores']}")
 
 
-def _say(text: str) -> None:
+def _tell(text: str) -> None:
     """One line of result; of several processes the first speaks for all."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text)
@@ -166,7 +166,7 @@ def distill(recipe: RecipeOption = "world", overrides: SetOption = [], workspace
     """Distill the student; missing teachers are made first."""
     loaded, place = _open(recipe, overrides, workspace)
     *_, student = _student(loaded, place)
-    _say(f"{student.pipeline}  loss {student.facts['loss']}")
+    _tell(f"{student.pipeline}  loss {student.facts['loss']}")
 
 
 @app.command()
@@ -177,7 +177,7 @@ def evaluate(recipe: RecipeOption = "world", overrides: SetOption = [], workspac
     loaded, place = _open(recipe, overrides, workspace)
     evaluation = steps.evaluate_student(loaded, *_student(loaded, place), place)
     verdict = "holds all its gates" if evaluation.facts["passed"] else "fails a gate"
-    _say(f"{evaluation.folder / 'report.html'}: the student {verdict}")
+    _tell(f"{evaluation.folder / 'report.html'}: the student {verdict}")
 
 
 @app.command()
