@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ from danceopd.objectives import velocity_matching_loss
 from danceopd.processes import share
 from danceopd.progress import StepProgress
 from danceopd.queries import QueryWindow, WindowSchedule, query_window
-from danceopd.recipe import DistillRecipe, SelectRecipe, Weight
+from danceopd.recipe import MERGES, DistillRecipe, SelectRecipe, Weight
 from danceopd.resume import Checkpoints, resumable
 from danceopd.rollout import roll_out
 from danceopd.routing import TaskSampler, sample_weights, task_counts, weights_at
 from danceopd.training import Learner, new_learner
+
+if TYPE_CHECKING:
+    from danceopd.baselines.merges import Merge
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +157,13 @@ class HardRoutedOnPolicy:
         figures.add(group.tags, losses.detach(), query.sigma, spent)
 
 
-def method_of(spec: DistillRecipe) -> Method:
+def method_of(spec: DistillRecipe) -> Method | Merge:
     """The method a recipe's `distill.method` names."""
-    return HardRoutedOnPolicy()
+    if spec.method == "danceopd":
+        return HardRoutedOnPolicy()
+    from danceopd.baselines import BASELINES  # they are made of this module's parts
+
+    return BASELINES[spec.method](spec)
 
 
 def draw_groups(
@@ -257,12 +264,15 @@ def distill(
     Returns:
         The student's field, frozen, and its history: one entry a logged step with the mean loss by task since the
         last, counts of query noise levels by task, forwards a sample and the gradient norm, and what validated then.
+        A merge trains nothing: its one entry is of step 0, with no losses.
 
     Raises:
         Interrupted: after a save, if SIGTERM came.
         UserError: if there are fewer samples in a batch than processes.
     """
     method = method_of(spec)
+    if spec.method in MERGES:
+        return _merged(method, backbone, teachers, teacher_of, spec, preview, validate)
     learner = new_learner(backbone, "student", spec, teachers.get(spec.start))
     if spec.batch < learner.processes.count:
         raise UserError(f"distill.batch {spec.batch}: {learner.processes.count} processes need a sample each")
@@ -306,6 +316,25 @@ def distill(
                     preview(field, done)
             keeper.after(done, history=history, since=vars(since), selection=vars(selection))
     return learner.finish(), history
+
+
+def _merged(
+    method: Merge,
+    backbone: Backbone,
+    teachers: dict[str, VelocityField],
+    teacher_of: dict[str, str],
+    spec: DistillRecipe,
+    preview: Callable[[VelocityField, int], None] | None,
+    validate: Callable[[VelocityField], Validation] | None,
+) -> tuple[VelocityField, list[dict]]:
+    student = method.student(backbone, [teachers[name] for name in sorted(set(teacher_of.values()))])
+    selection = Selection()
+    if spec.select is not None:
+        selection.see(0, validate(student), spec.select)
+    if preview is not None:
+        preview(student, 0)
+    entry = {"step": 0, "loss": {}, "sigma_histogram": {}, "forwards_per_sample": 0.0}
+    return student, [entry | selection.news(0)]
 
 
 @dataclass

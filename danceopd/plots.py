@@ -16,8 +16,11 @@ def plot_history(history: list[dict], path: Path) -> None:
     tasks = sorted({task for entry in history for task in entry["loss"]})
     for task in tasks:
         losses.plot(steps, [entry["loss"].get(task, np.nan) for entry in history], label=task)
-    losses.set(xlabel="step", ylabel="velocity MSE to the teacher", yscale="log")
-    losses.legend(frameon=False)
+    if tasks:
+        losses.set(xlabel="step", ylabel="loss", yscale="log")
+        losses.legend(frameon=False)
+    else:
+        losses.set(title="nothing was trained")
     bottom = None
     for task in tasks:
         counts = np.sum([entry["sigma_histogram"][task] for entry in history if task in entry["sigma_histogram"]], 0)

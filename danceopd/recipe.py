@@ -133,7 +133,15 @@ class SelectRecipe(_Part):
     stop_when_held: bool = Field(False, description="end at the first validation that holds every gate")
 
 
-METHODS = ("danceopd",)
+MERGES = ("merge_average", "merge_task_arithmetic", "merge_ties")  # methods that train nothing
+METHODS = ("danceopd", "off_policy", "soft", "dense", "diffusion_opd", "flow_opd", "joint", *MERGES)
+
+# Which methods read a knob that the others have no use for.
+READ_BY = {
+    "queries": ("dense",),
+    "merge_scale": ("merge_task_arithmetic", "merge_ties"),
+    "merge_density": ("merge_ties",),
+}
 
 
 class DistillRecipe(TrainRecipe):
@@ -144,7 +152,13 @@ class DistillRecipe(TrainRecipe):
     """
 
     method: Literal[METHODS] = "danceopd"
-
+    queries: int | None = Field(None, gt=0, description="dense: query states a sample (K); default 8")
+    merge_scale: float | None = Field(
+        None, gt=0, description="of the merged task vectors; default 0.4 for merge_task_arithmetic, 1 for merge_ties"
+    )
+    merge_density: float | None = Field(
+        None, gt=0, le=1, description="merge_ties: share of each task vector's entries kept; default 0.2"
+    )
     start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
     rollout_steps: int = Field(16, gt=0)
     window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
@@ -157,6 +171,13 @@ class DistillRecipe(TrainRecipe):
         if isinstance(self.window, tuple) and isinstance(self.window[0], WindowPhase):
             return self.window
         return (WindowPhase(until=1.0, window=self.window),)
+
+    @model_validator(mode="after")
+    def _knobs_fit_the_method(self):
+        for knob, methods in READ_BY.items():
+            if getattr(self, knob) is not None and self.method not in methods:
+                raise ValueError(f"{knob} is for method {' or '.join(methods)}, and method is {self.method}; remove it")
+        return self
 
     @model_validator(mode="after")
     def _windows_fit(self):

@@ -31,6 +31,14 @@ def test_shipped_recipes_load_and_survive_json(name):
         ("distill.parallel=shard", "parallel: shard is for trainable: full with optimizer: adamw"),
         ("distill.optimizer=adam", "'adamw', 'adamw8bit' or 'muon'"),
         ("distill.start=nobody", "distill.start is 'nobody'; choose one of: base, "),
+        ("distill.method=dance", "Input should be 'danceopd', 'off_policy', 'soft', 'dense'"),
+        ("distill.queries=8", "queries is for method dense, and method is danceopd; remove it"),
+        (
+            "distill.merge_scale=1",
+            "merge_scale is for method merge_task_arithmetic or merge_ties, and",
+        ),
+        ("distill.merge_density=0.5", "merge_density is for method merge_ties, and method is danceopd; remove it"),
+        ("distill.merge_density=0", r"distill\.merge_density: Input should be greater than 0"),
         (
             "distill={start: local_edit, trainable: lora, lr: 1, steps: 1, batch: 3}",
             "a LoRA student starts from the base",

@@ -119,6 +119,19 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
         torch.testing.assert_close(lora, written, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("method", "trained"), [("joint", 3), ("merge_average", 0)])
+def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder, workspace, made, method, trained):
+    settings = ["distill.start=base", "distill.trainable=full", f"distill.method={method}"]
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    student = steps.distill_student(recipe, *made[:3], workspace)
+    assert student.facts["steps"] == trained
+    assert set(student.facts["loss"]) == (set(recipe.tasks) if trained else set())
+    assert student.facts["forwards_per_sample"] == trained
+    assert sorted(p.name for p in (student.folder / "previews").iterdir())[-1] == "training.png"
+    assert load_backbone(student.pipeline, recipe.model).transformer is not None
+    assert student.digest != made[3].digest
+
+
 def test_evaluation_and_registration_follow(recipe, workspace, made):
     base, data, teachers, student = made
     evaluation = steps.evaluate_student(recipe, base, data, teachers, student, workspace)

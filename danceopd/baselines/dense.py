@@ -1,0 +1,69 @@
+"""Dense queries: K states of one rollout instead of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from danceopd.backbones.base import Condition
+from danceopd.baselines.matching import match_velocity
+from danceopd.distill import Distillation, Group, UpdateFigures
+from danceopd.fields import VelocityField, routed_velocity
+from danceopd.training import Learner
+
+
+@torch.no_grad()
+def states_on_the_way(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Tensor:
+    """The states at several stops of one rollout a sample: (B, K, N, C); B * max(stop) forwards at most.
+
+    Args:
+        field: the student.
+        noise: (B, N, C), the state at grid[0].
+        grid: (steps + 1,), falling.
+        stop: (B, K), int64, rising along K; a sample leaves the rollout at its last.
+        condition: of the same B samples.
+    """
+    state = noise.clone()
+    kept = noise.new_empty(*stop.shape, *noise.shape[1:])
+    final = stop[:, -1]
+    for step in range(int(final.max()) + 1):
+        sample, query = (stop == step).nonzero(as_tuple=True)
+        kept[sample.to(noise.device), query.to(noise.device)] = state[sample.to(noise.device)]
+        index = (final > step).nonzero().flatten().to(noise.device)
+        if len(index):
+            sigma = grid[step].expand(len(index)).to(noise)
+            velocity = field(state[index], sigma, condition.rows(index)).to(state.dtype)
+            state[index] += (grid[step + 1] - grid[step]).to(state) * velocity
+    return kept
+
+
+class Dense:
+    """DanceOPD with one change: K queries a sample on the same path, their losses averaged.
+
+    It is the dense-query ablation of DanceOPD (arXiv 2606.27377, its table over K). The K noise levels are drawn from
+    the query window independently. A sample costs the steps before its last query and, K times, 1 teacher and 3
+    student forwards. The queries are worked off one after the other, so K costs no memory but for the K states.
+
+    Args:
+        queries: K.
+    """
+
+    seeded = False
+    needs_targets = False
+
+    def __init__(self, queries: int):
+        self.queries = queries
+
+    def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        """See `Method`."""
+        states = states_on_the_way(learner.field, group.noise, setup.grid, group.stop, group.condition)
+        sigmas = setup.grid[group.stop].to(group.noise)
+        routes, losses = setup.routes(group.tags), []
+        for k in range(self.queries):
+            state, sigma = states[:, k], sigmas[:, k]
+            target = routed_velocity(setup.teachers, routes, state, sigma, group.condition)
+            sync = group.last and k == self.queries - 1
+            loss, _ = match_velocity(setup, learner, group, state, sigma, target, sync, 1 / self.queries)
+            losses.append(loss * self.queries)
+        spent = int(group.stop[:, -1].sum()) + len(group.rows) * self.queries * (1 + learner.update_forwards)
+        figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas.flatten(), spent)

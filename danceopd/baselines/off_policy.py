@@ -1,0 +1,31 @@
+"""Off-policy distillation: the teacher is asked at noised data, where the student need never come."""
+
+from __future__ import annotations
+
+import torch
+
+from danceopd.baselines.matching import match_velocity
+from danceopd.distill import Distillation, Group, UpdateFigures
+from danceopd.fields import routed_velocity
+from danceopd.training import Learner
+
+
+class OffPolicy:
+    """DanceOPD with one change: the query is z = (1 - sigma) x + sigma eps, x the record's target, not a rollout's end.
+
+    Noise level, noise and route are those DanceOPD would draw; at sigma = 1 both ask at the same state. It is the
+    off-policy baseline of DanceOPD (arXiv 2606.27377). A sample costs 1 teacher and 3 student forwards.
+    """
+
+    queries = 1
+    seeded = False
+    needs_targets = True
+
+    def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        """See `Method`."""
+        sigma = setup.grid[group.stop[:, 0]].to(group.noise)
+        clean = setup.encoded.target(group.rows, learner.device).to(group.noise)
+        state = torch.lerp(clean, group.noise, sigma[:, None, None])
+        target = routed_velocity(setup.teachers, setup.routes(group.tags), state, sigma, group.condition)
+        losses, _ = match_velocity(setup, learner, group, state, sigma, target, sync=group.last)
+        figures.add(group.tags, losses, sigma, len(group.rows) * (1 + learner.update_forwards))

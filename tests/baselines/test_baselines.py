@@ -1,0 +1,42 @@
+"""The table of methods is the recipe's, and each knob is for those that read it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from danceopd.baselines import BASELINES
+from danceopd.baselines.merges import Merge
+from danceopd.distill import HardRoutedOnPolicy, method_of
+from danceopd.recipe import MERGES, METHODS
+
+
+def test_the_recipes_names_are_the_tables(bench):
+    assert set(METHODS) == {"danceopd", *BASELINES}
+    assert isinstance(method_of(bench.spec()), HardRoutedOnPolicy)
+    for name in METHODS:
+        assert isinstance(method_of(bench.spec(method=name)), Merge) == (name in MERGES)
+
+
+@pytest.mark.parametrize(("name", "needs"), [("off_policy", True), ("joint", True), ("soft", False), ("dense", False),
+                                             ("merge_ties", False), ("danceopd", False)])  # fmt: skip
+def test_who_trains_on_target_images_says_so(bench, name, needs):
+    assert method_of(bench.spec(method=name)).needs_targets == needs
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in MERGES])
+def test_every_method_trains_a_lora_in_low_precision_with_activations_computed_again(bench, name):
+    before = [p.clone() for p in bench.teachers["editor"].network.parameters()]
+    changes = {"trainable": "lora", "precision": "bfloat16", "activation_checkpointing": True, "steps": 2}
+    learner, setup, method = bench.learner(), bench.setup(), method_of(bench.spec(method=name))
+    plain = bench.update(method, bench.groups(setup, method, learner), setup, learner)
+    student, history = bench.distill(method=name, **changes)
+    assert all(math.isfinite(loss) for entry in history for loss in entry["loss"].values())
+    assert history[0]["grad_norm"] > 0
+    assert student.adapter == "student"
+    if name in ("joint", "diffusion_opd", "flow_opd"):  # whose cost hangs on no draw
+        passes = len(plain.losses["t2i"]) // 2
+        assert history[0]["forwards_per_sample"] == plain.forwards_per_sample + passes
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.teachers["editor"].network.parameters(), strict=True))
