@@ -95,15 +95,20 @@ def load_lora(network: nn.Module, name: str, folder: Path) -> None:
     if wanted != set(state):
         wrong = sorted(wanted ^ set(state))
         raise UserError(f"{folder}: {len(wrong)} LoRA weights do not match the transformer, first: {wrong[0]}")
-    set_peft_model_state_dict(network, state, adapter_name=name)
     for parameter in adapter_parameters(network, name):
         parameter.requires_grad_(False)
+        parameter.data = parameter.data.float()  # whatever the base's dtype, before the weights come in
+    set_peft_model_state_dict(network, state, adapter_name=name)
 
 
 def plain_copy(network: nn.Module, merge: str | None = None) -> nn.Module:
-    """A copy of the network that holds no adapter, with adapter `merge` worked into its weights if one is named."""
+    """A copy of the network that holds no adapter, with adapter `merge` worked into its weights if one is named.
+
+    The merged weights are float32: a 16-bit base would swallow the adapter's small changes.
+    """
     plain = copy.deepcopy(network)
     if merge is not None:
+        plain = plain.float()
         for layer in _tuner_layers(plain):
             layer.merge(adapter_names=[merge])
     for path, module in list(plain.named_modules()):

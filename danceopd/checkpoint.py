@@ -1,26 +1,31 @@
 """Fields on disk: a teacher's or student's folder, written whole and read back as a velocity field.
 
 A field folder holds `field.json` and, by its `kind`: nothing else (`base`), `transformer/` (`full`, diffusers' own
-layout), or `lora/` (`lora`, PEFT's own layout).
+layout), or `lora/` (`lora`, PEFT's own layout). A guided field's `field.json` holds its `guidance` as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from danceopd.adapters import CONFIG, load_lora, save_lora
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.errors import UserError, unknown_name
-from danceopd.fields import VelocityField
-from danceopd.files import FIELD, forget_origin, read_json, write_json
+from danceopd.fields import Field, VelocityField
+from danceopd.files import FIELD, forget_origin, hash_folder, read_json, write_json
+from danceopd.offload import OffloadedWeights
+from danceopd.operators import GuidedField
 
 KINDS = ("base", "full", "lora")
 
 
-def save_field(field: VelocityField, folder: Path) -> None:
-    """Write a field's own weights (the adapter, or the whole transformer) below `folder`."""
+def save_field(field: Field, folder: Path) -> None:
+    """Write a field's own weights (the adapter, or the whole transformer) and its guidance below `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if field.adapter is not None:
@@ -32,7 +37,10 @@ def save_field(field: VelocityField, folder: Path) -> None:
         field.network.save_pretrained(folder / "transformer", safe_serialization=True)
         forget_origin(folder)
         kind = "full"
-    write_json(folder / FIELD, {"kind": kind, "name": field.name})
+    about: dict = {"kind": kind, "name": field.name}
+    if isinstance(field, GuidedField):
+        about["guidance"] = {"scale": field.scale, "batched": field.batched}
+    write_json(folder / FIELD, about)
 
 
 def field_kind(folder: Path) -> str:
@@ -54,25 +62,90 @@ def field_kind(folder: Path) -> str:
     raise UserError(f"{folder}: neither a PEFT LoRA folder, nor a transformer or pipeline folder")
 
 
-def load_field(backbone: Backbone, name: str, folder: Path) -> VelocityField:
+def field_guidance(folder: Path) -> dict | None:
+    """A field folder's guidance, {"scale", "batched"}, or None if its field is not guided.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    path = Path(folder) / FIELD
+    found = read_json(path).get("guidance") if path.is_file() else None
+    if found is None:
+        return None
+    fits = isinstance(found, dict) and set(found) == {"scale", "batched"} and isinstance(found["batched"], bool)
+    if not fits or not isinstance(found["scale"], int | float):
+        raise UserError(f'{path}: guidance is {found!r}; write {{"scale": 3.5, "batched": true}}')
+    return found
+
+
+def load_field(
+    backbone: Backbone, name: str, folder: Path, empty: Callable[[], Tensor] | None = None
+) -> VelocityField | GuidedField:
     """Read a field, frozen. A LoRA becomes one more adapter on the backbone's own transformer.
+
+    Args:
+        backbone: the model family and base.
+        name: the field's name from now on.
+        folder: a field folder, or what `field_kind` knows besides.
+        empty: gives the empty prompt's embedding (L, D), asked if the field is guided; default: encode it now.
 
     Raises:
         UserError: if weights are missing or do not match.
     """
+    return load_fields(backbone, {name: folder}, empty)[name]
+
+
+def load_fields(
+    backbone: Backbone,
+    folders: Mapping[str, Path],
+    empty: Callable[[], Tensor] | None = None,
+    offload: torch.device | None = None,
+) -> dict[str, VelocityField | GuidedField]:
+    """Read several fields, each frozen; those that hold the same full weights share one network.
+
+    Args:
+        backbone: the model family and base.
+        folders: field folders by name.
+        empty: as for `load_field`.
+        offload: full weights wait in CPU memory and visit this device to be asked; None: they stay on the device.
+
+    Raises:
+        UserError: if weights are missing or do not match.
+    """
+    kinds = {name: field_kind(folder) for name, folder in folders.items()}
+    several = sum(kind == "full" for kind in kinds.values()) > 1
+    plain: dict[str, VelocityField] = {}
+    first: dict[str, str] = {}  # by the weights' hash, if there can be two of the same
+    for name, folder in folders.items():
+        key = hash_folder(_weights(folder), "*.safetensors") if several and kinds[name] == "full" else name
+        same = plain.get(first.setdefault(key, name))
+        plain[name] = replace(same, name=name) if same else _load_plain(backbone, name, folder, kinds[name], offload)
+    guidance = {name: field_guidance(folder) for name, folder in folders.items()}
+    if not any(guidance.values()):
+        return dict(plain)
+    embedding = empty() if empty is not None else backbone.encode_prompts([""])[0]
+    return {name: GuidedField(plain[name], empty=embedding, **g) if g else plain[name] for name, g in guidance.items()}
+
+
+def _weights(folder: Path) -> Path:
+    inner = Path(folder) / "transformer"
+    return inner if inner.is_dir() else Path(folder)
+
+
+def _load_plain(backbone: Backbone, name: str, folder: Path, kind: str, offload: torch.device | None) -> VelocityField:
     folder = Path(folder)
-    kind = field_kind(folder)
     if kind == "base":
         return VelocityField(name, backbone, backbone.transformer)
     if kind == "lora":
         load_lora(backbone.transformer, name, folder / "lora" if (folder / "lora").is_dir() else folder)
         return VelocityField(name, backbone, backbone.transformer, adapter=name)
     network = backbone.new_transformer(folder).requires_grad_(False).eval()
-    return VelocityField(name, backbone, network)
+    visits = None if offload is None else OffloadedWeights(network, offload)
+    return VelocityField(name, backbone, network, offloaded=visits)
 
 
 @torch.no_grad()
-def probe(field: VelocityField, condition: Condition, seed: int = 0) -> torch.Tensor:
+def probe(field: Field, condition: Condition, seed: int = 0) -> torch.Tensor:
     """The velocity at one fixed random state: equal probes, equal fields. For proving that an export came back."""
     shape = field.backbone.latent_shape(condition.height, condition.width)
     state = torch.randn(len(condition), *shape, generator=torch.Generator().manual_seed(seed)).to(condition.prompt)

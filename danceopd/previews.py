@@ -11,7 +11,7 @@ from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record, decode_image
 from danceopd.evaluation.evaluate import draw_field
 from danceopd.evaluation.grids import picture_grid
-from danceopd.fields import VelocityField
+from danceopd.fields import Field
 from danceopd.recipe import EvaluateRecipe
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Previewer:
         self,
         records: list[Record],
         encoded: EncodedRecords,
-        teachers: dict[str, VelocityField],
+        teachers: dict[str, Field],
         teacher_of: dict[str, str],
         spec: EvaluateRecipe,
         folder: Path,
@@ -43,7 +43,7 @@ class Previewer:
         self._ids = [record.id for record in records]
         self._taught: list[np.ndarray] | None = None
 
-    def __call__(self, student: VelocityField, step: int) -> None:
+    def __call__(self, student: Field, step: int) -> None:
         if self._taught is None:
             self._taught = self._draw_teachers()
         drawn = draw_field(student, self._encoded, self._ids, self._spec)

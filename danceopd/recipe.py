@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 # How often training is saved and how much of that is kept.
 KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
+# Where weights wait, and what is worked off at once.
+PLACING = {"offload": True}
 
 
 class _Part(BaseModel):
@@ -28,7 +30,7 @@ class _Part(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
-        return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING})
+        return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
 
 
 class ModelRecipe(_Part):
@@ -41,6 +43,12 @@ class ModelRecipe(_Part):
     width: int = Field(gt=0)
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
     text_encoder_out_layers: tuple[int, ...] = Field((9, 18, 27), description="hidden states that make the embedding")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen base, text encoder and full-checkpoint teachers; what trains is float32"
+    )
+    offload: bool = Field(
+        False, description="full-checkpoint teachers wait in CPU memory and visit the accelerator for their queries"
+    )
 
 
 class DataRecipe(_Part):
@@ -188,13 +196,20 @@ class DistillRecipe(TrainRecipe):
         return self
 
 
-class BaseTeacher(_Part):
+class _Guided(_Part):
+    """A teacher whose field may be the guided one, v_empty + guidance (v_cond - v_empty), for the student to absorb."""
+
+    guidance: float | None = Field(None, gt=1, description="scale of classifier-free guidance; none: the plain field")
+    guidance_batched: bool = Field(True, description="both sides in one forward pass; false: two, in less memory")
+
+
+class BaseTeacher(_Guided):
     """The base itself serves as teacher."""
 
     kind: Literal["base"]
 
 
-class FinetunedTeacher(_Part):
+class FinetunedTeacher(_Guided):
     """A teacher fine-tuned in the run, on one task."""
 
     kind: Literal["finetune"]
@@ -202,7 +217,7 @@ class FinetunedTeacher(_Part):
     train: FinetuneRecipe
 
 
-class CheckpointTeacher(_Part):
+class CheckpointTeacher(_Guided):
     """A teacher that exists already: a diffusers pipeline or transformer folder, or a PEFT LoRA folder."""
 
     kind: Literal["checkpoint", "lora"]
@@ -304,6 +319,8 @@ class Recipe(_Part):
             or "student" in self.teachers
         ):
             raise ValueError("teachers: 'student' is the student's name, and 'base' the base's (kind: base); rename it")
+        if "base" in self.teachers and self.teachers["base"].guidance is not None:
+            raise ValueError("teachers.base.guidance: 'base' is the plain base; give the guided one another name")
         starts = dict.fromkeys(("base", *self.teachers))
         if self.distill.start not in starts:
             raise ValueError(f"distill.start is {self.distill.start!r}; choose one of: {', '.join(starts)}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
-from danceopd.fields import VelocityField
+from danceopd.fields import Field
 from danceopd.rollout import roll_out
 
 
@@ -16,7 +16,7 @@ def seeded_noise(seeds: list[int], shape: tuple[int, int], device: torch.device 
     return torch.stack(rows).to(device)
 
 
-def sample_pixels(field: VelocityField, condition: Condition, seeds: list[int], steps: int) -> Tensor:
+def sample_pixels(field: Field, condition: Condition, seeds: list[int], steps: int) -> Tensor:
     """Draw pictures (B, 3, H, W) in [-1, 1] on the CPU, float32.
 
     Args:
@@ -28,7 +28,8 @@ def sample_pixels(field: VelocityField, condition: Condition, seeds: list[int], 
     backbone, height, width = field.backbone, condition.height, condition.width
     noise = seeded_noise(seeds, backbone.latent_shape(height, width), condition.prompt.device)
     grid = backbone.sigmas(steps, height, width)
-    latents = roll_out(field, noise, grid, torch.full((len(seeds),), steps), condition).state
+    with field.resident():
+        latents = roll_out(field, noise, grid, torch.full((len(seeds),), steps), condition).state
     return backbone.decode(latents, height, width).float().cpu()
 
 

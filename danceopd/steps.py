@@ -25,9 +25,11 @@ from danceopd.files import FIELD, atomic_folder, content_key, hash_file, hash_fo
 from danceopd.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from torch import Tensor
+
     from danceopd.backbones.base import Backbone
     from danceopd.data.encoded import EncodedRecords
-    from danceopd.fields import VelocityField
+    from danceopd.fields import Field, VelocityField
     from danceopd.processes import Processes
     from danceopd.registry import Registration
 
@@ -267,11 +269,33 @@ def _encode(
     dataset = open_dataset(Path(data.facts["dataset"]))
     records = [record for task in tasks for record in dataset.records(split, task, limit)]
     cache = Path(workspace) / "cache"
-    model = recipe.model
-    key = content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
+    model, key = recipe.model, _encoding_key(recipe, base)
     with _main_first():
         encoded = encode_records(backbone, records, model.height, model.width, cache, key, targets)
     return records, encoded
+
+
+def _encoding_key(recipe: Recipe, base: Product) -> str:
+    model = recipe.model
+    return content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers, model.dtype)
+
+
+def _encode_empty(recipe: Recipe, backbone: Backbone, base: Product, workspace: Path) -> Tensor:
+    from danceopd.data.encoded import encode_empty
+
+    with _main_first():
+        return encode_empty(backbone, Path(workspace) / "cache", _encoding_key(recipe, base))
+
+
+def _load_teachers(
+    recipe: Recipe, backbone: Backbone, base: Product, teachers: dict[str, Product], workspace: Path
+) -> dict[str, Field]:
+    from danceopd.checkpoint import load_fields
+    from danceopd.processes import this_process
+
+    folders = {name: product.folder for name, product in teachers.items()}
+    offload = this_process().device if recipe.model.offload else None
+    return load_fields(backbone, folders, lambda: _encode_empty(recipe, backbone, base, workspace), offload)
 
 
 def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path) -> Product:
@@ -283,28 +307,31 @@ def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product,
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
     spec = recipe.teachers[teacher]
-    inputs = [base.digest, recipe.model.model_dump(mode="json"), spec.decisive(), recipe.evaluate.steps]
+    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps]
     if isinstance(spec, CheckpointTeacher):
         inputs.append(hash_folder(Path(spec.path)))
-    if not isinstance(spec, BaseTeacher):
+    plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
+    if not plain_base:
         inputs.append(data.facts["content"])
         inputs.append([(t, s.metrics) for t, s in recipe.tasks.items() if s.teacher == teacher])
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
 
-    return _make(workspace, "teachers", teacher, inputs, build, together=not isinstance(spec, BaseTeacher))
+    return _make(workspace, "teachers", teacher, inputs, build, together=not plain_base)
 
 
 def _build_teacher(
     recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path
 ) -> dict:
     spec = recipe.teachers[teacher]
-    if isinstance(spec, BaseTeacher):
+    if isinstance(spec, BaseTeacher) and spec.guidance is None:
         write_json(scratch / FIELD, {"kind": "base", "name": teacher})
         return {"kind": "base", "scores": {}}
 
     from danceopd.checkpoint import load_field, save_field
+    from danceopd.fields import VelocityField
+    from danceopd.operators import GuidedField
 
     backbone = _open_backbone(recipe, base)
     facts: dict[str, Any] = {"kind": spec.kind}
@@ -318,8 +345,18 @@ def _build_teacher(
         field, history = finetune(backbone, teacher, encoded, spec.train, saves)
         write_json(scratch / "history.json", history)
         facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"]}
+    elif isinstance(spec, CheckpointTeacher):
+        from danceopd.preflight import check_pipeline, settle
+
+        settle(check_pipeline(teacher, Path(spec.path), base.pipeline))
+        field = load_field(backbone, teacher, Path(spec.path), lambda: _encode_empty(recipe, backbone, base, workspace))
     else:
-        field = load_field(backbone, teacher, Path(spec.path))
+        field = VelocityField(teacher, backbone, backbone.transformer)
+    if spec.guidance is not None:
+        plain = field.field if isinstance(field, GuidedField) else field  # the recipe's scale goes before the folder's
+        field = GuidedField(
+            plain, spec.guidance, _encode_empty(recipe, backbone, base, workspace), spec.guidance_batched
+        )
     save_field(field, scratch)
     facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
     return facts
@@ -332,7 +369,7 @@ def _require_targets(encoded: EncodedRecords, task: str) -> None:
                         "each")  # fmt: skip
 
 
-def _prove_teacher(recipe: Recipe, field: VelocityField, base: Product, data: Product, workspace: Path) -> dict:
+def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, workspace: Path) -> dict:
     """Score base and teacher on the validation records of every task the teacher serves.
 
     Raises:
@@ -380,7 +417,7 @@ def distill_student(
     judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,
               {task: spec["weight"] for task, spec in tasks.items()}, judged,
-              recipe.model.model_dump(mode="json"), recipe.distill.decisive()]  # fmt: skip
+              recipe.model.decisive(), recipe.distill.decisive()]  # fmt: skip
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
@@ -392,10 +429,10 @@ def _build_student(
     recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
     checkpoints: Path,
 ) -> dict:  # fmt: skip
-    from danceopd.checkpoint import load_field
     from danceopd.distill import distill, method_of
     from danceopd.evaluation.validate import GateValidator
     from danceopd.plots import plot_history
+    from danceopd.preflight import preflight, settle
     from danceopd.previews import Previewer
     from danceopd.processes import this_process
     from danceopd.resume import Checkpoints
@@ -407,10 +444,7 @@ def _build_student(
     if targets:
         for task in tasks:
             _require_targets(encoded, task)
-    lacking = sorted(set(tasks) - set(encoded.tasks))
-    if lacking:
-        raise UserError(f"no training records for task(s) {', '.join(lacking)}; the dataset has none in 'train'")
-    fields = {name: load_field(backbone, name, product.folder) for name, product in teachers.items()}
+    fields = _load_teachers(recipe, backbone, base, teachers, workspace)
     teacher_of = {task: recipe.tasks[task].teacher for task in tasks}
     shown = _encode(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
@@ -423,6 +457,10 @@ def _build_student(
         limit = recipe.distill.select.per_task
         sets = {t: _encode(recipe, backbone, base, data, workspace, "val", False, (t,), limit) for t in tasks}
         validate = GateValidator(recipe, fields, sets)
+    backbone.free_encoders()  # everything is encoded
+    facts = {name: product.facts for name, product in teachers.items()}
+    counts, processes = data.facts["counts"], this_process()
+    settle(preflight(recipe, backbone, base.pipeline, fields, facts, encoded, counts, processes.count))
     student, history = distill(
         backbone, encoded, fields, teacher_of, weights, recipe.distill, previewer, saves, validate
     )
@@ -440,20 +478,22 @@ def _export(student: VelocityField, recipe: Recipe, scratch: Path) -> None:
     """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
     from safetensors.torch import save_file
 
+    from danceopd.adapters import plain_copy
     from danceopd.backbones.base import Condition
     from danceopd.checkpoint import probe, save_field
+    from danceopd.fields import VelocityField
 
     backbone, model = student.backbone, recipe.model
     save_field(student, scratch)
-    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
-    save_file({"velocity": probe(student, condition)}, scratch / "probe.safetensors")
     if student.adapter is None:
-        backbone.save(scratch / "pipeline", student.network)
+        exported = student
         shutil.rmtree(scratch / "transformer")  # the pipeline folder holds it
-        return
-    from danceopd.adapters import plain_copy
-
-    backbone.save(scratch / "pipeline", plain_copy(student.network, merge=student.adapter))
+    else:
+        exported = VelocityField(student.name, backbone, plain_copy(student.network, merge=student.adapter))
+    backbone.save(scratch / "pipeline", exported.network)
+    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
+    proved = student if model.dtype == "float32" else exported  # a 16-bit base rounds what the export does not
+    save_file({"velocity": probe(proved, condition)}, scratch / "probe.safetensors")
 
 
 # -------------------------------------------------------------------------------------------- evaluation, registration
@@ -464,7 +504,7 @@ def evaluate_student(
 ) -> Product:
     """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in sorted(teachers.items())}, student.digest,
-              recipe.model.model_dump(mode="json"), recipe.evaluate.model_dump(mode="json"),
+              recipe.model.decisive(), recipe.evaluate.model_dump(mode="json"),
               {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}]  # fmt: skip
 
     def build(scratch: Path, _: Path) -> dict:
@@ -477,7 +517,8 @@ def _build_evaluation(
     recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path,
     scratch: Path,
 ) -> dict:  # fmt: skip
-    from danceopd.checkpoint import load_field
+    import torch
+
     from danceopd.data.assemble import open_dataset
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
@@ -485,12 +526,11 @@ def _build_evaluation(
 
     backbone = _open_backbone(recipe, base)
     fields = {"base": VelocityField("base", backbone, backbone.transformer)}
-    fields |= {name: load_field(backbone, name, product.folder) for name, product in teachers.items()}
-    fields["student"] = VelocityField("student", backbone, backbone.new_transformer(student.pipeline))
+    fields |= _load_teachers(recipe, backbone, base, teachers, workspace)
+    trained = backbone.new_transformer(student.pipeline, torch.float32)
+    fields["student"] = VelocityField("student", backbone, trained)
     dataset = open_dataset(Path(data.facts["dataset"]))
-    model = recipe.model
-    key = content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
-    evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", key)
+    evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", _encoding_key(recipe, base))
     provenance = lineage(recipe, base, data, teachers, student) | {"training": student.facts}
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")

@@ -47,6 +47,9 @@ def test_shipped_recipes_load_and_survive_json(name):
         ("tasks.t2i.teacher=nobody", "tasks.t2i.teacher is 'nobody'; teachers are: base, local_edit, global_style"),
         ("teachers.local_edit.task=paint", "teachers.local_edit.task is 'paint'; tasks are: "),
         ("teachers.base={kind: checkpoint, path: x}", "'base' the base's"),
+        ("teachers.base.guidance=3.5", "'base' is the plain base; give the guided one another name"),
+        ("teachers.local_edit.guidance=1", "guidance: Input should be greater than 1"),
+        ("model.dtype=float16", "'float32' or 'bfloat16'"),
         ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
         ("tasks.t2i.gates=[{metric: scene_accuracy, champion_margin: 0}]", "exactly one of 'retain' and 'max_drop'"),
         ("data.inputs=[x.parquet]", "give either 'inputs'"),
@@ -104,3 +107,9 @@ def test_how_often_training_is_saved_names_no_product():
 def test_saves_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=setting.split("=")[0]):
         load_recipe("world", [setting])
+
+
+def test_where_weights_wait_names_no_product():
+    plain, offloaded = load_recipe("world"), load_recipe("world", ["model.offload=true"])
+    assert offloaded.model.decisive() == plain.model.decisive()
+    assert load_recipe("world", ["model.dtype=bfloat16"]).model.decisive() != plain.model.decisive()

@@ -177,6 +177,82 @@ def test_a_task_without_training_records_is_named(recipe, workspace, made, base_
         steps.distill_student(bare, base, data, teachers, workspace)
 
 
+def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monkeypatch, caplog):
+    from danceopd.evaluation import evaluate as ev
+
+    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong", "distill.start=base",
+                "tasks.t2i.metrics=[scene_accuracy, psnr]", "tasks.t2i.gates=[]"]  # fmt: skip
+    guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    base, data, teachers, _ = made
+    scores = iter([0.1, 0.2])  # the random base's guided pictures are no better than its own
+    monkeypatch.setattr(ev, "score_records", lambda field, *_: ev.Scored(None, {"scene_accuracy": [next(scores)]}))
+    strong = steps.finetune_teacher(guided, "strong", base, data, workspace)
+    monkeypatch.undo()
+    assert read_json(strong.folder / "field.json")["guidance"] == {"scale": 3.0, "batched": True}
+    assert strong.facts["scores"]["t2i"]["teacher"] == {"scene_accuracy": 0.2}
+    with caplog.at_level(logging.INFO, "danceopd"):
+        student = steps.distill_student(guided, base, data, teachers | {"strong": strong}, workspace)
+    assert student.facts["loss"]["t2i"] > 1e-6  # plain, the base would teach itself
+    assert any("teacher 'strong' and the student differ" in line for line in caplog.messages)
+    evaluation = steps.evaluate_student(guided, base, data, teachers | {"strong": strong}, student, workspace)
+    scores = read_json(evaluation.folder / "metrics.json")["scores"]
+    assert scores["strong"]["t2i"]["psnr"] != scores["base"]["t2i"]["psnr"]
+
+
+def test_a_guided_teacher_no_better_than_the_base_is_refused(base_folder, workspace, made):
+    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong", "tasks.t2i.gates=[]"]
+    guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    with pytest.raises(UserError, match="teacher 'strong' is no better than the base on its task 't2i'"):
+        steps.finetune_teacher(guided, "strong", *made[:2], workspace)
+
+
+def test_a_guided_checkpoint_keeps_its_weights(base_folder, workspace, made):
+    path = made[2]["global_style"].folder
+    settings = [f"teachers.global_style={{kind: lora, path: {path}, guidance: 1.01, guidance_batched: false}}"]
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    product = steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+    assert read_json(product.folder / "field.json")["guidance"] == {"scale": 1.01, "batched": False}
+    assert product.facts["scores"] != made[2]["global_style"].facts["scores"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tmp_path, trainable):
+    from danceopd.registry import prove_export
+
+    settings = ["model.dtype=bfloat16", "model.offload=true", "distill.start=base", f"distill.trainable={trainable}",
+                "teachers.global_style.train.trainable=full"]  # fmt: skip
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    made = run_to_student(recipe, tmp_path)
+    student = made[3]
+    evaluation = steps.evaluate_student(recipe, *made, tmp_path)
+    assert set(evaluation.facts["scores"]) == {"t2i", "local_edit", "global_style"}
+    assert prove_export(recipe, student.pipeline, student.folder / "probe.safetensors") < 1e-3
+
+
+def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, recipe):
+    base, data, teachers, _ = made
+    worse = {"global_style": {"teacher": {"psnr": 1.0}, "base": {"psnr": 2.0}}}
+    product = steps.Product(teachers["global_style"].folder, "0" * 64, {"kind": "lora", "scores": worse})
+    strange = steps.Product(data.folder, data.digest,
+                            data.facts | {"counts": data.facts["counts"] | {"paint": {"train": 2}}})  # fmt: skip
+    with pytest.raises(UserError, match=r"unknown task\(s\) paint \(2\)(.|\n)*no better than the base \(psnr 1, the base 2"):
+        steps.distill_student(recipe, base, strange, teachers | {"global_style": product}, workspace)
+    assert not [p for p in (workspace / "students").iterdir() if p.name.startswith(".")]
+
+
+def test_a_teacher_pipeline_of_another_latent_space_is_refused(base_folder, workspace, made, tmp_path):
+    import shutil
+
+    other = shutil.copytree(base_folder, tmp_path / "other")
+    config = read_json(other / "vae" / "config.json")
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 9}))
+    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL,
+                                   f"teachers.global_style={{kind: checkpoint, path: {other}}}"])  # fmt: skip
+    with pytest.raises(UserError, match=r"another latent space than the base: vae/config.json, scaling_factor is 9"):
+        steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+
+
 def test_the_data_revision_follows_recipe_and_inputs(recipe, tmp_path):
     settings = ["data.world=null", f"data.inputs=[{tmp_path / 'in.parquet'}]"]
     mine = load_recipe("world", settings)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 SETTINGS = "danceopd.json"  # beside model_index.json: picture size and prompt encoding of an exported pipeline
@@ -50,7 +51,7 @@ class Backbone(Protocol):
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings (B, L, D), without gradient."""
+        """Prompt embeddings (B, L, D), float32, without gradient."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -62,15 +63,24 @@ class Backbone(Protocol):
         ...
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """The velocity (B, N, C) of `transformer`, which may be any network of this family."""
+        """The velocity (B, N, C) of `transformer`, any network of this family; inputs are cast to its dtype."""
         ...
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         """The sampling grid of the family's own scheduler: (steps + 1,), falling to 0."""
         ...
 
-    def new_transformer(self, folder: Path | None = None) -> nn.Module:
-        """Another transformer of the same architecture: from a checkpoint folder, or a copy of this base's."""
+    def new_transformer(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """Another transformer of this family: from a checkpoint folder, or a copy of this base's without adapters.
+
+        Args:
+            folder: a transformer or pipeline folder; None: copy the base's.
+            dtype: of a checkpoint's weights; None: the recipe's `model.dtype`.
+        """
+        ...
+
+    def free_encoders(self) -> None:
+        """Let go of the text encoder; it is read from its folder again if it is needed after all."""
         ...
 
     def save(self, folder: Path, transformer: nn.Module) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
 from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
 
 from danceopd.adapters import plain_copy
 from danceopd.backbones.base import SETTINGS, Condition
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
 from danceopd.recipe import ModelRecipe
+
+log = logging.getLogger(__name__)
 
 
 class Flux2Klein:
@@ -34,9 +38,11 @@ class Flux2Klein:
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
 
-    def __init__(self, pipeline: Flux2KleinPipeline, settings: ModelRecipe):
+    def __init__(self, pipeline: Flux2KleinPipeline, settings: ModelRecipe, folder: Path | None = None):
+        """Wrap a loaded pipeline; `folder` is where its text encoder can be read again once it was freed."""
         self.pipeline = pipeline
         self.settings = settings
+        self._folder = folder
         for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
 
@@ -47,11 +53,13 @@ class Flux2Klein:
         Raises:
             UserError: if the folder holds no such pipeline.
         """
+        dtype = getattr(torch, settings.dtype)
+        dtypes = {"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
         try:
-            pipeline = Flux2KleinPipeline.from_pretrained(str(folder), local_files_only=True)
+            pipeline = Flux2KleinPipeline.from_pretrained(str(folder), local_files_only=True, dtype=dtypes)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no Flux2KleinPipeline folder ({' '.join(str(error).split())})") from error
-        return cls(pipeline.to(device), settings)
+        return cls(pipeline.to(device), settings, Path(folder))
 
     @property
     def transformer(self) -> Flux2Transformer2DModel:
@@ -68,13 +76,29 @@ class Flux2Klein:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
+        self._need_encoder()
         return self.pipeline._get_qwen3_prompt_embeds(
             self.pipeline.text_encoder,
             self.pipeline.tokenizer,
             prompts,
             max_sequence_length=self.settings.max_sequence_length,
             hidden_states_layers=list(self.settings.text_encoder_out_layers),
+        ).float()
+
+    def free_encoders(self) -> None:
+        if self._folder is None:
+            raise ValueError("this pipeline was not read from a folder; its text encoder could not come back")
+        self.pipeline.register_modules(text_encoder=None)
+
+    def _need_encoder(self) -> None:
+        if self.pipeline.text_encoder is not None:
+            return
+        log.info("reading the text encoder again")
+        encoder = Qwen3ForCausalLM.from_pretrained(
+            str(self._folder / "text_encoder"), local_files_only=True, dtype=getattr(torch, self.settings.dtype)
         )
+        encoder = encoder.to(self.transformer.device).requires_grad_(False).eval()
+        self.pipeline.register_modules(text_encoder=encoder)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -101,12 +125,13 @@ class Flux2Klein:
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         image_ids, text_ids = self._ids(condition, z.shape[2], z.device)
-        tokens = z if condition.source is None else torch.cat([z, condition.source], dim=1)
+        tokens = z if condition.source is None else torch.cat([z, condition.source.to(z)], dim=1)
+        dtype = transformer.x_embedder.weight.dtype
         output = transformer(
-            hidden_states=tokens,
+            hidden_states=tokens.to(dtype),
             timestep=sigma,
             guidance=None,
-            encoder_hidden_states=condition.prompt,
+            encoder_hidden_states=condition.prompt.to(dtype),
             txt_ids=text_ids,
             img_ids=image_ids,
             return_dict=False,
@@ -120,14 +145,15 @@ class Flux2Klein:
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=grid, mu=compute_empirical_mu(tokens, steps))
         return scheduler.sigmas.clone()
 
-    def new_transformer(self, folder: Path | None = None) -> Flux2Transformer2DModel:
+    def new_transformer(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> Flux2Transformer2DModel:
         if folder is None:
             return plain_copy(self.transformer)
         folder = Path(folder)
+        dtype = dtype or getattr(torch, self.settings.dtype)
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         try:
             other, report = Flux2Transformer2DModel.from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True, torch_dtype=self.transformer.dtype
+                str(folder), local_files_only=True, output_loading_info=True, dtype=dtype
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: no transformer checkpoint ({' '.join(str(error).split())})") from error
@@ -140,6 +166,7 @@ class Flux2Klein:
         return other.to(self.transformer.device)
 
     def save(self, folder: Path, transformer: nn.Module) -> None:
+        self._need_encoder()
         frozen = self.pipeline.transformer
         try:
             self.pipeline.transformer = transformer
@@ -147,5 +174,5 @@ class Flux2Klein:
         finally:
             self.pipeline.transformer = frozen
         forget_origin(folder)
-        settings = self.settings.model_dump(mode="json", exclude={"base", "revision"})
+        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", "dtype", "offload"})
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,6 +109,32 @@ def _distinct(values: list) -> tuple[list, Tensor]:
     return list(place), torch.tensor(rows)
 
 
+def _cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, made and written there if it is not there yet."""
+    if path is not None and path.is_file():
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    tensors = make()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        save_file(tensors, scratch)
+        scratch.replace(path)
+    return tensors
+
+
+def encode_empty(backbone: Backbone, cache: Path | None, base_key: str) -> Tensor:
+    """The empty prompt's embedding (L, D), or what was kept of it, so that guidance needs no text encoder.
+
+    Args:
+        backbone: the model family whose encoder is used.
+        cache: folder for encoded tensors, or None for no cache.
+        base_key: identity of the base (its encoders), part of the cache's key.
+    """
+    path = None if cache is None else Path(cache) / f"empty-{content_key(base_key)}.safetensors"
+    return _cached(path, lambda: {"empty": backbone.encode_prompts([""])[0].cpu().contiguous()})["empty"]
+
+
 def encode_records(
     backbone: Backbone, records: list[Record], height: int, width: int, cache: Path | None, base_key: str, targets: bool
 ) -> EncodedRecords:
@@ -132,22 +159,17 @@ def encode_records(
     pictures, target_row = _distinct([r.target if targets else None for r in records])
     key = content_key(base_key, height, width, targets, content_hash(records))
     path = None if cache is None else Path(cache) / f"encoded-{key}.safetensors"
-    if path is not None and path.is_file():
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    else:
+
+    def encode() -> dict[str, Tensor]:
         log.info("encoding %d prompts, %d sources, %d targets", len(prompts), len(sources), len(pictures))
         parts = [backbone.encode_prompts(prompts[i : i + BATCH]).cpu() for i in range(0, len(prompts), BATCH)]
-        tensors = {
+        return {
             "prompts": torch.cat(parts),
             "sources": _encode_pictures(backbone, [(s, "source image") for s in sources], height, width),
             "targets": _encode_pictures(backbone, [(p, "target image") for p in pictures], height, width),
         }
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-            save_file(tensors, scratch)
-            scratch.replace(path)
+
+    tensors = _cached(path, encode)
     return EncodedRecords(
         [r.task for r in records], tensors["prompts"], prompt_row, tensors["sources"], source_row,
         tensors["targets"], target_row, height, width,

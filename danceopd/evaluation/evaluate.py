@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import metric, read_picture
-from danceopd.fields import VelocityField
+from danceopd.fields import Field
 from danceopd.recipe import EvaluateRecipe, Gate, Recipe
 from danceopd.sample import sample_pixels, to_uint8
 
@@ -111,7 +112,7 @@ def record_seed(seed: int, record_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{record_id}".encode()).digest()[:8], "big") >> 1
 
 
-def draw_field(field: VelocityField, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
+def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
     """Draw one picture a record: (N, H, W, 3) uint8, in the records' order.
 
     Args:
@@ -120,7 +121,7 @@ def draw_field(field: VelocityField, encoded: EncodedRecords, ids: list[str], sp
         ids: the N records' ids, which decide their noise.
         spec: steps, batch size and seed.
     """
-    device = next(field.network.parameters()).device
+    device = next(field.backbone.transformer.parameters()).device  # an offloaded field's own weights lie elsewhere
     pictures = np.empty((len(ids), encoded.height, encoded.width, 3), dtype=np.uint8)
     for group in encoded.shape_groups(list(range(len(ids)))):
         for start in range(0, len(group), spec.batch):
@@ -140,7 +141,7 @@ def score_pictures(pictures: np.ndarray, records: list[Record], metrics: tuple[s
 
 
 def score_records(
-    field: VelocityField,
+    field: Field,
     encoded: EncodedRecords,
     records: list[Record],
     metrics: tuple[str, ...],
@@ -193,12 +194,12 @@ def _held_out(recipe: Recipe, dataset: DatasetFolder) -> dict[str, list[Record]]
 
 
 def _score_fields(
-    fields: dict[str, VelocityField], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe
+    fields: dict[str, Field], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe
 ) -> dict[str, Scored]:
     scored: dict[str, Scored] = {}
-    first: dict[tuple[int, str | None], str] = {}
+    first: dict[Hashable, str] = {}
     for name, field in fields.items():
-        same = first.setdefault((id(field.network), field.adapter), name)
+        same = first.setdefault(field.identity, name)
         if same != name:
             scored[name] = scored[same]
             log.info("evaluate: %s on %s: the same field as %s", name, task, same)
@@ -234,7 +235,7 @@ def _examples(records: list[Record], scored: dict[str, Scored], size: tuple[int,
 def evaluate(
     recipe: Recipe,
     backbone: Backbone,
-    fields: dict[str, VelocityField],
+    fields: dict[str, Field],
     dataset: DatasetFolder,
     cache: Path | None,
     base_key: str,

@@ -6,7 +6,7 @@ from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record
 from danceopd.distill import Validation
 from danceopd.evaluation.evaluate import score_records
-from danceopd.fields import VelocityField
+from danceopd.fields import Field
 from danceopd.recipe import Gate, Recipe
 
 
@@ -26,16 +26,16 @@ class GateValidator:
     """
 
     def __init__(
-        self, recipe: Recipe, teachers: dict[str, VelocityField], sets: dict[str, tuple[list[Record], EncodedRecords]]
+        self, recipe: Recipe, teachers: dict[str, Field], sets: dict[str, tuple[list[Record], EncodedRecords]]
     ):
         self._recipe, self._teachers, self._sets = recipe, teachers, sets
         self._taught: dict[str, dict[str, float]] = {}
 
-    def _means(self, field: VelocityField, task: str) -> dict[str, float]:
+    def _means(self, field: Field, task: str) -> dict[str, float]:
         records, encoded = self._sets[task]
         return score_records(field, encoded, records, self._recipe.tasks[task].metrics, self._recipe.evaluate).means
 
-    def __call__(self, student: VelocityField) -> Validation:
+    def __call__(self, student: Field) -> Validation:
         margins, figures = [], {}
         for task, spec in self._recipe.tasks.items():
             if task not in self._taught:
