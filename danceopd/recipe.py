@@ -44,7 +44,7 @@ class ModelRecipe(_Part):
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
     text_encoder_out_layers: tuple[int, ...] = Field((9, 18, 27), description="hidden states that make the embedding")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the frozen base, text encoder and full-checkpoint teachers; what trains is float32"
+        "float32", description="of the frozen base and full-checkpoint teachers; what trains is float32"
     )
     offload: bool = Field(
         False, description="full-checkpoint teachers wait in CPU memory and visit the accelerator for their queries"

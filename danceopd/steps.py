@@ -277,7 +277,7 @@ def _encode(
 
 def _encoding_key(recipe: Recipe, base: Product) -> str:
     model = recipe.model
-    return content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers, model.dtype)
+    return content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
 
 
 def _encode_empty(recipe: Recipe, backbone: Backbone, base: Product, workspace: Path) -> Tensor:

@@ -218,16 +218,16 @@ def test_a_guided_checkpoint_keeps_its_weights(base_folder, workspace, made):
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tmp_path, trainable):
-    from danceopd.registry import prove_export
+    from danceopd.registry import verify_export
 
     settings = ["model.dtype=bfloat16", "model.offload=true", "distill.start=base", f"distill.trainable={trainable}",
-                "teachers.global_style.train.trainable=full"]  # fmt: skip
+                "teachers.global_style.train={trainable: full, lr: 0.002, steps: 40, batch: 8, warmup: 2}"]  # fmt: skip
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     made = run_to_student(recipe, tmp_path)
     student = made[3]
     evaluation = steps.evaluate_student(recipe, *made, tmp_path)
     assert set(evaluation.facts["scores"]) == {"t2i", "local_edit", "global_style"}
-    assert prove_export(recipe, student.pipeline, student.folder / "probe.safetensors") < 1e-3
+    assert verify_export(student.pipeline, recipe, student.folder / "probe.safetensors") < 1e-3
 
 
 def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, recipe):
@@ -236,7 +236,9 @@ def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, 
     product = steps.Product(teachers["global_style"].folder, "0" * 64, {"kind": "lora", "scores": worse})
     strange = steps.Product(data.folder, data.digest,
                             data.facts | {"counts": data.facts["counts"] | {"paint": {"train": 2}}})  # fmt: skip
-    with pytest.raises(UserError, match=r"unknown task\(s\) paint \(2\)(.|\n)*no better than the base \(psnr 1, the base 2"):
+    with pytest.raises(
+        UserError, match=r"unknown task\(s\) paint \(2\)(.|\n)*no better than the base \(psnr 1, the base 2"
+    ):
         steps.distill_student(recipe, base, strange, teachers | {"global_style": product}, workspace)
     assert not [p for p in (workspace / "students").iterdir() if p.name.startswith(".")]
 

@@ -54,7 +54,8 @@ class Flux2Klein:
             UserError: if the folder holds no such pipeline.
         """
         dtype = getattr(torch, settings.dtype)
-        dtypes = {"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
+        # The text encoder stays as it was saved: the same embeddings here and wherever the student is opened.
+        dtypes = {"transformer": dtype, "text_encoder": "auto", "default": torch.float32}
         try:
             pipeline = Flux2KleinPipeline.from_pretrained(str(folder), local_files_only=True, dtype=dtypes)
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -95,7 +96,7 @@ class Flux2Klein:
             return
         log.info("reading the text encoder again")
         encoder = Qwen3ForCausalLM.from_pretrained(
-            str(self._folder / "text_encoder"), local_files_only=True, dtype=getattr(torch, self.settings.dtype)
+            str(self._folder / "text_encoder"), local_files_only=True, dtype="auto"
         )
         encoder = encoder.to(self.transformer.device).requires_grad_(False).eval()
         self.pipeline.register_modules(text_encoder=encoder)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Condition
+from danceopd.backbones.flux2_klein import Flux2Klein
 from danceopd.data import world
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
@@ -130,3 +131,30 @@ def test_a_checkpoint_of_another_latent_space_or_with_missing_weights_is_refused
 def test_pixels_round_to_bytes():
     pixels = torch.tensor([-1.5, -1.0, 0.0, 1.0]).view(1, 1, 1, 4).expand(1, 3, 1, 4)
     assert to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+def test_the_text_encoder_stays_as_it_was_saved_and_comes_back(tiny_base, tmp_path):
+    """Whatever the transformer's dtype, and whether it was freed before an export or not."""
+    low = load_backbone(tiny_base, SHAPE.model_copy(update={"dtype": "bfloat16"}))
+    low.pipeline.text_encoder.bfloat16()
+    low.save(tmp_path / "low", low.transformer)
+    for dtype in ("float32", "bfloat16"):
+        opened = load_backbone(tmp_path / "low", SHAPE.model_copy(update={"dtype": dtype}))
+        assert opened.pipeline.text_encoder.dtype == torch.bfloat16
+        assert {p.dtype for p in opened.transformer.parameters()} == {getattr(torch, dtype)}
+        assert opened.pipeline.vae.dtype == torch.float32
+        before = opened.encode_prompts(["a ring"])
+        opened.free_encoders()
+        assert opened.pipeline.text_encoder is None
+        opened.save(tmp_path / dtype, opened.transformer)
+        assert opened.pipeline.text_encoder.dtype == torch.bfloat16
+        torch.testing.assert_close(opened.encode_prompts(["a ring"]), before)
+        assert before.dtype == torch.float32
+        again = load_backbone(tmp_path / dtype, SHAPE)
+        torch.testing.assert_close(again.encode_prompts(["a ring"]), before)
+
+
+def test_an_encoder_that_could_not_come_back_is_not_freed(tiny_base):
+    pipeline = load_backbone(tiny_base, SHAPE).pipeline
+    with pytest.raises(ValueError, match="could not come back"):
+        Flux2Klein(pipeline, SHAPE).free_encoders()
