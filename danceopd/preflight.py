@@ -27,7 +27,7 @@ from danceopd.errors import UserError
 from danceopd.fields import Field, VelocityField
 from danceopd.files import hash_file, read_json
 from danceopd.operators import GuidedField
-from danceopd.recipe import BaseTeacher, DistillRecipe, Recipe
+from danceopd.recipe import MERGES, BaseTeacher, DistillRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -463,7 +463,7 @@ def preflight(
     counts: Mapping[str, Mapping[str, int]],
     processes: int = 1,
 ) -> list[Finding]:
-    """Every check, before the first step of a distillation.
+    """Every check, before the first step of a distillation. A merge trains nothing and needs no memory for it.
 
     Args:
         recipe: the run.
@@ -481,6 +481,8 @@ def preflight(
         if path is not None:
             found += check_pipeline(name, Path(path), base)
     found += check_teachers_differ(recipe, backbone, fields, encoded)
+    if recipe.distill.method in MERGES:
+        return found
     student = _starting_field(recipe, backbone, fields)
     estimate = estimate_memory(recipe, backbone, student, encoded, processes)
     return found + check_memory(estimate, available_memory(next(backbone.transformer.parameters()).device))

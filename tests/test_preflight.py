@@ -77,6 +77,12 @@ def test_a_sound_run_passes_quickly_and_says_its_figures(base, encoded, tiny_bas
     assert all(p.requires_grad is False for p in base.transformer.parameters())
 
 
+def test_a_merge_needs_no_memory_to_train_in(base, encoded, tiny_base):
+    merge = recipe_with("distill.method=merge_average")
+    found = pf.preflight(merge, base, tiny_base, teachers(base), figures(20, 10), encoded, COUNTS)
+    assert levels(found, "memory") == []
+
+
 def test_errors_are_raised_together_a_line_each(caplog):
     found = [pf.Finding("error", "a", "first"), pf.Finding("warning", "b", "careful"), pf.Finding("error", "c", "last")]
     with pytest.raises(UserError, match=r"^first\nlast$"):
