@@ -120,6 +120,10 @@ class Distillation:
         """The teacher's name of each sample."""
         return [self.teacher_of[tag] for tag in tags]
 
+    def teacher_forwards(self, tags: list[str]) -> int:
+        """Forwards it takes to ask each sample's teacher once; a guided one takes two."""
+        return sum(self.teachers[route].forwards for route in self.routes(tags))
+
 
 class Method(Protocol):
     """What one update does with a group of samples.
@@ -153,7 +157,7 @@ class HardRoutedOnPolicy:
             velocity = setup.backbone.velocity(learner.field.network, query.state, query.sigma, group.condition)
             losses = velocity_matching_loss(velocity, target)
             learner.backward((losses * group.weights.to(losses)).sum(), sync=group.last)
-        spent = query.forwards + len(group.rows) * (1 + learner.update_forwards)
+        spent = query.forwards + setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
         figures.add(group.tags, losses.detach(), query.sigma, spent)
 
 

@@ -207,7 +207,7 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Velocit
         field, parameters = VelocityField(name, backbone, network, adapter=name), adapter_parameters(network, name)
     else:
         network = backbone.new_transformer() if start is None else plain_copy(start.network, merge=start.adapter)
-        network = network.float().requires_grad_(True)
+        network = network.to(processes.device).float().requires_grad_(True)
         if processes.count > 1 and spec.parallel == "shard":
             shard_network(network, processes)
         field, parameters = VelocityField(name, backbone, network), list(network.parameters())

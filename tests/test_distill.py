@@ -26,6 +26,7 @@ from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.finetune import finetune
 from danceopd.objectives import velocity_matching_loss
+from danceopd.operators import GuidedField
 from danceopd.queries import NAMED, query_window
 from danceopd.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe, WeightPhase
 from danceopd.training import new_learner
@@ -110,6 +111,18 @@ def test_forwards_are_the_steps_before_the_query_one_teacher_and_three(base, enc
         assert sum(passed) == before_query + 6 + 6  # rollout, teacher, student; its backward pass is two more
         assert figures.forwards == before_query + 4 * 6
         assert figures.forwards_per_sample == pytest.approx(before_query / 6 + 4)
+
+
+def test_a_guided_teacher_counts_both_of_its_passes(base, encoded):
+    guided = GuidedField(VelocityField("base", base, base.transformer), 3.0, base.encode_prompts([""])[0], True)
+    learner = new_learner(base, "student", spec())
+    setup, groups = drawn(base, encoded, learner, {"base": guided, "editor": editor(base)},
+                          torch.Generator().manual_seed(0))  # fmt: skip
+    figures = UpdateFigures()
+    with count_samples(base) as passed:
+        for group in groups:
+            HardRoutedOnPolicy().accumulate(setup, learner, group, figures)
+    assert figures.forwards == sum(passed) + 2 * 6  # a backward pass is two
 
 
 @contextmanager

@@ -65,5 +65,6 @@ class Dense:
             sync = group.last and k == self.queries - 1
             loss, _ = match_velocity(setup, learner, group, state, sigma, target, sync, 1 / self.queries)
             losses.append(loss * self.queries)
-        spent = int(group.stop[:, -1].sum()) + len(group.rows) * self.queries * (1 + learner.update_forwards)
+        a_query = setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
+        spent = int(group.stop[:, -1].sum()) + self.queries * a_query
         figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas.flatten(), spent)

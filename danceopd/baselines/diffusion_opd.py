@@ -42,5 +42,5 @@ class DiffusionOPD:
             state = state - width * velocity.to(state.dtype)
             losses.append(loss)
         sigmas = grid[:-1].repeat(len(group.rows))
-        spent = len(group.rows) * steps * (1 + learner.update_forwards)
+        spent = steps * (setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards)
         figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas, spent)

@@ -119,5 +119,5 @@ class FlowOPD:
             divergences.append(divergence.detach())
             state = action.to(group.noise.dtype)
         sigmas = setup.grid[:steps].to(group.noise).repeat(len(group.rows))
-        spent = len(group.rows) * steps * (1 + learner.update_forwards)
+        spent = steps * (setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards)
         figures.add(group.tags, torch.stack(divergences, dim=1).flatten(), sigmas, spent)

@@ -103,7 +103,7 @@ class Merge:
         base = _weights(network)
         plain = []
         for field in teachers:
-            weights = _weights(plain_copy(field.network, merge=field.adapter).float())
+            weights = _weights(plain_copy(field.network, merge=field.adapter).to(network.device).float())
             if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in base.items()}:
                 raise UserError(f"teacher {field.name!r}: its weights differ in name or shape from the base's; a merge "
                                 "needs teachers of the base's architecture")  # fmt: skip

@@ -28,4 +28,5 @@ class OffPolicy:
         state = torch.lerp(clean, group.noise, sigma[:, None, None])
         target = routed_velocity(setup.teachers, setup.routes(group.tags), state, sigma, group.condition)
         losses, _ = match_velocity(setup, learner, group, state, sigma, target, sync=group.last)
-        figures.add(group.tags, losses, sigma, len(group.rows) * (1 + learner.update_forwards))
+        spent = setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
+        figures.add(group.tags, losses, sigma, spent)

@@ -39,5 +39,5 @@ class SoftRouting:
         query = roll_out(learner.field, group.noise, setup.grid, group.stop[:, 0], group.condition)
         target = mean_velocity(fields, query.state, query.sigma, group.condition)
         losses, _ = match_velocity(setup, learner, group, query.state, query.sigma, target, sync=group.last)
-        spent = query.forwards + len(group.rows) * (len(fields) + learner.update_forwards)
+        spent = query.forwards + len(group.rows) * (sum(field.forwards for field in fields) + learner.update_forwards)
         figures.add(group.tags, losses, query.sigma, spent)
