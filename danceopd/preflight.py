@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # quantized weights have no storage
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
@@ -382,7 +383,8 @@ def activation_bytes(field: VelocityField, condition: Condition, autocast: bool)
     flags = [p.requires_grad for p in network.parameters()]
     with ExitStack() as stack:
         stack.enter_context(field.resident())
-        own |= {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
+        held = [t for t in [*network.parameters(), *network.buffers()] if not is_traceable_wrapper_subclass(t)]
+        own |= {t.untyped_storage().data_ptr() for t in held}
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda _: None))
         stack.enter_context(torch.autocast(state.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False))

@@ -46,6 +46,10 @@ class ModelRecipe(_Part):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the frozen base and full-checkpoint teachers; what trains is float32"
     )
+    attention: str = Field("native", description="diffusers' attention backend: native (torch's SDPA), flash, ...")
+    quantize: Literal["int8", "float8"] | None = Field(
+        None, description="weights of the frozen base, by torchao; everything that trains is then a LoRA"
+    )
     offload: bool = Field(
         False, description="full-checkpoint teachers wait in CPU memory and visit the accelerator for their queries"
     )
@@ -328,6 +332,14 @@ class Recipe(_Part):
             raise ValueError(
                 "distill.start: a LoRA student starts from the base; set trainable: full to start elsewhere"
             )
+        if self.model.quantize is not None:
+            trained = {"distill": self.distill} | {
+                f"teachers.{n}.train": t.train for n, t in self.teachers.items() if isinstance(t, FinetunedTeacher)
+            }
+            whole = [where for where, spec in trained.items() if spec.trainable != "lora"]
+            if whole or self.distill.method in MERGES:
+                raise ValueError(f"model.quantize: only a LoRA trains on a quantized base; set trainable: lora in "
+                                 f"{', '.join(whole) or 'distill, and another method than a merge'}")  # fmt: skip
         if self.distill.select is not None and not any(spec.gates for spec in self.tasks.values()):
             raise ValueError("distill.select: no task has a gate to select by; add gates, or remove select")
         for name, teacher in self.teachers.items():

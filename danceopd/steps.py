@@ -467,18 +467,19 @@ def _build_student(
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
-    _export(student, recipe, scratch)
+    _export(student, recipe, base, scratch)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
     return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
             "forwards_per_sample": forwards,
             "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
 
 
-def _export(student: VelocityField, recipe: Recipe, scratch: Path) -> None:
+def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path) -> None:
     """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
     from safetensors.torch import save_file
 
-    from danceopd.adapters import plain_copy
+    from danceopd.adapters import load_lora, plain_copy
+    from danceopd.backbones import load_backbone
     from danceopd.backbones.base import Condition
     from danceopd.checkpoint import probe, save_field
     from danceopd.fields import VelocityField
@@ -489,10 +490,15 @@ def _export(student: VelocityField, recipe: Recipe, scratch: Path) -> None:
         exported = student
         shutil.rmtree(scratch / "transformer")  # the pipeline folder holds it
     else:
-        exported = VelocityField(student.name, backbone, plain_copy(student.network, merge=student.adapter))
+        whole = student.network
+        if model.quantize is not None:  # nothing can be merged into 8 bits: take the base as it was
+            whole = load_backbone(base.pipeline, model.model_copy(update={"quantize": None})).transformer
+            load_lora(whole, student.adapter, scratch / "lora")
+        exported = VelocityField(student.name, backbone, plain_copy(whole, merge=student.adapter))
     backbone.save(scratch / "pipeline", exported.network)
     condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
-    proved = student if model.dtype == "float32" else exported  # a 16-bit base rounds what the export does not
+    rounded = model.dtype != "float32" or model.quantize is not None  # the base is, and the export is not
+    proved = exported if rounded else student
     save_file({"velocity": probe(proved, condition)}, scratch / "probe.safetensors")
 
 

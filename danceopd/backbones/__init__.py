@@ -13,7 +13,16 @@ __all__ = ["Backbone", "Condition", "load_backbone"]
 
 
 def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Backbone:
-    """Load the back end that `settings.backbone` names from a pipeline folder, onto a device."""
-    from danceopd.backbones.flux2_klein import Flux2Klein  # diffusers is slow to import
+    """Load the back end that `settings.backbone` names from a pipeline folder, onto a device.
 
-    return {"flux2_klein": Flux2Klein}[settings.backbone].load(Path(folder), settings, device)
+    Raises:
+        UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
+    """
+    from danceopd.backbones.flux2_klein import Flux2Klein  # diffusers is slow to import
+    from danceopd.kernels import quantize_frozen, set_attention
+
+    backbone = {"flux2_klein": Flux2Klein}[settings.backbone].load(Path(folder), settings, device)
+    set_attention(backbone.transformer, settings.attention)
+    if settings.quantize is not None:
+        quantize_frozen(backbone.transformer, settings.quantize)
+    return backbone

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+LOADING = ("dtype", "attention", "quantize", "offload")  # how weights are loaded here; no matter to an export
 SETTINGS = "danceopd.json"  # beside model_index.json: picture size and prompt encoding of an exported pipeline
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from danceopd.adapters import plain_copy
-from danceopd.backbones.base import SETTINGS, Condition
+from danceopd.backbones.base import LOADING, SETTINGS, Condition
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
 from danceopd.recipe import ModelRecipe
@@ -175,5 +175,5 @@ class Flux2Klein:
         finally:
             self.pipeline.transformer = frozen
         forget_origin(folder)
-        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", "dtype", "offload"})
+        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", *LOADING})
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

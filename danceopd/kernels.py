@@ -1,0 +1,47 @@
+"""How a frozen transformer computes: which attention kernel, and in how many bits its weights lie."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from danceopd.errors import UserError
+
+
+def set_attention(network: nn.Module, backend: str) -> None:
+    """Let a diffusers transformer, and copies made of it, use this attention backend.
+
+    Raises:
+        UserError: for a name diffusers does not know, or a backend whose packages are not here.
+    """
+    if backend == "native":
+        return
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that the call may change
+    try:
+        network.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"model.attention: {' '.join(str(error).split())}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def quantize_frozen(network: nn.Module, kind: str) -> None:
+    """Keep a frozen network's matrices in 8 bits, one scale a row (torchao); sums are taken in the input's dtype.
+
+    Args:
+        network: without adapters.
+        kind: `int8` or `float8`.
+
+    Raises:
+        UserError: if torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError(
+            "model.quantize needs torchao; install it by pip install 'danceopd[quantize]', or leave quantize out"
+        ) from error
+    quantize_(network, {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[kind]())
