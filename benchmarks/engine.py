@@ -29,8 +29,9 @@ HOW = (
     "Student and three teachers are LoRAs of rank width/32, the grid has 16 steps, the batch mixes three tasks (two "
     "with a source image). Plain: batch 1, the whole grid, one merged copy of the transformer a teacher and one for "
     "the student, each prompt encoded in its turn. Both sides get the same draws and compute the same gradient "
-    "(checked before timing), are timed in turns in one process with the same threads, one optimizer step a batch; a ratio is "
-    "the median over rounds. Then the plain loop mended step by step: what each step multiplies the speed by."
+    "(checked before timing), are timed in turns in one process with the same threads, one optimizer step a batch; "
+    "a ratio is the median over rounds. Then the plain loop mended step by step: what each step multiplies the speed "
+    "by."
 )
 COLUMNS = [
     "transformer", "window", "plain samples/s", "engine samples/s", "ratio", "of it prompt cache", "of it early stop",

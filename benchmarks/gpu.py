@@ -54,7 +54,8 @@ HOW = (
     "LoRA student's backward pass needs no gradient of the frozen weights) over time, as a share of the bfloat16 "
     "matrix product rate measured first on the same card. Rollout: {steps} grid steps of the whole batch, no gradient. "
     "Update: routed teachers, student forward and backward, AdamW. Samples a second is for the `semantic` window. "
-    "Median of {iterations} after a warm-up. Search: batch and checkpointing first, then attention kernels, then compilation."
+    "Median of {iterations} after a warm-up. Search: batch and checkpointing first, then attention kernels, "
+    "then compilation."
 )
 COLUMNS = ["batch", "checkpointing", "attention", "compile", "rollout TFLOP/s", "share", "update TFLOP/s", "share",
            "samples/s", "peak GB"]  # fmt: skip
