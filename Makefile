@@ -3,6 +3,7 @@
 #   make run                      the whole chain on the small world
 #   make test                     everything a change must pass
 #   make unit                     the inner loop: what takes no more than a few seconds a test
+#   make bench                    the CPU benchmarks, as a Markdown block for benchmarks/RESULTS.md
 #   make image                    the container image
 #
 #   PYTHON=python3.12             the interpreter .venv is made from
@@ -23,7 +24,7 @@ READY := .venv/.ready
 # compile 22,000 files of which a run imports 6,000, so the first run does, and only the first.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test unit image
+.PHONY: run test unit bench image
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -37,6 +38,9 @@ test: $(READY)
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 image:
 	$(BUILDER) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \

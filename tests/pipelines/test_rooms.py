@@ -1,4 +1,4 @@
-"""Imports point downwards only: pipelines -> components -> danceopd."""
+"""Imports point downwards only: pipelines -> components -> danceopd <- benchmarks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN = {
-    "danceopd": {"kfp", "kubernetes", "components", "pipelines"},
-    "components": {"kubernetes", "pipelines"},
+    "danceopd": {"kfp", "kubernetes", "components", "pipelines", "benchmarks"},
+    "components": {"kubernetes", "pipelines", "benchmarks"},
+    "pipelines": {"benchmarks"},
+    "benchmarks": {"kfp", "kubernetes", "components", "pipelines"},
 }
 
 

@@ -54,6 +54,16 @@ def test_nothing_a_run_writes_would_be_committed():
     assert done.stdout.split() == written
 
 
+def test_benchmarks_have_a_guide_and_results_for_every_script():
+    folder = ROOT / "benchmarks"
+    guide, results = ((folder / name).read_text() for name in ("README.md", "RESULTS.md"))
+    scripts = sorted(p.stem for p in folder.glob("*.py") if '__name__ == "__main__"' in p.read_text())
+    scripts = [name for name in scripts if name not in ("__main__", "reference_worker")]
+    assert len(scripts) >= 5
+    assert not [name for name in scripts if f"`{name}.py`" not in guide], "not in benchmarks/README.md"
+    assert not [name for name in scripts if f"`{name}.py`" not in results], "no results in benchmarks/RESULTS.md"
+
+
 def test_no_file_of_the_tree_is_large():
     large = [p.relative_to(ROOT).as_posix() for p in tree_files() if p.stat().st_size > 6 * 2**20]
     assert not large, f"over 6 MB; data goes to DVC, weights to a hub: {large}"
