@@ -1,0 +1,206 @@
+"""One cell of a study: one variant trained with one seed and scored, kept as one JSON file.
+
+A file is named by all that decides what it holds, and by no revision of the code: a study outlives an unrelated commit.
+The revision is written into it instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danceopd.files import content_key, hash_folder, read_json, write_json
+from danceopd.recipe import CheckpointTeacher, Recipe
+from danceopd.steps import Product, code_revision, data_revision, open_held_out, open_training
+
+if TYPE_CHECKING:
+    from danceopd.fields import VelocityField
+
+log = logging.getLogger(__name__)
+OFF = 0.02  # share by which what a cell spent may differ from its plan before it is said
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells of a study stand on.
+
+    Attributes:
+        workspace: where products and caches lie.
+        folder: the study's own.
+        base: product of `danceopd.steps`.
+        data: product.
+        teachers: products by name, those that teach a task.
+    """
+
+    workspace: Path
+    folder: Path
+    base: Product
+    data: Product
+    teachers: dict[str, Product]
+
+    def digests(self) -> list:
+        """What tells these from others."""
+        taught = {name: product.digest for name, product in sorted(self.teachers.items())}
+        return [self.base.digest, self.data.facts["content"], taught]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant with one seed.
+
+    Attributes:
+        variant: its label.
+        recipe: with the cell's seed and steps.
+        forwards_per_sample: what it is expected to take.
+    """
+
+    variant: str
+    recipe: Recipe
+    forwards_per_sample: float
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.distill.seed
+
+    @property
+    def forwards(self) -> float:
+        """Transformer forwards its training is expected to take."""
+        return self.forwards_per_sample * self.recipe.distill.batch * self.recipe.distill.steps
+
+
+def _judged(recipe: Recipe) -> list:
+    evaluation = recipe.evaluate.model_dump(mode="json", exclude={"pictures"})
+    return [recipe.model.model_dump(mode="json"), evaluation, {t: s.metrics for t, s in recipe.tasks.items()}]
+
+
+def cell_key(cell: Cell, shared: Shared) -> str:
+    """A name for all that decides a cell's result, but for the code."""
+    tasks = {t: (s.teacher, s.model_dump(mode="json")["weight"]) for t, s in cell.recipe.tasks.items()}
+    return content_key("cell", shared.digests(), _judged(cell.recipe), tasks, cell.recipe.distill.decisive())
+
+
+def find_result(cell: Cell, shared: Shared) -> dict | None:
+    """A cell's result if it is there, under whatever label it was made."""
+    found = sorted((shared.folder / "cells").glob(f"*-{cell_key(cell, shared)}.json"))
+    return read_json(found[0]) | {"variant": cell.variant} if found else None
+
+
+def _scores(recipe: Recipe, shared: Shared, fields: dict[str, VelocityField]) -> tuple[dict, dict]:
+    """Each task's metrics of the field given for it, and how many records they are means of."""
+    from danceopd.evaluation.evaluate import score_records
+
+    spec, backbone = recipe.evaluate, next(iter(fields.values())).backbone
+    sets = open_held_out(recipe, backbone, shared.base, shared.data, shared.workspace, spec.split, spec.per_task)
+    means = {}
+    for task, (records, encoded) in sets.items():
+        scored = score_records(fields[task], encoded, records, recipe.tasks[task].metrics, spec).means
+        means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
+    return means, {task: len(records) for task, (records, _) in sets.items()}
+
+
+def reference_scores(recipe: Recipe, shared: Shared) -> dict:
+    """What a study's students are held against: base, and each task's own teacher, on the same records."""
+    taught = {task: spec.teacher for task, spec in recipe.tasks.items()}
+    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe), taught)}.json"
+    if not path.is_file():
+        from danceopd.fields import VelocityField
+
+        ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+        bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
+        base, records = _scores(recipe, shared, dict.fromkeys(taught, bare))
+        teachers, _ = _scores(recipe, shared, {task: ready.fields[name] for task, name in taught.items()})
+        write_json(path, {"base": base, "teachers": teachers, "records": records})
+    return read_json(path)
+
+
+def run_cell(cell: Cell, shared: Shared) -> dict:
+    """Train and score a cell and write its file, or read it back.
+
+    Raises:
+        Interrupted: after a save, if SIGTERM came and the recipe saves checkpoints.
+    """
+    there = find_result(cell, shared)
+    if there is not None:
+        return there
+    from danceopd.distill import distill
+    from danceopd.resume import Checkpoints
+
+    recipe, spec, key = cell.recipe, cell.recipe.distill, cell_key(cell, shared)
+    saves = Checkpoints(shared.folder / "checkpoints" / key, spec.keep_checkpoints, key)
+    resumed = saves.folder.is_dir()
+    ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+    started = time.monotonic()
+    student, history = distill(
+        ready.backbone, ready.encoded, ready.fields, ready.teacher_of, ready.weights, spec, None, saves
+    )
+    trained = time.monotonic()
+    scores, records = _scores(recipe, shared, dict.fromkeys(recipe.tasks, student))
+    spent = _spent(history, spec.batch)
+    if abs(spent - cell.forwards) > OFF * cell.forwards:
+        log.warning("study: %s seed %d took %.0f forwards, %.0f were planned", cell.variant, cell.seed, spent,
+                    cell.forwards)  # fmt: skip
+    result = {
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "key": key,
+        "distill": spec.model_dump(mode="json"),
+        "steps": history[-1]["step"] if history else 0,
+        "forwards": spent,
+        "forwards_planned": cell.forwards,
+        "forwards_per_sample": spent / (spec.batch * history[-1]["step"]) if history else 0.0,
+        "train_seconds": None if resumed else round(trained - started, 2),
+        "evaluate_seconds": round(time.monotonic() - trained, 2),
+        "loss": history[-1]["loss"] if history else {},
+        "scores": scores,
+        "records": records,
+        "code": code_revision(),
+    }
+    write_json(shared.folder / "cells" / f"{cell.variant}-seed{cell.seed}-{key}.json", result)
+    shutil.rmtree(saves.folder, ignore_errors=True)
+    return result
+
+
+def _spent(history: list[dict], batch: int) -> float:
+    """Transformer forwards of a whole training."""
+    ends = [entry["step"] for entry in history]
+    updates = [end - before for before, end in zip([0, *ends], ends, strict=False)]
+    return sum(n * batch * entry["forwards_per_sample"] for n, entry in zip(updates, history, strict=True))
+
+
+def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path) -> Shared:
+    """Base, data and teachers: the study's own of an earlier call, else the pipeline's, made if need be.
+
+    The pipeline makes a product anew when the code changes. A study keeps those it began with: all its cells
+    have the same teachers.
+
+    Args:
+        recipe: of any cell.
+        starts: where the cells' students start from.
+        workspace: where the pipeline's products lie.
+        folder: the study's.
+    """
+    from danceopd import steps
+
+    wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
+    specs = {name: recipe.teachers[name] for name in wanted}
+    paths = {name: hash_folder(Path(s.path)) for name, s in specs.items() if isinstance(s, CheckpointTeacher)}
+    served = {task: (spec.teacher, spec.metrics) for task, spec in recipe.tasks.items()}
+    key = content_key(recipe.model.model_dump(mode="json"), data_revision(recipe), recipe.evaluate.steps, served,
+                      {name: s.decisive() for name, s in specs.items()}, paths)  # fmt: skip
+    note = folder / f"products-{key}.json"
+    if note.is_file():
+        kept = read_json(note)
+        folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
+        if all((place / steps.STEP).is_file() for place in folders):
+            base, data, *teachers = map(steps.open_product, folders)
+            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], teachers, strict=True)))
+    base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace)
+    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in wanted}
+    places = {name: str(product.folder) for name, product in teachers.items()}
+    write_json(note, {"base": str(base.folder), "data": str(data.folder), "teachers": places})
+    return Shared(workspace, folder, base, data, teachers)
