@@ -217,7 +217,8 @@ def study(
     loaded = load_study(name, overrides)
     place = workspace or Path("runs") / load_recipe(loaded.recipe, loaded.set).name
     summary = run_study(loaded, place, workers)
-    Console().print(terminal_table(summary))
+    console = Console()
+    (console if console.is_terminal else Console(width=240)).print(terminal_table(summary))
     typer.echo(f"{summary['folder']}/study.md")
 
 

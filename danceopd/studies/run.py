@@ -99,8 +99,8 @@ def _announced(cells: list[Cell], shared: Shared, workers: int, reference: dict)
         done += amount[id(cell)]
         left = (time.monotonic() - started) * (total - done) / done
         said = f"failed: {result}" if isinstance(result, Exception) else _said(result)
-        log.info("study: %d/%d %s seed %d %s; about %.0f min left", number, len(cells), cell.variant, cell.seed, said,
-                 left / 60)  # fmt: skip
+        rest = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        log.info("study: %d/%d %s seed %d %s; about %s left", number, len(cells), cell.variant, cell.seed, said, rest)
         yield cell, result
 
 

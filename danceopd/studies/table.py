@@ -248,7 +248,7 @@ def terminal_table(summary: dict) -> Table:
     """The table for a terminal."""
     table = Table(title=f"study {summary['name']}", caption=summary["verdict"])
     for head in columns(summary):
-        table.add_column(head, justify="left" if head == "variant" else "right")
+        table.add_column(head.replace(" ", "\n"), justify="left" if head == "variant" else "right", no_wrap=True)
     for row in lines(summary):
         table.add_row(*row)
     return table

@@ -6,10 +6,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from danceopd.errors import Interrupted, UserError
@@ -74,59 +76,74 @@ def _end_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes started within the block compute in so many threads."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(count)
+def _environment(**settings: str) -> Iterator[None]:
+    """Processes started within the block find these in their environment."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _share(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    todo, busy, processes = items[::-1], {}, {}
-    try:
-        with _threads(max(1, usable_cores() // workers)):
-            for _ in range(min(workers, len(items))):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-                process.start()
-                theirs.close()
-                processes[mine] = process
-        for line in processes:
-            busy[line] = todo.pop()
+    processes = _start(work, min(workers, len(items)))
+    todo, busy = items[::-1], {}
+
+    def give(line: Connection) -> None:
+        busy[line] = todo.pop()
+        with suppress(OSError):  # the process is gone, and reading from it will say so
             line.send(busy[line])
+
+    ended = False
+    try:
+        for line in processes:
+            give(line)
         while busy:
             for line in wait(list(busy)):
                 item = busy.pop(line)
                 try:
                     result = line.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     processes[line].join()
-                    result = RuntimeError(f"its process ended with code {processes[line].exitcode}")
-                    line = None
+                    yield item, RuntimeError(f"its process ended with code {processes[line].exitcode}")
+                    continue
+                if todo:
+                    give(line)
                 yield item, result
-                if line is not None and todo:
-                    busy[line] = todo.pop()
-                    line.send(busy[line])
-        for item in todo[::-1]:  # every process died
+        for item in todo[::-1]:
             yield item, RuntimeError("no process was left for it")
+        ended = True
     finally:
         for line, process in processes.items():
-            line.close()
-            process.terminate()
+            line.close()  # who waits for an item ends by this
+            if not ended:
+                process.terminate()
         for process in processes.values():
             process.join()
+
+
+def _start(work: Callable[[Any], Any], count: int) -> dict[Connection, BaseProcess]:
+    """Processes that wait for items at the other end of their lines."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    processes = {}
+    with _environment(OMP_NUM_THREADS=str(max(1, usable_cores() // max(1, count))), TQDM_DISABLE="1"):
+        for _ in range(count):
+            mine, theirs = context.Pipe()
+            processes[mine] = context.Process(target=_serve, args=(theirs, work), daemon=True)
+            processes[mine].start()
+            theirs.close()
+    return processes
 
 
 def _serve(line: Connection, work: Callable[[Any], Any]) -> None:
     """A worker's life: until the other end of its line is closed, or its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
