@@ -19,7 +19,9 @@ from danceopd.recipe import CheckpointTeacher, Recipe
 from danceopd.steps import Product, code_revision, data_revision, open_held_out, open_training
 
 if TYPE_CHECKING:
-    from danceopd.fields import VelocityField
+    from danceopd.backbones.base import Backbone
+    from danceopd.data.encoded import EncodedRecords
+    from danceopd.fields import Field
 
 log = logging.getLogger(__name__)
 OFF = 0.02  # share by which what a cell spent may differ from its plan before it is said
@@ -75,7 +77,7 @@ class Cell:
 
 def _judged(recipe: Recipe) -> list:
     evaluation = recipe.evaluate.model_dump(mode="json", exclude={"pictures"})
-    return [recipe.model.model_dump(mode="json"), evaluation, {t: s.metrics for t, s in recipe.tasks.items()}]
+    return [recipe.model.decisive(), evaluation, {t: s.metrics for t, s in recipe.tasks.items()}]
 
 
 def cell_key(cell: Cell, shared: Shared) -> str:
@@ -90,17 +92,20 @@ def find_result(cell: Cell, shared: Shared) -> dict | None:
     return read_json(found[0]) | {"variant": cell.variant} if found else None
 
 
-def _scores(recipe: Recipe, shared: Shared, fields: dict[str, VelocityField]) -> tuple[dict, dict]:
-    """Each task's metrics of the field given for it, and how many records they are means of."""
+def _held_out(recipe: Recipe, shared: Shared, backbone: Backbone) -> dict[str, tuple[list, EncodedRecords]]:
+    spec = recipe.evaluate
+    return open_held_out(recipe, backbone, shared.base, shared.data, shared.workspace, spec.split, spec.per_task)
+
+
+def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, Field]) -> dict:
+    """Each task's metrics, of the field given for it."""
     from danceopd.evaluation.evaluate import score_records
 
-    spec, backbone = recipe.evaluate, next(iter(fields.values())).backbone
-    sets = open_held_out(recipe, backbone, shared.base, shared.data, shared.workspace, spec.split, spec.per_task)
     means = {}
     for task, (records, encoded) in sets.items():
-        scored = score_records(fields[task], encoded, records, recipe.tasks[task].metrics, spec).means
+        scored = score_records(fields[task], encoded, records, recipe.tasks[task].metrics, recipe.evaluate).means
         means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
-    return means, {task: len(records) for task, (records, _) in sets.items()}
+    return means
 
 
 def reference_scores(recipe: Recipe, shared: Shared) -> dict:
@@ -112,8 +117,10 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
 
         ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
         bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
-        base, records = _scores(recipe, shared, dict.fromkeys(taught, bare))
-        teachers, _ = _scores(recipe, shared, {task: ready.fields[name] for task, name in taught.items()})
+        sets = _held_out(recipe, shared, ready.backbone)
+        base = _scores(recipe, sets, dict.fromkeys(taught, bare))
+        teachers = _scores(recipe, sets, {task: ready.fields[name] for task, name in taught.items()})
+        records = {task: len(found) for task, (found, _) in sets.items()}
         write_json(path, {"base": base, "teachers": teachers, "records": records})
     return read_json(path)
 
@@ -134,13 +141,15 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     saves = Checkpoints(shared.folder / "checkpoints" / key, spec.keep_checkpoints, key)
     resumed = saves.folder.is_dir()
     ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+    sets = _held_out(recipe, shared, ready.backbone)
+    ready.backbone.free_encoders()  # everything is encoded
     started = time.monotonic()
     student, history = distill(
         ready.backbone, ready.encoded, ready.fields, ready.teacher_of, ready.weights, spec, None, saves
     )
     trained = time.monotonic()
-    scores, records = _scores(recipe, shared, dict.fromkeys(recipe.tasks, student))
-    spent = _spent(history, spec.batch)
+    scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, student))
+    steps, spent = history[-1]["step"], _spent(history, spec.batch)
     if abs(spent - cell.forwards) > OFF * cell.forwards:
         log.warning("study: %s seed %d took %.0f forwards, %.0f were planned", cell.variant, cell.seed, spent,
                     cell.forwards)  # fmt: skip
@@ -149,15 +158,14 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
         "seed": cell.seed,
         "key": key,
         "distill": spec.model_dump(mode="json"),
-        "steps": history[-1]["step"] if history else 0,
+        "steps": steps,
         "forwards": spent,
         "forwards_planned": cell.forwards,
-        "forwards_per_sample": spent / (spec.batch * history[-1]["step"]) if history else 0.0,
+        "forwards_per_sample": spent / (spec.batch * steps) if steps else 0.0,
         "train_seconds": None if resumed else round(trained - started, 2),
         "evaluate_seconds": round(time.monotonic() - trained, 2),
-        "loss": history[-1]["loss"] if history else {},
+        "loss": history[-1]["loss"],
         "scores": scores,
-        "records": records,
         "code": code_revision(),
     }
     write_json(shared.folder / "cells" / f"{cell.variant}-seed{cell.seed}-{key}.json", result)
@@ -190,7 +198,7 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
     specs = {name: recipe.teachers[name] for name in wanted}
     paths = {name: hash_folder(Path(s.path)) for name, s in specs.items() if isinstance(s, CheckpointTeacher)}
     served = {task: (spec.teacher, spec.metrics) for task, spec in recipe.tasks.items()}
-    key = content_key(recipe.model.model_dump(mode="json"), data_revision(recipe), recipe.evaluate.steps, served,
+    key = content_key(recipe.model.decisive(), data_revision(recipe), recipe.evaluate.steps, served,
                       {name: s.decisive() for name, s in specs.items()}, paths)  # fmt: skip
     note = folder / f"products-{key}.json"
     if note.is_file():

@@ -18,7 +18,7 @@ from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.processes import Processes
 from danceopd.queries import WindowSchedule, query_window
-from danceopd.recipe import Recipe
+from danceopd.recipe import MERGES, Recipe
 from danceopd.routing import TaskSampler, task_counts, weights_at
 from danceopd.studies.plan import Budget
 from danceopd.training import Learner
@@ -61,12 +61,16 @@ def _thin(encoded: EncodedRecords) -> EncodedRecords:
 def expected_forwards(recipe: Recipe, backbone: Backbone, encoded: EncodedRecords) -> float:
     """Mean transformer forwards a sample over the recipe's training, schedules of windows and weights included.
 
+    A merge trains nothing and takes none.
+
     Args:
         recipe: its `distill` and `tasks` decide.
         backbone: the real base, for its sampling grid.
         encoded: the training records, with targets if the method trains on them.
     """
     spec, method = recipe.distill, method_of(recipe.distill)
+    if spec.method in MERGES:
+        return 0.0
     free, encoded = _Weightless(backbone), _thin(encoded)
     student = VelocityField("student", free, free.new_transformer())
     optimizer = torch.optim.SGD(student.network.parameters())
@@ -97,6 +101,8 @@ def steps_within(budget: Budget, forwards_per_sample: float, batch: int) -> int:
     """
     if budget.steps is not None:
         return budget.steps
+    if forwards_per_sample == 0:
+        return 1  # nothing is trained, and a recipe wants a number
     update = forwards_per_sample * batch
     if budget.forwards < update:
         raise UserError(f"budget.forwards {budget.forwards}: one update of batch {batch} takes {update:.0f} forwards")

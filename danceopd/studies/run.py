@@ -24,9 +24,10 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
     """Every cell of a study, seed by seed, so that one that is stopped holds every variant at the first seeds.
 
     Raises:
-        UserError: if the budget does not pay one update.
+        UserError: if the budget does not pay one update, or the preflight finds an error.
     """
     from danceopd.distill import method_of
+    from danceopd.preflight import preflight, settle
     from danceopd.steps import open_training
     from danceopd.studies.cost import expected_forwards, steps_within
 
@@ -35,7 +36,11 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
     for variant, recipe in trial.items():
         targets = method_of(recipe.distill).needs_targets
         if targets not in opened:
-            opened[targets] = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+            ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+            facts = {name: product.facts for name, product in shared.teachers.items()}
+            counts = shared.data.facts["counts"]
+            settle(preflight(recipe, ready.backbone, shared.base.pipeline, ready.fields, facts, ready.encoded, counts))
+            opened[targets] = ready
         forwards = expected_forwards(recipe, opened[targets].backbone, opened[targets].encoded)
         planned[variant] = steps_within(study.budget, forwards, recipe.distill.batch), forwards
         log.info("study: %s takes %.2f forwards a sample, %d steps", variant, forwards, planned[variant][0])

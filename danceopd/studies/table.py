@@ -234,6 +234,11 @@ def markdown(summary: dict) -> str:
         *(f"- {row['variant']}: {'; '.join(f'`{s}`' for s in row['set']) or 'as the recipe'}"
           for row in summary["variants"]),
     ]  # fmt: skip
+    if any(row["forwards"] == 0 for row in summary["variants"]):
+        page += [
+            "",
+            "Without training nothing is drawn at random: the seeds of a merge are equal, and their interval 0.",
+        ]
     if summary["cells"] < summary["cells_wanted"]:
         page += ["", f"Not finished: {summary['cells']} of {summary['cells_wanted']} cells."]
     if len(summary["code"]) > 1:
