@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from danceopd.files import content_key, hash_folder, read_json, write_json
 from danceopd.recipe import CheckpointTeacher, Recipe
 from danceopd.steps import Product, code_revision, data_revision, open_held_out, open_training
+from danceopd.studies.identity import full, given, holds
 
 if TYPE_CHECKING:
     from danceopd.backbones.base import Backbone
@@ -75,21 +77,34 @@ class Cell:
         return self.forwards_per_sample * self.recipe.distill.batch * self.recipe.distill.steps
 
 
-def _judged(recipe: Recipe) -> list:
-    evaluation = recipe.evaluate.model_dump(mode="json", exclude={"pictures"})
-    return [recipe.model.decisive(), evaluation, {t: s.metrics for t, s in recipe.tasks.items()}]
+def _judged(recipe: Recipe, read: Callable) -> dict:
+    """What decides a field's scores besides the field."""
+    metrics = {task: list(spec.metrics) for task, spec in recipe.tasks.items()}
+    evaluation = {name: value for name, value in read(recipe.evaluate).items() if name != "pictures"}
+    return {"model": read(recipe.model), "evaluate": evaluation, "metrics": metrics}
+
+
+def _decided_by(cell: Cell, shared: Shared, read: Callable) -> dict:
+    """All that decides a cell's result but for the code, each section read by `full` or `given`."""
+    tasks = {t: [s.teacher, s.model_dump(mode="json")["weight"]] for t, s in cell.recipe.tasks.items()}
+    judged = _judged(cell.recipe, read)
+    return {"shared": shared.digests(), "judged": judged, "tasks": tasks, "distill": read(cell.recipe.distill)}
 
 
 def cell_key(cell: Cell, shared: Shared) -> str:
     """A name for all that decides a cell's result, but for the code."""
-    tasks = {t: (s.teacher, s.model_dump(mode="json")["weight"]) for t, s in cell.recipe.tasks.items()}
-    return content_key("cell", shared.digests(), _judged(cell.recipe), tasks, cell.recipe.distill.decisive())
+    return content_key("cell", _decided_by(cell, shared, given))
 
 
 def find_result(cell: Cell, shared: Shared) -> dict | None:
     """A cell's result if it is there, under whatever label it was made."""
-    found = sorted((shared.folder / "cells").glob(f"*-{cell_key(cell, shared)}.json"))
-    return read_json(found[0]) | {"variant": cell.variant} if found else None
+    now = _decided_by(cell, shared, full)
+    for path in sorted((shared.folder / "cells").glob(f"*-{cell_key(cell, shared)}.json")):
+        result = read_json(path)
+        if holds(result["settings"], now):
+            return result | {"variant": cell.variant}
+        log.info("study: %s was made with other defaults; it is made anew", path.name)
+    return None
 
 
 def _held_out(recipe: Recipe, shared: Shared, backbone: Backbone) -> dict[str, tuple[list, EncodedRecords]]:
@@ -111,8 +126,9 @@ def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields
 def reference_scores(recipe: Recipe, shared: Shared) -> dict:
     """What a study's students are held against: base, and each task's own teacher, on the same records."""
     taught = {task: spec.teacher for task, spec in recipe.tasks.items()}
-    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe), taught)}.json"
-    if not path.is_file():
+    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe, given), taught)}.json"
+    settings = _judged(recipe, full)
+    if not path.is_file() or not holds(read_json(path)["settings"], settings):
         from danceopd.fields import VelocityField
 
         ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
@@ -121,7 +137,7 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
         base = _scores(recipe, sets, dict.fromkeys(taught, bare))
         teachers = _scores(recipe, sets, {task: ready.fields[name] for task, name in taught.items()})
         records = {task: len(found) for task, (found, _) in sets.items()}
-        write_json(path, {"base": base, "teachers": teachers, "records": records})
+        write_json(path, {"base": base, "teachers": teachers, "records": records, "settings": settings})
     return read_json(path)
 
 
@@ -157,7 +173,7 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
         "variant": cell.variant,
         "seed": cell.seed,
         "key": key,
-        "distill": spec.model_dump(mode="json"),
+        "settings": _decided_by(cell, shared, full),
         "steps": steps,
         "forwards": spent,
         "forwards_planned": cell.forwards,
@@ -197,12 +213,15 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
     wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
     specs = {name: recipe.teachers[name] for name in wanted}
     paths = {name: hash_folder(Path(s.path)) for name, s in specs.items() if isinstance(s, CheckpointTeacher)}
-    served = {task: (spec.teacher, spec.metrics) for task, spec in recipe.tasks.items()}
-    key = content_key(recipe.model.decisive(), data_revision(recipe), recipe.evaluate.steps, served,
-                      {name: s.decisive() for name, s in specs.items()}, paths)  # fmt: skip
-    note = folder / f"products-{key}.json"
-    if note.is_file():
-        kept = read_json(note)
+    served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
+    fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
+
+    def decided(read: Callable) -> dict:
+        return fixed | {"model": read(recipe.model), "teachers": {name: read(spec) for name, spec in specs.items()}}
+
+    note = folder / f"products-{content_key(decided(given))}.json"
+    kept = read_json(note) if note.is_file() else None
+    if kept is not None and holds(kept["settings"], decided(full)):
         folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
         if all((place / steps.STEP).is_file() for place in folders):
             base, data, *teachers = map(steps.open_product, folders)
@@ -210,5 +229,6 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
     base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace)
     teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in wanted}
     places = {name: str(product.folder) for name, product in teachers.items()}
-    write_json(note, {"base": str(base.folder), "data": str(data.folder), "teachers": places})
+    write_json(note, {"base": str(base.folder), "data": str(data.folder), "teachers": places,
+                      "settings": decided(full)})  # fmt: skip
     return Shared(workspace, folder, base, data, teachers)

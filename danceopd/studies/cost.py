@@ -6,7 +6,8 @@ run on a network of one number, and their count is what the real ones will take.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
 from danceopd.distill import Distillation, UpdateFigures, draw_groups, method_of
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
+from danceopd.fields import Field, VelocityField
 from danceopd.processes import Processes
 from danceopd.queries import WindowSchedule, query_window
 from danceopd.recipe import MERGES, Recipe
@@ -30,6 +31,17 @@ class _OneNumber(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
+
+
+@dataclass(frozen=True)
+class _Free(VelocityField):
+    """A field whose velocity costs nothing and counts as the real one's."""
+
+    passes: int = 1
+
+    @property
+    def forwards(self) -> int:
+        return self.passes
 
 
 class _Weightless:
@@ -58,7 +70,9 @@ def _thin(encoded: EncodedRecords) -> EncodedRecords:
                    targets=encoded.targets[:, :1, :1])  # fmt: skip
 
 
-def expected_forwards(recipe: Recipe, backbone: Backbone, encoded: EncodedRecords) -> float:
+def expected_forwards(
+    recipe: Recipe, backbone: Backbone, encoded: EncodedRecords, fields: Mapping[str, Field]
+) -> float:
     """Mean transformer forwards a sample over the recipe's training, schedules of windows and weights included.
 
     A merge trains nothing and takes none.
@@ -67,6 +81,7 @@ def expected_forwards(recipe: Recipe, backbone: Backbone, encoded: EncodedRecord
         recipe: its `distill` and `tasks` decide.
         backbone: the real base, for its sampling grid.
         encoded: the training records, with targets if the method trains on them.
+        fields: the teachers, for how many passes each takes.
     """
     spec, method = recipe.distill, method_of(recipe.distill)
     if spec.method in MERGES:
@@ -78,7 +93,9 @@ def expected_forwards(recipe: Recipe, backbone: Backbone, encoded: EncodedRecord
     alone = Processes(0, 1, torch.device("cpu"))
     learner = Learner(student, alone, list(student.network.parameters()), optimizer, schedule, spec)
     teacher_of = {task: of.teacher for task, of in recipe.tasks.items()}
-    teachers = {name: VelocityField(name, free, free.new_transformer()) for name in set(teacher_of.values())}
+    teachers = {
+        name: _Free(name, free, free.new_transformer(), passes=fields[name].forwards) for name in teacher_of.values()
+    }
     grid = free.sigmas(spec.rollout_steps, encoded.height, encoded.width)
     setup = Distillation(free, encoded, teachers, teacher_of, grid)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))

@@ -41,7 +41,8 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
             counts = shared.data.facts["counts"]
             settle(preflight(recipe, ready.backbone, shared.base.pipeline, ready.fields, facts, ready.encoded, counts))
             opened[targets] = ready
-        forwards = expected_forwards(recipe, opened[targets].backbone, opened[targets].encoded)
+        ready = opened[targets]
+        forwards = expected_forwards(recipe, ready.backbone, ready.encoded, ready.fields)
         planned[variant] = steps_within(study.budget, forwards, recipe.distill.batch), forwards
         log.info("study: %s takes %.2f forwards a sample, %d steps", variant, forwards, planned[variant][0])
     return [

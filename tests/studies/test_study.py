@@ -17,9 +17,11 @@ from danceopd import steps
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
-from danceopd.files import read_json
+from danceopd.fields import VelocityField
+from danceopd.files import read_json, write_json
+from danceopd.operators import GuidedField
 from danceopd.queries import NAMED
-from danceopd.recipe import load_recipe
+from danceopd.recipe import MERGES, METHODS, load_recipe
 from danceopd.studies import cells
 from danceopd.studies.cost import expected_forwards, steps_within
 from danceopd.studies.plan import Budget, load_study, study_names
@@ -98,6 +100,31 @@ def test_cells_are_found_under_another_label_and_not_with_other_settings(tiny_ba
     assert len(list(folder.iterdir())) == 3
 
 
+def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
+    study = load_study(write(here, plan(tiny_base, seeds=[0], variants={"early": {}})))
+    run_study(study, here / "ws", 1)
+    [path] = (here / "ws" / "studies" / "tiny" / "cells").iterdir()
+    result = read_json(path) | {"scores": "as they were"}
+    del result["settings"]["distill"]["ema"]  # as if the code had gained it since
+    write_json(path, result)
+    shared = cells.open_shared(study.recipe_of("early", 0, 2), {"base"}, here / "ws", path.parents[1])
+    cell = cells.Cell("early", study.recipe_of("early", 0, 2), 5.0)
+    assert cells.find_result(cell, shared)["scores"] == "as they were"
+    result["settings"]["distill"]["warmup"] = 21  # as if the default had been another
+    write_json(path, result)
+    assert cells.find_result(cell, shared) is None
+
+
+def test_merges_take_nothing_and_are_scored(tiny_base, here):
+    variants = {"merge": {"set": ["distill.method=merge_average"]}, "joint": {"set": ["distill.method=joint"]}}
+    budget = {"forwards": 300}
+    summary = run_study(load_study(write(here, plan(tiny_base, variants=variants, budget=budget))), here / "ws", 1)
+    row = next(row for row in summary["variants"] if row["variant"] == "merge")
+    assert (row["forwards"], row["steps"], row["retention"]["half"]) == (0, 0, 0)
+    assert row["retention"]["mean"] == 1  # of the base with itself
+    assert "the seeds of a merge are equal" in markdown(summary)
+
+
 def test_seeds_differ_and_the_noise_of_the_evaluation_does_not(tiny_base):
     study = load_study_from(plan(tiny_base, seeds=[3, 4]))
     first, second = (study.recipe_of("early", seed, 7) for seed in study.seeds)
@@ -163,6 +190,13 @@ def training_set(backbone, small_data):
     return encode_records(backbone, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=True)
 
 
+def cost(backbone, training_set, *settings, method="danceopd"):
+    """Expected forwards of the world's recipe with some teachers guided or not."""
+    recipe = load_recipe("world", ["distill.start=base", f"distill.method={method}", *settings])
+    plain = {name: VelocityField(name, backbone, backbone.transformer) for name in recipe.teachers}
+    return expected_forwards(recipe, backbone, training_set, plain)
+
+
 SCHEDULE = "[{until: 0.3, window: semantic}, {until: 1, window: uniform}]"
 
 
@@ -177,7 +211,8 @@ def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window
         share += (phase.until - before) * mean_stop(phase.window, grid)
         before = phase.until
     budget = 130_000
-    count = steps_within(Budget(forwards=budget), expected_forwards(recipe, backbone, training_set), spec.batch)
+    found = cost(backbone, training_set, f"distill.window={window}")
+    count = steps_within(Budget(forwards=budget), found, spec.batch)
     assert count * spec.batch * (share + 1 + 3) == pytest.approx(budget, rel=0.03)
 
 
@@ -193,10 +228,32 @@ def mean_stop(window, grid) -> float:
 
 
 def test_checkpointed_activations_cost_one_more(backbone, training_set):
-    def cost(*settings):
-        return expected_forwards(load_recipe("world", ["distill.start=base", *settings]), backbone, training_set)
+    plain = cost(backbone, training_set)
+    assert cost(backbone, training_set, "distill.activation_checkpointing=true") == pytest.approx(plain + 1)
 
-    assert cost("distill.activation_checkpointing=true") == pytest.approx(cost() + 1)
+
+def test_a_guided_teacher_costs_two(backbone, training_set):
+    recipe = load_recipe("world", ["distill.start=base", "distill.method=off_policy"])
+    guided = GuidedField(VelocityField("x", backbone, backbone.transformer), 3.0, backbone.encode_prompts([""]))
+    assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
+
+
+# Where a method's count does not hang on drawn stops it is known: 8 grid steps, 3 teachers of the world.
+EXACT = {"off_policy": 4, "joint": 3, "diffusion_opd": 8 * 4, "flow_opd": 7 * 4} | dict.fromkeys(MERGES, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_cost(backbone, training_set, method):
+    found = cost(backbone, training_set, "distill.window=semantic", method=method)
+    plain = cost(backbone, training_set, "distill.window=semantic")
+    if method in EXACT:
+        assert found == pytest.approx(EXACT[method])
+    elif method == "soft":
+        assert found == pytest.approx(plain + 2)
+    elif method == "dense":
+        assert found > 8 * 4
+    else:
+        assert found == pytest.approx(plain)
 
 
 def test_a_budget_below_one_update_is_refused():
