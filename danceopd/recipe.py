@@ -352,7 +352,8 @@ class Recipe(_Part):
         return content_key(self.model_dump(mode="json"))
 
 
-def _say(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
+def say_invalid(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
+    """The first thing that does not fit a model, as one line."""
     first = error.errors()[0]
     path = ".".join(str(p) for p in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -376,8 +377,9 @@ def _fields_at(model: Any, path: tuple) -> list[str]:
             if part == tag.get("const") or part in tag.get("enum", []):
                 node = option
                 break
-            if isinstance(option.get("additionalProperties"), dict):
-                node = option["additionalProperties"]
+            values = [option.get("additionalProperties"), *option.get("patternProperties", {}).values()]
+            if mappings := [value for value in values if isinstance(value, dict)]:
+                node = mappings[0]
                 break
     return sorted(_resolve(node, schema).get("properties", {})) or ["(none)"]
 
@@ -399,7 +401,7 @@ def parse_recipe(data: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise _say(error, Recipe, where) from error
+        raise say_invalid(error, Recipe, where) from error
 
 
 def recipe_names() -> list[str]:

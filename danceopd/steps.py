@@ -425,17 +425,34 @@ def distill_student(
     return _make(workspace, "students", recipe.name, inputs, build, together=True)
 
 
-def _build_student(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
-    checkpoints: Path,
-) -> dict:  # fmt: skip
-    from danceopd.distill import distill, method_of
-    from danceopd.evaluation.validate import GateValidator
-    from danceopd.plots import plot_history
-    from danceopd.preflight import preflight, settle
-    from danceopd.previews import Previewer
-    from danceopd.processes import this_process
-    from danceopd.resume import Checkpoints
+@dataclass(frozen=True)
+class Training:
+    """What a distillation needs, loaded.
+
+    Attributes:
+        backbone: the base.
+        encoded: training records of every task.
+        fields: the teachers by name.
+        teacher_of: task -> teacher's name.
+        weights: task -> weight in the loss.
+    """
+
+    backbone: Backbone
+    encoded: EncodedRecords
+    fields: dict[str, VelocityField]
+    teacher_of: dict[str, str]
+    weights: dict[str, Any]
+
+
+def open_training(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
+) -> Training:
+    """Load the base, the given teachers and the recipe's training records.
+
+    Raises:
+        UserError: if a task has no training records, or they lack the targets that the recipe's method trains on.
+    """
+    from danceopd.distill import method_of
 
     backbone = _open_backbone(recipe, base)
     tasks = tuple(recipe.tasks)
@@ -445,24 +462,49 @@ def _build_student(
         for task in tasks:
             _require_targets(encoded, task)
     fields = _load_teachers(recipe, backbone, base, teachers, workspace)
-    teacher_of = {task: recipe.tasks[task].teacher for task in tasks}
+    specs = recipe.tasks
+    return Training(
+        backbone, encoded, fields, {t: specs[t].teacher for t in tasks}, {t: specs[t].weight for t in tasks}
+    )
+
+
+def open_held_out(
+    recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, split: str, limit: int
+) -> dict[str, tuple[list, EncodedRecords]]:
+    """At most `limit` held-out records of each of the recipe's tasks, plain and encoded."""
+    return {t: _encode(recipe, backbone, base, data, workspace, split, False, (t,), limit) for t in recipe.tasks}
+
+
+def _build_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
+    checkpoints: Path,
+) -> dict:  # fmt: skip
+    from danceopd.distill import distill
+    from danceopd.evaluation.validate import GateValidator
+    from danceopd.plots import plot_history
+    from danceopd.preflight import preflight, settle
+    from danceopd.previews import Previewer
+    from danceopd.processes import this_process
+    from danceopd.resume import Checkpoints
+
+    ready = open_training(recipe, base, data, teachers, workspace)
+    backbone, fields, tasks = ready.backbone, ready.fields, tuple(recipe.tasks)
     shown = _encode(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
     previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
-    previewer = Previewer(*shown, fields, teacher_of, recipe.evaluate, previews)
-    weights = {task: recipe.tasks[task].weight for task in tasks}
+    previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
     saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
     validate = None
     if recipe.distill.select is not None:
         limit = recipe.distill.select.per_task
-        sets = {t: _encode(recipe, backbone, base, data, workspace, "val", False, (t,), limit) for t in tasks}
+        sets = open_held_out(recipe, backbone, base, data, workspace, "val", limit)
         validate = GateValidator(recipe, fields, sets)
     backbone.free_encoders()  # everything is encoded
     facts = {name: product.facts for name, product in teachers.items()}
     counts, processes = data.facts["counts"], this_process()
-    settle(preflight(recipe, backbone, base.pipeline, fields, facts, encoded, counts, processes.count))
+    settle(preflight(recipe, backbone, base.pipeline, fields, facts, ready.encoded, counts, processes.count))
     student, history = distill(
-        backbone, encoded, fields, teacher_of, weights, recipe.distill, previewer, saves, validate
+        backbone, ready.encoded, fields, ready.teacher_of, ready.weights, recipe.distill, previewer, saves, validate
     )
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)

@@ -42,6 +42,7 @@ def test_a_dataset_is_built_validated_and_counted(monkeypatch, capsys, tmp_path)
         (["data", "validate", "nowhere"], "no manifest.json"),
         (["generate", "nowhere", "a ring"], "nowhere"),
         (["finetune"], "teacher"),
+        (["study", "nowhere"], "study 'nowhere': neither a file nor a shipped study; shipped: "),
         (["paint"], "No such command 'paint'"),
         (["generate", "x", "y", "--steps", "0"], "--steps"),
         (["pipeline", "run", "--set", "distill.window=x"], "distill.window"),

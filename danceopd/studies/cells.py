@@ -1,0 +1,234 @@
+"""One cell of a study: one variant trained with one seed and scored, kept as one JSON file.
+
+A file is named by all that decides what it holds, and by no revision of the code: a study outlives an unrelated commit.
+The revision is written into it instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danceopd.files import content_key, hash_folder, read_json, write_json
+from danceopd.recipe import CheckpointTeacher, Recipe
+from danceopd.steps import Product, code_revision, data_revision, open_held_out, open_training
+from danceopd.studies.identity import full, given, holds
+
+if TYPE_CHECKING:
+    from danceopd.backbones.base import Backbone
+    from danceopd.data.encoded import EncodedRecords
+    from danceopd.fields import Field
+
+log = logging.getLogger(__name__)
+OFF = 0.02  # share by which what a cell spent may differ from its plan before it is said
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells of a study stand on.
+
+    Attributes:
+        workspace: where products and caches lie.
+        folder: the study's own.
+        base: product of `danceopd.steps`.
+        data: product.
+        teachers: products by name, those that teach a task.
+    """
+
+    workspace: Path
+    folder: Path
+    base: Product
+    data: Product
+    teachers: dict[str, Product]
+
+    def digests(self) -> list:
+        """What tells these from others."""
+        taught = {name: product.digest for name, product in sorted(self.teachers.items())}
+        return [self.base.digest, self.data.facts["content"], taught]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant with one seed.
+
+    Attributes:
+        variant: its label.
+        recipe: with the cell's seed and steps.
+        forwards_per_sample: what it is expected to take.
+    """
+
+    variant: str
+    recipe: Recipe
+    forwards_per_sample: float
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.distill.seed
+
+    @property
+    def forwards(self) -> float:
+        """Transformer forwards its training is expected to take."""
+        return self.forwards_per_sample * self.recipe.distill.batch * self.recipe.distill.steps
+
+
+def _judged(recipe: Recipe, read: Callable) -> dict:
+    """What decides a field's scores besides the field."""
+    metrics = {task: list(spec.metrics) for task, spec in recipe.tasks.items()}
+    evaluation = {name: value for name, value in read(recipe.evaluate).items() if name != "pictures"}
+    return {"model": read(recipe.model), "evaluate": evaluation, "metrics": metrics}
+
+
+def _decided_by(cell: Cell, shared: Shared, read: Callable) -> dict:
+    """All that decides a cell's result but for the code, each section read by `full` or `given`."""
+    tasks = {t: [s.teacher, s.model_dump(mode="json")["weight"]] for t, s in cell.recipe.tasks.items()}
+    judged = _judged(cell.recipe, read)
+    return {"shared": shared.digests(), "judged": judged, "tasks": tasks, "distill": read(cell.recipe.distill)}
+
+
+def cell_key(cell: Cell, shared: Shared) -> str:
+    """A name for all that decides a cell's result, but for the code."""
+    return content_key("cell", _decided_by(cell, shared, given))
+
+
+def find_result(cell: Cell, shared: Shared) -> dict | None:
+    """A cell's result if it is there, under whatever label it was made."""
+    now = _decided_by(cell, shared, full)
+    for path in sorted((shared.folder / "cells").glob(f"*-{cell_key(cell, shared)}.json")):
+        result = read_json(path)
+        if holds(result["settings"], now):
+            return result | {"variant": cell.variant}
+        log.info("study: %s was made with other defaults; it is made anew", path.name)
+    return None
+
+
+def _held_out(recipe: Recipe, shared: Shared, backbone: Backbone) -> dict[str, tuple[list, EncodedRecords]]:
+    spec = recipe.evaluate
+    return open_held_out(recipe, backbone, shared.base, shared.data, shared.workspace, spec.split, spec.per_task)
+
+
+def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, Field]) -> dict:
+    """Each task's metrics, of the field given for it."""
+    from danceopd.evaluation.evaluate import score_records
+
+    means = {}
+    for task, (records, encoded) in sets.items():
+        scored = score_records(fields[task], encoded, records, recipe.tasks[task].metrics, recipe.evaluate).means
+        means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
+    return means
+
+
+def reference_scores(recipe: Recipe, shared: Shared) -> dict:
+    """What a study's students are held against: base, and each task's own teacher, on the same records."""
+    taught = {task: spec.teacher for task, spec in recipe.tasks.items()}
+    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe, given), taught)}.json"
+    settings = _judged(recipe, full)
+    if not path.is_file() or not holds(read_json(path)["settings"], settings):
+        from danceopd.fields import VelocityField
+
+        ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+        bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
+        sets = _held_out(recipe, shared, ready.backbone)
+        base = _scores(recipe, sets, dict.fromkeys(taught, bare))
+        teachers = _scores(recipe, sets, {task: ready.fields[name] for task, name in taught.items()})
+        records = {task: len(found) for task, (found, _) in sets.items()}
+        write_json(path, {"base": base, "teachers": teachers, "records": records, "settings": settings})
+    return read_json(path)
+
+
+def run_cell(cell: Cell, shared: Shared) -> dict:
+    """Train and score a cell and write its file, or read it back.
+
+    Raises:
+        Interrupted: after a save, if SIGTERM came and the recipe saves checkpoints.
+    """
+    there = find_result(cell, shared)
+    if there is not None:
+        return there
+    from danceopd.distill import distill
+    from danceopd.resume import Checkpoints
+
+    recipe, spec, key = cell.recipe, cell.recipe.distill, cell_key(cell, shared)
+    saves = Checkpoints(shared.folder / "checkpoints" / key, spec.keep_checkpoints, key)
+    resumed = saves.folder.is_dir()
+    ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+    sets = _held_out(recipe, shared, ready.backbone)
+    ready.backbone.free_encoders()  # everything is encoded
+    started = time.monotonic()
+    student, history = distill(
+        ready.backbone, ready.encoded, ready.fields, ready.teacher_of, ready.weights, spec, None, saves
+    )
+    trained = time.monotonic()
+    scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, student))
+    steps, spent = history[-1]["step"], _spent(history, spec.batch)
+    if abs(spent - cell.forwards) > OFF * cell.forwards:
+        log.warning("study: %s seed %d took %.0f forwards, %.0f were planned", cell.variant, cell.seed, spent,
+                    cell.forwards)  # fmt: skip
+    result = {
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "key": key,
+        "settings": _decided_by(cell, shared, full),
+        "steps": steps,
+        "forwards": spent,
+        "forwards_planned": cell.forwards,
+        "forwards_per_sample": spent / (spec.batch * steps) if steps else 0.0,
+        "train_seconds": None if resumed else round(trained - started, 2),
+        "evaluate_seconds": round(time.monotonic() - trained, 2),
+        "loss": history[-1]["loss"],
+        "scores": scores,
+        "code": code_revision(),
+    }
+    write_json(shared.folder / "cells" / f"{cell.variant}-seed{cell.seed}-{key}.json", result)
+    shutil.rmtree(saves.folder, ignore_errors=True)
+    return result
+
+
+def _spent(history: list[dict], batch: int) -> float:
+    """Transformer forwards of a whole training."""
+    ends = [entry["step"] for entry in history]
+    updates = [end - before for before, end in zip([0, *ends], ends, strict=False)]
+    return sum(n * batch * entry["forwards_per_sample"] for n, entry in zip(updates, history, strict=True))
+
+
+def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path) -> Shared:
+    """Base, data and teachers: the study's own of an earlier call, else the pipeline's, made if need be.
+
+    The pipeline makes a product anew when the code changes. A study keeps those it began with: all its cells
+    have the same teachers.
+
+    Args:
+        recipe: of any cell.
+        starts: where the cells' students start from.
+        workspace: where the pipeline's products lie.
+        folder: the study's.
+    """
+    from danceopd import steps
+
+    wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
+    specs = {name: recipe.teachers[name] for name in wanted}
+    paths = {name: hash_folder(Path(s.path)) for name, s in specs.items() if isinstance(s, CheckpointTeacher)}
+    served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
+    fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
+
+    def decided(read: Callable) -> dict:
+        return fixed | {"model": read(recipe.model), "teachers": {name: read(spec) for name, spec in specs.items()}}
+
+    note = folder / f"products-{content_key(decided(given))}.json"
+    kept = read_json(note) if note.is_file() else None
+    if kept is not None and holds(kept["settings"], decided(full)):
+        folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
+        if all((place / steps.STEP).is_file() for place in folders):
+            base, data, *teachers = map(steps.open_product, folders)
+            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], teachers, strict=True)))
+    base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace)
+    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in wanted}
+    places = {name: str(product.folder) for name, product in teachers.items()}
+    write_json(note, {"base": str(base.folder), "data": str(data.folder), "teachers": places,
+                      "settings": decided(full)})  # fmt: skip
+    return Shared(workspace, folder, base, data, teachers)

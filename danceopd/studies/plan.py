@@ -1,0 +1,129 @@
+"""What a study compares: one pydantic model, and the YAML files of it (`danceopd/studies/*.yaml`, or anyone's)."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from danceopd.errors import UserError
+from danceopd.recipe import Recipe, apply_overrides, load_recipe, say_invalid
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+# What the study itself decides, cell by cell.
+OWN = ("distill.steps", "distill.seed", "evaluate.split", "evaluate.per_task")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Budget(_Part):
+    """What every cell may spend on training: as many updates, or as many transformer forwards.
+
+    A backward pass counts as two forwards, a teacher's pass as one.
+    """
+
+    steps: int | None = Field(None, gt=0)
+    forwards: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.steps is None) == (self.forwards is None):
+            raise ValueError("give exactly one of 'steps' and 'forwards'")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps" if self.steps is not None else f"{self.forwards:,} forwards"
+
+
+class Variant(_Part):
+    """One row of the table: overrides of the recipe's `distill` section."""
+
+    set: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _of_distillation(self):
+        for setting in self.set:
+            if not setting.startswith("distill."):
+                raise ValueError(f"{setting!r}: a variant sets distill.* only; what all share belongs in the study's "
+                                 "'set'")  # fmt: skip
+        return self
+
+
+class Study(_Part):
+    """A matrix of variants and seeds over one recipe, base, data and set of teachers."""
+
+    name: Label
+    recipe: str = Field(description="name of a shipped recipe, or a YAML file")
+    set: tuple[str, ...] = Field((), description="recipe overrides for every cell")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    budget: Budget
+    variants: dict[Label, Variant] = Field(min_length=1)
+    split: Literal["val", "test"] = Field("val", description="held-out records to score on")
+    records: int = Field(gt=0, description="of them, at most so many a task")
+
+    @model_validator(mode="after")
+    def _nothing_twice(self):
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: one is there twice")
+        for setting in (*self.set, *(s for variant in self.variants.values() for s in variant.set)):
+            if setting.partition("=")[0] in OWN:
+                raise ValueError(f"{setting!r}: the study itself sets this, by 'budget', 'seeds', 'split', 'records'")
+        return self
+
+    def recipe_of(self, variant: str, seed: int, steps: int) -> Recipe:
+        """The recipe of one cell.
+
+        Raises:
+            UserError: if it is not a valid recipe, or one that no budget holds for.
+        """
+        own = (f"distill.steps={steps}", f"distill.seed={seed}", f"evaluate.split={self.split}",
+               f"evaluate.per_task={self.records}")  # fmt: skip
+        try:
+            recipe = load_recipe(self.recipe, (*self.set, *self.variants[variant].set, *own))
+        except UserError as error:
+            raise UserError(f"study {self.name}, variant {variant}: {error}") from error
+        if recipe.distill.select is not None:
+            raise UserError(f"study {self.name}, variant {variant}: distill.select ends or picks by validation, and a "
+                            "study compares whole budgets; add distill.select=null to 'set'")  # fmt: skip
+        return recipe
+
+
+def study_names() -> list[str]:
+    """Names of the studies that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("danceopd.studies").iterdir()
+                  if p.name.endswith(".yaml"))  # fmt: skip
+
+
+def load_study(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """Load a study by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
+
+    Raises:
+        UserError: if it cannot be found or read, or it or one of its recipes does not fit the models.
+    """
+    if name_or_path in study_names():
+        text = resources.files("danceopd.studies").joinpath(f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise UserError(
+            f"study {name_or_path!r}: neither a file nor a shipped study; shipped: {', '.join(study_names())}"
+        )
+    where = f"study {name_or_path}"
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a study is a YAML mapping, this is {type(data).__name__}")
+    try:
+        study = Study.model_validate(apply_overrides(data, overrides))
+    except ValidationError as error:
+        raise say_invalid(error, Study, where) from error
+    for variant in study.variants:
+        study.recipe_of(variant, study.seeds[0], 1)
+    return study

@@ -1,0 +1,405 @@
+"""Studies: what a plan refuses, what a cell may spend, what is kept when one is stopped, what the table says."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import yaml
+
+from danceopd import steps
+from danceopd.data.assemble import open_dataset
+from danceopd.data.encoded import encode_records
+from danceopd.errors import UserError
+from danceopd.fields import VelocityField
+from danceopd.files import read_json, write_json
+from danceopd.operators import GuidedField
+from danceopd.queries import NAMED
+from danceopd.recipe import MERGES, METHODS, load_recipe
+from danceopd.studies import cells
+from danceopd.studies.cost import expected_forwards, steps_within
+from danceopd.studies.plan import Budget, load_study, study_names
+from danceopd.studies.run import run_study
+from danceopd.studies.table import Estimate, counted_metrics, estimate, markdown, retention, terminal_table, verdict
+from danceopd.studies.workers import usable_cores, work_off
+
+SMALL = [
+    "data.world={t2i: {train: 12, val: 4, test: 4}, local_edit: {train: 12, val: 4, test: 4},"
+    " global_style: {train: 12, val: 4, test: 4}}",
+    "teachers={base: {kind: base}}",
+    "tasks.t2i={teacher: base, needs_source: false, metrics: [scene_accuracy]}",
+    "tasks.local_edit={teacher: base, needs_source: true, metrics: [psnr],"
+    " gates: [{metric: psnr, retain: 0.5, champion_margin: 1}]}",
+    "tasks.global_style={teacher: base, needs_source: true, metrics: [psnr, ssim],"
+    " gates: [{metric: psnr, retain: 0.5, champion_margin: 1}]}",
+    "distill.start=base", "distill.batch=6", "distill.rollout_steps=3", "distill.checkpoint_every=0",
+    "evaluate.steps=2",
+]  # fmt: skip
+
+
+def plan(base, **changes) -> dict:
+    return {
+        "name": "tiny",
+        "recipe": "world",
+        "set": [f"model.base={base}", *SMALL],
+        "seeds": [0, 1],
+        "budget": {"steps": 2},
+        "records": 3,
+        "variants": {"early": {"set": ["distill.window=semantic"]}, "late": {"set": ["distill.window=low_noise"]}},
+    } | changes
+
+
+def write(folder, data):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder outside any repository: data is generated into the workspace."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_study_resumes_where_it_stopped(tiny_base, here, monkeypatch):
+    study = load_study(write(here, plan(tiny_base)))
+    summary = run_study(study, here / "ws", 1)
+    folder = here / "ws" / "studies" / "tiny"
+    assert {p.name for p in folder.iterdir()} >= {"study.json", "study.md", "study.png", "cells"}
+    files = sorted((folder / "cells").iterdir())
+    assert [p.name.split("-")[0] for p in files] == ["early", "early", "late", "late"]
+    made = {p: p.stat().st_mtime_ns for p in files}
+    files[1].unlink()
+
+    monkeypatch.setattr(steps, "code_revision", lambda: "another commit")
+    again = run_study(study, here / "ws", 1)
+    changed = [p for p in files if p.stat().st_mtime_ns != made[p]]
+    assert changed == [files[1]]
+    for row, before in zip(again["variants"], summary["variants"], strict=True):
+        assert row["scores"] == before["scores"]
+        assert row["retention"] == before["retention"]
+    result = read_json(files[1])
+    assert result["steps"] == 2
+    assert result["forwards"] == pytest.approx(result["forwards_per_sample"] * 12)
+
+
+def test_cells_are_found_under_another_label_and_not_with_other_settings(tiny_base, here):
+    study = load_study(write(here, plan(tiny_base, seeds=[0])))
+    run_study(study, here / "ws", 1)
+    folder = here / "ws" / "studies" / "tiny" / "cells"
+    renamed = {"first": {"set": ["distill.window=semantic"]}, "other": {"set": ["distill.window=mid"]}}
+    summary = run_study(load_study(write(here, plan(tiny_base, seeds=[0], variants=renamed))), here / "ws", 1)
+    assert {row["variant"] for row in summary["variants"]} == {"first", "other"}
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
+    study = load_study(write(here, plan(tiny_base, seeds=[0], variants={"early": {}})))
+    run_study(study, here / "ws", 1)
+    [path] = (here / "ws" / "studies" / "tiny" / "cells").iterdir()
+    result = read_json(path) | {"scores": "as they were"}
+    del result["settings"]["distill"]["ema"]  # as if the code had gained it since
+    write_json(path, result)
+    shared = cells.open_shared(study.recipe_of("early", 0, 2), {"base"}, here / "ws", path.parents[1])
+    cell = cells.Cell("early", study.recipe_of("early", 0, 2), 5.0)
+    assert cells.find_result(cell, shared)["scores"] == "as they were"
+    result["settings"]["distill"]["warmup"] = 21  # as if the default had been another
+    write_json(path, result)
+    assert cells.find_result(cell, shared) is None
+
+
+def test_merges_take_nothing_and_are_scored(tiny_base, here):
+    variants = {"merge": {"set": ["distill.method=merge_average"]}, "joint": {"set": ["distill.method=joint"]}}
+    budget = {"forwards": 300}
+    summary = run_study(load_study(write(here, plan(tiny_base, variants=variants, budget=budget))), here / "ws", 1)
+    row = next(row for row in summary["variants"] if row["variant"] == "merge")
+    assert (row["forwards"], row["steps"], row["retention"]["half"]) == (0, 0, 0)
+    assert row["retention"]["mean"] == 1  # of the base with itself
+    assert "the seeds of a merge are equal" in markdown(summary)
+
+
+def test_seeds_differ_and_the_noise_of_the_evaluation_does_not(tiny_base):
+    study = load_study_from(plan(tiny_base, seeds=[3, 4]))
+    first, second = (study.recipe_of("early", seed, 7) for seed in study.seeds)
+    assert (first.distill.seed, second.distill.seed, first.distill.steps) == (3, 4, 7)
+    assert first.evaluate == second.evaluate
+    assert (first.evaluate.split, first.evaluate.per_task) == ("val", 3)
+
+
+def load_study_from(data):
+    from danceopd.studies.plan import Study
+
+    return Study.model_validate(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": ["mid"]}, "windows: no such field; here are: budget, name, "),
+        ({"budget": {}}, "budget: give exactly one of 'steps' and 'forwards'"),
+        ({"budget": {"steps": 1, "forwards": 1}}, "budget: give exactly one of 'steps' and 'forwards'"),
+        ({"budget": {"updates": 1}}, "budget.updates: no such field; here are: forwards, steps"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: one is there twice"),
+        ({"seeds": []}, "seeds: "),
+        ({"variants": {"a b": {}}}, "variants.a b"),
+        ({"variants": {"a": {"sets": []}}}, "variants.a.sets: no such field; here are: set"),
+        ({"variants": {"a": {"set": ["model.height=8"]}}}, "'model.height=8': a variant sets distill.* only"),
+        ({"variants": {"a": {"set": ["distill.steps=8"]}}}, "'distill.steps=8': the study itself sets this"),
+        ({"variants": {"a": {"set": ["distill.window=x"]}}}, "variant a: recipe world: distill.window"),
+        ({"variants": {"a": {"set": ["distill.select={every: 1}"]}}}, "variant a: distill.select ends or picks"),
+        ({"recipe": "wrld"}, "variant early: recipe 'wrld': neither a file nor a shipped recipe"),
+        ({"split": "train"}, "split: "),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_one_line(tiny_base, tmp_path, change, message):
+    with pytest.raises(UserError) as error:
+        load_study(write(tmp_path, plan(tiny_base, **change)))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_study_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"neither a file nor a shipped study; shipped: {', '.join(study_names())}"):
+        load_study("nowhere")
+    (tmp_path / "a.yaml").write_text("[1]")
+    with pytest.raises(UserError, match="a study is a YAML mapping, this is list"):
+        load_study(str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_study(str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_valid(name):
+    study = load_study(name, ["seeds=[5]"])
+    assert (study.name, study.seeds) == (name, (5,))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+
+@pytest.fixture(scope="module")
+def training_set(backbone, small_data):
+    return encode_records(backbone, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=True)
+
+
+def cost(backbone, training_set, *settings, method="danceopd"):
+    """Expected forwards of the world's recipe with some teachers guided or not."""
+    recipe = load_recipe("world", ["distill.start=base", f"distill.method={method}", *settings])
+    plain = {name: VelocityField(name, backbone, backbone.transformer) for name in recipe.teachers}
+    return expected_forwards(recipe, backbone, training_set, plain)
+
+
+SCHEDULE = "[{until: 0.3, window: semantic}, {until: 1, window: uniform}]"
+
+
+@pytest.mark.parametrize("window", [*NAMED, "[0.3, 0.6]", SCHEDULE])
+def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window):
+    """Against the exact mean of the stops on the grid, found by integration over each window's density."""
+    recipe = load_recipe("world", [f"distill.window={window}", "distill.start=base"])
+    spec = recipe.distill
+    grid = backbone.sigmas(spec.rollout_steps, 64, 64).double().numpy()
+    share, before = 0.0, 0.0
+    for phase in spec.phases:
+        share += (phase.until - before) * mean_stop(phase.window, grid)
+        before = phase.until
+    budget = 130_000
+    found = cost(backbone, training_set, f"distill.window={window}")
+    count = steps_within(Budget(forwards=budget), found, spec.batch)
+    assert count * spec.batch * (share + 1 + 3) == pytest.approx(budget, rel=0.03)
+
+
+def mean_stop(window, grid) -> float:
+    from scipy import stats
+
+    a, b = NAMED[window] if isinstance(window, str) else (1, 1)
+    low, high = (0, 1) if isinstance(window, str) else window
+    states = grid[:-1]
+    edges = [math.inf, *((states[1:] + states[:-1]) / 2), -math.inf]
+    above = stats.beta(a, b, low, high - low).cdf(edges)
+    return sum(k * (above[k] - above[k + 1]) for k in range(len(states)))
+
+
+def test_checkpointed_activations_cost_one_more(backbone, training_set):
+    plain = cost(backbone, training_set)
+    assert cost(backbone, training_set, "distill.activation_checkpointing=true") == pytest.approx(plain + 1)
+
+
+def test_a_guided_teacher_costs_two(backbone, training_set):
+    recipe = load_recipe("world", ["distill.start=base", "distill.method=off_policy"])
+    guided = GuidedField(VelocityField("x", backbone, backbone.transformer), 3.0, backbone.encode_prompts([""]))
+    assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
+
+
+# Where a method's count does not hang on drawn stops it is known: 8 grid steps, 3 teachers of the world.
+EXACT = {"off_policy": 4, "joint": 3, "diffusion_opd": 8 * 4, "flow_opd": 7 * 4} | dict.fromkeys(MERGES, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_cost(backbone, training_set, method):
+    found = cost(backbone, training_set, "distill.window=semantic", method=method)
+    plain = cost(backbone, training_set, "distill.window=semantic")
+    if method in EXACT:
+        assert found == pytest.approx(EXACT[method])
+    elif method == "soft":
+        assert found == pytest.approx(plain + 2)
+    elif method == "dense":
+        assert found > 8 * 4
+    else:
+        assert found == pytest.approx(plain)
+
+
+def test_a_budget_below_one_update_is_refused():
+    with pytest.raises(UserError, match=r"budget.forwards 100: one update of batch 32 takes 256 forwards"):
+        steps_within(Budget(forwards=100), 8.0, 32)
+    assert steps_within(Budget(steps=5), 8.0, 32) == 5
+
+
+def test_what_a_cell_spent_is_what_was_planned(tiny_base, here, caplog):
+    study = load_study(write(here, plan(tiny_base, seeds=[0], budget={"forwards": 2000})))
+    summary = run_study(study, here / "ws", 1)
+    for row in summary["variants"]:
+        assert row["forwards"] == pytest.approx(2000, rel=0.05)
+    costs = {row["variant"]: row["forwards_per_sample"] for row in summary["variants"]}
+    counts = {row["variant"]: row["steps"] for row in summary["variants"]}
+    assert costs["early"] < costs["late"]
+    assert counts["early"] > counts["late"]
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def test_intervals_on_known_numbers():
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3)))
+    assert estimate([5.0]) == Estimate(5.0, None, (5.0,))
+    assert estimate([1.0, None]).mean is None
+    assert estimate([]).mean is None
+    assert estimate([1.0, 1.0]).half == 0
+
+
+def test_retention_is_the_mean_of_ratios_over_gated_metrics():
+    recipe = load_recipe("world")
+    gated = [("t2i", "scene_accuracy"), ("local_edit", "edit_success"), ("local_edit", "preserved_psnr"),
+             ("global_style", "psnr")]  # fmt: skip
+    assert counted_metrics(recipe) == gated
+    teachers = {"a": {"x": 2.0, "y": 4.0}, "b": {"x": 1.0}}
+    student = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 3.0}}
+    assert retention(student, teachers, [("a", "x"), ("a", "y")]) == 0.75
+    assert retention(teachers, teachers, [("a", "x"), ("b", "x")]) == 1
+    assert retention(student, teachers | {"b": {"x": 0.0}}, [("b", "x")]) is None
+    assert retention(student | {"b": {"x": None}}, teachers, [("b", "x")]) is None
+    bare = load_recipe("world", [f"tasks.{task}.gates=[]" for task in recipe.tasks])
+    assert counted_metrics(bare) == [(task, spec.metrics[0]) for task, spec in recipe.tasks.items()]
+
+
+def ranked(**variants):
+    """Rows of variants with the given retention by seed, as the table has them."""
+    from danceopd.studies.table import _difference, asdict
+
+    rows = [
+        {"variant": name, "seeds": list(range(len(values))), "retention": asdict(estimate(values))}
+        for name, values in variants.items()
+    ]
+    return [row | {"behind": asdict(_difference(rows[0], row))} for row in rows]
+
+
+def test_the_verdict_goes_by_pairs():
+    """Seeds may scatter widely and still tell two apart, when both scatter alike."""
+    close = verdict(ranked(a=[0.9, 0.8, 0.7], b=[0.89, 0.79, 0.6901]))
+    assert "1.00 points more than b" in close
+    assert "it leads beyond the seeds' scatter" in close
+    tied = verdict(ranked(a=[0.9, 0.8, 0.7], b=[0.7, 0.8, 0.89], c=[0.7, 0.7, 0.9], d=[0.1, 0.1, 0.1]))
+    assert "do not tell the two apart. Nor do they tell it from c." in tied
+    assert "one seed in common" in verdict(ranked(a=[0.9], b=[0.8]))
+    assert verdict(ranked(a=[0.9])) == "a retains most: 90.00 %."
+    assert verdict([]) == verdict(ranked(a=[None])) == "no variant has a result yet"
+
+
+def test_the_page_states_what_it_shows(tiny_base, here):
+    study = load_study(write(here, plan(tiny_base, seeds=[0], variants={"early": {}})))
+    summary = run_study(study, here / "ws", 1)
+    page = markdown(summary)
+    assert "| variant | retention | t2i scene_accuracy | local_edit psnr dB | global_style psnr dB |" in page
+    assert "| (each task's teacher) | 100.00 % |" in page
+    assert "gate: local_edit psnr, global_style psnr" in page
+    assert "t2i 3, local_edit 3, global_style 3" in page
+    assert "Not finished" not in page
+    assert "Not finished: 0 of 1 cells" in markdown(summary | {"cells": 0})
+    assert terminal_table(summary).row_count == 3
+
+
+def test_a_failed_cell_is_named_and_the_others_are_kept(tiny_base, here, monkeypatch):
+    study = load_study(write(here, plan(tiny_base, seeds=[0])))
+    whole = cells.run_cell
+
+    def breaks(cell, shared):
+        if cell.variant == "early":
+            raise RuntimeError("no luck")
+        return whole(cell, shared)
+
+    monkeypatch.setattr("danceopd.studies.run.run_cell", breaks)
+    with pytest.raises(UserError, match=r"1 of 2 cells failed: early seed 0 \(no luck\)"):
+        run_study(study, here / "ws", 1)
+    summary = read_json(here / "ws" / "studies" / "tiny" / "study.json")
+    assert [row["variant"] for row in summary["variants"]] == ["late"]
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def busy(item, seconds=0.0):
+    time.sleep(seconds)
+    if item == "bad":
+        raise UserError("bad item")
+    if item == "dies":
+        os._exit(3)
+    return f"{item} by {os.getpid()} with {usable_cores()}"
+
+
+@pytest.mark.slow
+def test_items_are_shared_among_processes(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    found = dict(work_off(partial(busy, seconds=0.1), ["a", "b", "bad", "dies", "c"], 2))
+    assert isinstance(found["bad"], UserError)
+    assert "ended with code 3" in str(found["dies"])
+    assert found["c"].endswith("with 2")
+    assert len({found[name].split()[2] for name in "abc"}) in (1, 2)
+    assert str(os.getpid()) not in found["a"]
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_when_every_process_dies():
+    lost = list(work_off(busy, ["dies", "dies", "x", "y"], 2))
+    assert [item for item, _ in lost] == ["dies", "dies", "x", "y"]
+    assert "ended with code 3" in str(lost[0][1])
+    assert "no process was left" in str(lost[-1][1])
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_keeps_its_cells(tiny_base, here):
+    path = write(here, plan(tiny_base, seeds=[0, 1, 2], budget={"steps": 10}))
+    code = "from danceopd.cli import main; main()"
+    command = [sys.executable, "-c", code, "study", path, "--workspace", "ws", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    folder = here / "ws" / "studies" / "tiny"
+    until = time.monotonic() + 120
+    while not list((folder / "cells").glob("*.json")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    kept = {p: p.stat().st_mtime_ns for p in (folder / "cells").iterdir()}
+    assert process.returncode == 75, said
+    assert "goes on from there" in said
+    assert 1 <= len(kept) < 6
+    assert {cell["seed"] for cell in map(read_json, kept)} <= {0, 1}  # seed by seed
+    assert run_study(load_study(path), here / "ws", 1)["cells"] == 6
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
