@@ -291,6 +291,8 @@ class EvaluateRecipe(_Part):
     batch: int = Field(64, gt=0)
     seed: int = 0
     pictures: int = Field(8, gt=0, description="rows of the report's picture grid, a task")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the bootstrap intervals over records")
+    resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
 
 
 class RegisterRecipe(_Part):

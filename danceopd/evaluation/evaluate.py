@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import metric, read_picture
+from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.fields import Field
 from danceopd.recipe import EvaluateRecipe, Gate, Recipe
 from danceopd.sample import sample_pixels, to_uint8
@@ -283,7 +284,8 @@ def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult])
         }
         for field in fields
     }
-    verdicts = judge(recipe, scores)
+    intervals = _intervals(recipe, fields, results)
+    verdicts = [g | {"interval": intervals[STUDENT][g["task"]][g["metric"]]} for g in judge(recipe, scores)]
     return {
         "recipe": recipe.name,
         "split": recipe.evaluate.split,
@@ -297,11 +299,48 @@ def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult])
             task: {name: _finite(value) for name, value in result.ceiling.items()} for task, result in results.items()
         },
         "scores": scores,
+        "intervals": intervals,
+        "statistics": {"confidence": recipe.evaluate.confidence, "resamples": recipe.evaluate.resamples},
+        "comparisons": {"teacher": _against_teachers(recipe, results, scores)},
         "retention": retention(recipe, scores),
         "gates": verdicts,
         "passed": all(verdict["passed"] for verdict in verdicts),
         "by_novelty": {task: part for task, result in results.items() if (part := _by_novelty(result))},
     }
+
+
+def _intervals(
+    recipe: Recipe, fields: list[str], results: dict[str, _TaskResult]
+) -> dict[str, dict[str, dict[str, list[float] | None]]]:
+    """The interval [low, high] of every mean; None where it is undefined."""
+    spec = recipe.evaluate
+
+    def interval(values: list[float]) -> list[float] | None:
+        found = bootstrap_interval(values, spec.resamples, spec.confidence, np.random.default_rng(spec.seed))
+        return None if found is None else list(found)
+
+    return {
+        name: {
+            task: {key: interval(values) for key, values in result.values[name].items()}
+            for task, result in results.items()
+        }
+        for name in fields
+    }  # fmt: skip
+
+
+def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: Scores) -> dict:
+    """The student beside each task's teacher, paired by record; the margin is what the gate allows."""
+    spec, table = recipe.evaluate, {}
+    for task, result in results.items():
+        teacher = recipe.tasks[task].teacher
+        gates = {gate.metric: gate for gate in recipe.tasks[task].gates}
+        for name, values in result.values[STUDENT].items():
+            bar = _score(scores, teacher, task, name)
+            margin = gate_allowance(gates[name], bar) if name in gates and bar is not None else None
+            found = compare(values, result.values[teacher][name], teacher, margin, spec.resamples, spec.confidence,
+                            np.random.default_rng(spec.seed))  # fmt: skip
+            table.setdefault(task, {})[name] = None if found is None else asdict(found)
+    return table
 
 
 def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
@@ -355,6 +394,11 @@ def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, f
 def gate_limit(gate: Gate, teacher: float) -> float:
     """The least value, in the metric's unit, with which a student holds a gate."""
     return teacher * gate.retain if gate.retain is not None else teacher - gate.max_drop
+
+
+def gate_allowance(gate: Gate, teacher: float) -> float:
+    """How far below its teacher a student may lie and hold the gate, in the metric's unit."""
+    return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
 
 
 def judge(recipe: Recipe, scores: Scores) -> list[dict]:

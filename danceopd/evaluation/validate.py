@@ -5,14 +5,14 @@ from __future__ import annotations
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record
 from danceopd.distill import Validation
-from danceopd.evaluation.evaluate import score_records
+from danceopd.evaluation.evaluate import gate_allowance, score_records
 from danceopd.fields import Field
 from danceopd.recipe import Gate, Recipe
 
 
 def gate_margin(gate: Gate, value: float, teacher: float) -> float:
     """How far a value lies above its gate's limit, as a share of what the gate allows below the teacher's value."""
-    allowed = gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
+    allowed = gate_allowance(gate, teacher)
     return (value - teacher + allowed) / (allowed or 1.0)
 
 

@@ -341,3 +341,36 @@ def test_scores_that_lack_the_student_altogether_hold_no_gate():
 def test_one_nan_makes_a_mean_nan_and_an_empty_one_is_nan():
     scored = ev.Scored(np.zeros((2, 4, 4, 3), np.uint8), {"a": [1.0, math.nan], "b": [], "c": [1.0, 0.5]})
     assert math.isnan(scored.means["a"]) and math.isnan(scored.means["b"]) and scored.means["c"] == 0.75
+
+
+# --- intervals and verdicts ---
+
+
+def test_every_mean_has_its_interval_and_every_gate_shows_it(evaluation):
+    metrics = evaluation.metrics
+    for field, tasks in metrics["scores"].items():
+        for task, part in tasks.items():
+            for name, value in part.items():
+                low, high = metrics["intervals"][field][task][name]
+                assert low - 1e-9 <= value <= high + 1e-9
+    assert [g["interval"] for g in metrics["gates"]] == [
+        metrics["intervals"]["student"][g["task"]][g["metric"]] for g in metrics["gates"]
+    ]
+
+
+def test_the_student_is_compared_with_each_tasks_teacher(evaluation, gated):
+    table = evaluation.metrics["comparisons"]["teacher"]
+    assert {t: set(part) for t, part in table.items()} == {t: set(s.metrics) for t, s in gated.tasks.items()}
+    for task, part in table.items():
+        for name, found in part.items():
+            entry = evaluation.metrics["retention"][task][name]
+            assert found["difference"] == pytest.approx(entry["difference"])
+            assert found["low"] - 1e-9 <= found["difference"] <= found["high"] + 1e-9
+            assert found["reference"] == gated.tasks[task].teacher
+    assert table["t2i"]["psnr"]["margin"] == 60 and table["t2i"]["scene_accuracy"]["margin"] is None
+
+
+def test_a_verdict_is_worse_exactly_where_its_gate_fails(evaluation):
+    for gate in evaluation.metrics["gates"]:
+        found = evaluation.metrics["comparisons"]["teacher"][gate["task"]][gate["metric"]]
+        assert (found["verdict"] == "worse") == (not gate["passed"])

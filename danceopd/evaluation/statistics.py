@@ -1,0 +1,143 @@
+"""How sure a figure is: bootstrap intervals over records, paired where two fields drew the same ones, and verdicts.
+
+Percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): records are drawn with
+replacement, the same ones for both sides of a comparison. It tells what other records of this kind would give; it
+does not tell what another training run would. Where every record scores the same, the interval has no width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+BETTER, EQUAL, WORSE = "better", "equal", "worse"
+_ROUNDING = 1e-9  # a limit such as 0.95 * 0.8 may land above a mean that equals it
+_BLOCK = 2_000_000  # indices drawn at once: 16 MB
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The student beside another field on one task and metric; paired by record, higher is better.
+
+    Attributes:
+        reference: what it is compared with.
+        difference: mean of student minus reference, in the metric's unit.
+        low, high: interval of the difference.
+        margin: how much worse still counts as equal, in the metric's unit; None: the recipe sets no gate here.
+        verdict: `worse` if the difference falls below the margin (without one: if the whole interval lies below 0),
+            `better` if the whole interval lies above 0, else `equal`.
+        sure: whether the whole interval, and not the difference alone, supports the verdict.
+    """
+
+    reference: str
+    difference: float
+    low: float
+    high: float
+    margin: float | None
+    verdict: str
+    sure: bool
+
+
+def bootstrap_interval(
+    values: Sequence[float | None], resamples: int, confidence: float, generator: np.random.Generator
+) -> tuple[float, float] | None:
+    """The interval of a mean, or None if there is no value or one is missing or not finite.
+
+    Args:
+        values: one a record; for a paired comparison the differences.
+        resamples: how many times the records are drawn anew.
+        confidence: share of the resampled means that lie inside, in (0, 1).
+        generator: of the draws.
+    """
+    if not values or any(v is None or not math.isfinite(v) for v in values):
+        return None
+    known, count = np.asarray(values, dtype=np.float64), len(values)
+    means = np.empty(resamples)
+    block = max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        means[start : start + rows] = known[generator.integers(0, count, (rows, count))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def judge_difference(difference: float, low: float, high: float, margin: float | None) -> tuple[str, bool]:
+    """(verdict, sure) of a difference with its interval; see `Comparison`."""
+    floor = 0.0 if margin is None else -margin
+    if margin is None and high < 0:
+        return WORSE, True
+    if margin is not None and difference < floor - _ROUNDING:
+        return WORSE, high < floor
+    if low > 0:
+        return BETTER, True
+    return EQUAL, margin is not None and low >= floor - _ROUNDING
+
+
+def compare(
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    reference: str,
+    margin: float | None,
+    resamples: int,
+    confidence: float,
+    generator: np.random.Generator,
+) -> Comparison | None:
+    """Compare two fields' values on the same records; None if a value is missing or not finite.
+
+    Args:
+        ours: the student's values, one a record.
+        theirs: the reference's values, of the same records in the same order.
+        reference: its name.
+        margin: see `Comparison`.
+        resamples: as for `bootstrap_interval`.
+        confidence: as for `bootstrap_interval`.
+        generator: of the draws.
+    """
+    if any(v is None or not math.isfinite(v) for v in (*ours, *theirs)):
+        return None
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    interval = bootstrap_interval(differences, resamples, confidence, generator)
+    if interval is None:
+        return None
+    difference = math.fsum(differences) / len(differences)
+    return Comparison(reference, difference, *interval, margin, *judge_difference(difference, *interval, margin))
+
+
+def compare_values(
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    margins: Mapping[str, Mapping[str, float]],
+    reference: str,
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, dict | None]]:
+    """Compare two evaluations' students, {task: {metric: comparison as plain data, or None}}, paired by record id.
+
+    Tasks and metrics that only one of them has are left out, and so are tasks whose records are not the same ones.
+
+    Args:
+        ours: a `values.json`.
+        theirs: the other's.
+        margins: {task: {metric: margin}}, where a gate sets one.
+        reference: the other's name.
+        settings: `seed`, `resamples` and `confidence`.
+    """
+    table: dict[str, dict[str, dict | None]] = {}
+    for task, metrics in ours["student"].items():
+        place = {record: row for row, record in enumerate(theirs["ids"].get(task, []))}
+        ids = ours["ids"][task]
+        if set(ids) != set(place):
+            continue
+        for name, values in metrics.items():
+            other = theirs["student"].get(task, {}).get(name)
+            if other is None:
+                continue
+            paired = [other[place[record]] for record in ids]
+            margin = margins.get(task, {}).get(name)
+            generator = np.random.default_rng(settings["seed"])
+            found = compare(values, paired, reference, margin, settings["resamples"], settings["confidence"], generator)
+            table.setdefault(task, {})[name] = None if found is None else asdict(found)
+    return table
