@@ -282,6 +282,15 @@ class TaskRecipe(_Part):
         return self
 
 
+class DriftRecipe(_Part):
+    """How far the student's path leaves its teacher's, and what fewer sampling steps cost."""
+
+    records: int = Field(24, gt=0, description="held-out records a task, the first ones")
+    steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
+    )
+
+
 class EvaluateRecipe(_Part):
     """Which held-out records are drawn, and how."""
 
@@ -291,6 +300,8 @@ class EvaluateRecipe(_Part):
     batch: int = Field(64, gt=0)
     seed: int = 0
     pictures: int = Field(8, gt=0, description="rows of the report's picture grid, a task")
+    worst: int = Field(4, ge=0, description="records shown a task that fall furthest below the teacher's")
+    drift: DriftRecipe | None = DriftRecipe()
     confidence: float = Field(0.95, gt=0, lt=1, description="of the bootstrap intervals over records")
     resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
 
@@ -300,6 +311,7 @@ class RegisterRecipe(_Part):
 
     model: str = Field(description="name in the MLflow model registry")
     experiment: str = "danceopd"
+    license: str = Field("other", description="of the student, for its model card; it follows base and teachers")
 
 
 class Recipe(_Part):

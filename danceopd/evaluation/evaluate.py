@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from danceopd.data.assemble import DatasetFolder
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
+from danceopd.evaluation.drift import draw_in_steps, path_drift
 from danceopd.evaluation.metrics import metric, read_picture
 from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.fields import Field
@@ -80,11 +82,13 @@ class Evaluation:
         metrics: what `metrics.json` holds; a figure that is not finite is None.
         values: what `values.json` holds: {field: {task: {metric: [..]}}, "ids": {task: [..]}}.
         examples: the records to show, per task.
+        worst: those that fall furthest below the teacher's, per task; none where none does.
     """
 
     metrics: dict
     values: dict
     examples: dict[str, list[Example]]
+    worst: dict[str, list[Example]] = attribute(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -98,6 +102,9 @@ class _TaskResult:
     ceiling: dict[str, float]
     values: dict[str, Values]
     examples: list[Example]
+    worst: list[Example] = attribute(default_factory=list)
+    drift: dict | None = None
+    forwards: int = 0
 
 
 def _mean(values: list[float]) -> float:
@@ -213,10 +220,31 @@ def _score_fields(
     return scored
 
 
-def _examples(records: list[Record], scored: dict[str, Scored], size: tuple[int, int], count: int) -> list[Example]:
-    """`count` records spread evenly over all: chosen by their place, not by how well they came out."""
-    rows = sorted({round(x) for x in np.linspace(0, len(records) - 1, min(count, len(records)))})
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` places spread evenly over `count`: chosen by where they lie, not by how well they came out."""
+    return sorted({round(x) for x in np.linspace(0, count - 1, min(wanted, count))})
 
+
+def judged_by(metrics: tuple[str, ...] | list[str]) -> str:
+    """The metric a single sample is judged by: a task's first that is right or wrong, else its first."""
+    return next((name for name in metrics if metric(name).unit == "rate"), metrics[0])
+
+
+def _worst(scored: dict[str, Scored], teacher: str, metrics: tuple[str, ...], wanted: int) -> list[int]:
+    """Up to `wanted` places where the student falls furthest below its teacher; ties go by the task's first metric."""
+
+    def below(name: str) -> np.ndarray:
+        ours, theirs = (np.asarray(scored[who].values[name], dtype=np.float64) for who in (STUDENT, teacher))
+        return np.nan_to_num(theirs - ours, nan=np.inf)
+
+    lost, first = below(judged_by(metrics)), below(metrics[0])
+    order = np.lexsort((-first, -lost))
+    return [int(row) for row in order[:wanted] if lost[row] > 0]
+
+
+def _examples(
+    records: list[Record], scored: dict[str, Scored], size: tuple[int, int], rows: list[int]
+) -> list[Example]:
     def image(record: Record, field: str) -> np.ndarray | None:
         data = getattr(record, field)
         return None if data is None else read_picture(data, *size, f"record {record.id!r}, field '{field}'")
@@ -231,6 +259,36 @@ def _examples(records: list[Record], scored: dict[str, Scored], size: tuple[int,
         )
         for row in rows
     ]
+
+
+def _forwards(fields: dict[str, Field], records: int, steps: int) -> int:
+    """Samples that go through a network when each different field draws the records."""
+    different = {field.identity: field for field in fields.values()}
+    return records * steps * sum(field.forwards for field in different.values())
+
+
+def _drift(
+    recipe: Recipe, task: str, fields: dict[str, Field], encoded: EncodedRecords, records: list[Record]
+) -> tuple[dict, int]:
+    """The task's drift section of the metrics, and the forwards it took."""
+    spec, first, teacher = recipe.evaluate, recipe.tasks[task].metrics[0], fields[recipe.tasks[task].teacher]
+    student = fields[STUDENT]
+    seeds = [record_seed(spec.seed, record.id) for record in records]
+    found = path_drift(student, teacher, encoded, seeds, spec.steps, spec.batch)
+    forwards, by_steps = found.forwards, {}
+    for steps in sorted(set(spec.drift.steps)):
+        figures = {}
+        for side, field in (("student", student), ("teacher", teacher)):
+            pictures, passes = draw_in_steps(field, encoded, seeds, steps, spec.batch)
+            figures[side] = _finite(_mean(metric(first).score(pictures, records)))
+            forwards += passes
+        by_steps[str(steps)] = figures
+    facts = {"records": len(records), "metric": first, "unit": metric(first).unit, "sigmas": found.sigmas,
+             "drift": [_finite(v) for v in found.drift], "velocity_error": [_finite(v) for v in found.velocity_error],
+             "by_steps": by_steps}  # fmt: skip
+    log.info("evaluate: the student's path on %s ends %.3g from its teacher's (%d records)", task, found.drift[-1],
+             len(records))  # fmt: skip
+    return facts, forwards
 
 
 def evaluate(
@@ -263,16 +321,27 @@ def evaluate(
         encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
         ceiling = score_ceiling(backbone, encoded, records, recipe.tasks[task].metrics, spec.batch)
         scored = _score_fields(fields, task, encoded, records, recipe)
+        worst = _worst(scored, recipe.tasks[task].teacher, recipe.tasks[task].metrics, spec.worst)
+        drift, forwards = None, _forwards(fields, len(records), spec.steps)
+        if spec.drift is not None:
+            few = records[: spec.drift.records]
+            part = encode_records(backbone, few, *size, cache, base_key, targets=False)
+            drift, more = _drift(recipe, task, fields, part, few)
+            forwards += more
         results[task] = _TaskResult(
             records,
             ceiling,
             {name: part.values for name, part in scored.items()},
-            _examples(records, scored, size, spec.pictures),
+            _examples(records, scored, size, _spread(len(records), spec.pictures)),
+            _examples(records, scored, size, worst),
+            drift,
+            forwards,
         )
     return Evaluation(
         _metrics(recipe, list(fields), results),
         _values(list(fields), results),
         {task: result.examples for task, result in results.items()},
+        {task: result.worst for task, result in results.items()},
     )
 
 
@@ -305,6 +374,8 @@ def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult])
         "retention": retention(recipe, scores),
         "gates": verdicts,
         "passed": all(verdict["passed"] for verdict in verdicts),
+        "drift": {task: result.drift for task, result in results.items() if result.drift is not None},
+        "forwards": sum(result.forwards for result in results.values()),
         "by_novelty": {task: part for task, result in results.items() if (part := _by_novelty(result))},
     }
 

@@ -20,18 +20,21 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from danceopd.evaluation.evaluate import BASE, STUDENT, Evaluation, Example
+from danceopd.evaluation.drift import plot_paths
+from danceopd.evaluation.evaluate import BASE, STUDENT, Evaluation, Example, judged_by
 from danceopd.evaluation.grids import fit_scale, picture_grid, resize
 from danceopd.evaluation.metrics import metric
 from danceopd.files import content_key, write_atomic, write_json
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATE, _CHAMPION = "report.html.j2", "champion.html.j2"
+_MARK = "<!-- beside the champion -->"  # in the page, where a registration tells of it
+_PATHS = ("drift", "velocity_error")
 _PAGE_SIDE, _GRID_SIDE = 256, 128  # longer side of an embedded picture and of one in a grid file, in pixels
 _NONE, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def write_report(evaluation: Evaluation, folder: Path, provenance: dict) -> None:
-    """Write `metrics.json`, `values.json`, `grids/<task>.png`, `report.md` and `report.html` into a folder.
+    """Write `metrics.json`, `values.json`, `grids/<task>.png`, `plots/*.png`, `report.md`, `report.html` into a folder.
 
     Args:
         evaluation: what to tell.
@@ -44,15 +47,27 @@ def write_report(evaluation: Evaluation, folder: Path, provenance: dict) -> None
     write_atomic(folder / "values.json", json.dumps(evaluation.values, separators=(",", ":")) + "\n")
     for task in evaluation.examples:
         write_atomic(folder / grid_path(task), _png(task_grid(evaluation, task)))
-    view = _view(evaluation, provenance)
+    plots = plot_paths(evaluation.metrics["drift"]) if evaluation.metrics.get("drift") else {}
+    for name, data in plots.items():
+        write_atomic(folder / plot_path(name), data)
+    view = _view(evaluation, provenance, plots)
     write_atomic(folder / "report.md", _markdown(view, evaluation))
     write_atomic(folder / "report.html", render_html(view))
 
 
 def grid_path(task: str) -> str:
     """Where a task's picture grid lies in the report's folder, whatever characters the task's name has."""
-    safe = re.sub(r"[^A-Za-z0-9_-]", "_", task)
-    return f"grids/{safe if safe == task else f'{safe}-{content_key(task)[:6]}'}.png"
+    return f"grids/{_safe(task)}.png"
+
+
+def plot_path(name: str) -> str:
+    """Where a plot lies in the report's folder."""
+    return f"plots/{_safe(name)}.png"
+
+
+def _safe(name: str) -> str:
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return safe if safe == name else f"{safe}-{content_key(name)[:6]}"
 
 
 def task_grid(evaluation: Evaluation, task: str) -> Image.Image:
@@ -72,8 +87,36 @@ def task_grid(evaluation: Evaluation, task: str) -> Image.Image:
 
 def render_html(view: dict) -> str:
     """The page of a view, as one text that needs nothing else."""
+    return _render(_TEMPLATE, view)
+
+
+def _render(template: str, view: dict) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text()).render(view)
+    return environment.from_string(resources.files(__package__).joinpath(template).read_text()).render(view)
+
+
+def add_champion(page: str, champion: Mapping, metrics: Mapping) -> str:
+    """A report's page that also tells how the student compares with the champion; another page stays as it is.
+
+    Args:
+        page: `report.html`.
+        champion: `version`, `scores` {task: {metric: value}} and `table` {task: {metric: comparison}}.
+        metrics: the student's `metrics.json`.
+    """
+    rows = [
+        {
+            "task": task,
+            "metric": name,
+            "champion": _figure(champion["scores"].get(task, {}).get(name), metrics["units"][name]),
+            "student": _figure(metrics["scores"][STUDENT][task][name], metrics["units"][name]),
+            **_against(found, metrics["units"][name]),
+        }
+        for task, part in champion["table"].items()
+        for name, found in part.items()
+    ]
+    verdicts = [row["verdict"] for row in rows if row["verdict"]]
+    view = {"version": champion["version"], "rows": rows, "said": _count(verdicts), "confidence": _confidence(metrics)}
+    return page.replace(_MARK, _render(_CHAMPION, view), 1)
 
 
 # --- figures as text ---
@@ -91,6 +134,45 @@ def _kept(entry: dict, unit: str) -> str:
         difference = entry["difference"]
         return _NONE if difference is None else f"{difference:+.1f} dB".replace("-", _MINUS)
     return _NONE if entry["ratio"] is None else f"{100 * entry['ratio']:.1f} %"
+
+
+def _difference(value: float, unit: str, bare: bool = False) -> str:
+    """A signed difference: of rates in points, which are not a share of anything."""
+    text = f"{100 * value:+.1f}" if unit == "rate" else f"{value:+.1f}" if unit == "dB" else f"{value:+.3f}"
+    text = text.replace("-", _MINUS)
+    return text if bare else text + {"rate": " points", "dB": " dB", "index": ""}[unit]
+
+
+def _span(interval: list[float] | None, unit: str) -> str:
+    """An interval of values; empty if there is none."""
+    if interval is None:
+        return ""
+    low, high = (_figure(v, unit) for v in interval)
+    suffix = {"rate": " %", "dB": " dB", "index": ""}[unit]
+    return f"{low.removesuffix(suffix)} to {high}"
+
+
+def _against(found: Mapping | None, unit: str) -> dict:
+    """A comparison in words: `verdict`, `difference`, `span_of_difference`, `sure`; empty texts if there is none."""
+    if found is None:
+        return {"verdict": "", "difference": "", "span_of_difference": "", "sure": True}
+    return {
+        "verdict": found["verdict"],
+        "difference": _difference(found["difference"], unit),
+        "span_of_difference": f"{_difference(found['low'], unit, bare=True)} to {_difference(found['high'], unit)}",
+        "sure": found["sure"],
+    }
+
+
+def _count(verdicts: list[str]) -> str:
+    """How many verdicts of each kind, in one phrase."""
+    named = [("better", "better on {}"), ("equal", "equal on {}"), ("worse", "worse on {}")]
+    parts = [text.format(verdicts.count(kind)) for kind, text in named if kind in verdicts]
+    return f"{', '.join(parts)} of {len(verdicts)} figures" if parts else "nothing to compare"
+
+
+def _confidence(metrics: Mapping) -> str:
+    return f"{100 * metrics['statistics']['confidence']:g} %"
 
 
 def _rule(gate: dict, unit: str) -> str:
@@ -130,9 +212,8 @@ def _shown(evaluation: Evaluation, task: str) -> list[tuple[str, str]]:
 
 
 def _mark(evaluation: Evaluation, task: str) -> str:
-    """The metric a sample is judged by: the task's first that is right or wrong, else its first."""
-    names = evaluation.metrics["retention"][task]
-    return next((n for n in names if metric(n).unit == "rate"), evaluation.metrics["primary"][task])
+    """The metric a sample is judged by."""
+    return judged_by(list(evaluation.metrics["retention"][task]))
 
 
 def _is_wrong(evaluation: Evaluation, task: str, example: Example, key: str) -> bool:
@@ -144,7 +225,7 @@ def _is_wrong(evaluation: Evaluation, task: str, example: Example, key: str) -> 
 # --- the page's contents ---
 
 
-def _view(evaluation: Evaluation, provenance: dict) -> dict:
+def _view(evaluation: Evaluation, provenance: dict, plots: dict[str, bytes]) -> dict:
     metrics = evaluation.metrics
     failed = [g for g in metrics["gates"] if not g["passed"]]
     return {
@@ -155,13 +236,17 @@ def _view(evaluation: Evaluation, provenance: dict) -> dict:
         "seed": metrics["seed"],
         "banner": "failed" if failed else "held" if metrics["gates"] else "none",
         "verdict": _verdict(metrics["gates"], failed),
+        "beside": _beside_teachers(metrics),
+        "confidence": _confidence(metrics),
         "failures": [_failure(g, metrics) for g in failed],
         "tiles": [_tile(metrics, task) for task in metrics["retention"]],
         "rows": [row for task in metrics["retention"] for row in _rows(metrics, task)],
         "meanings": [(name, metric(name).meaning) for name in metrics["units"]],
         "matrix": _matrix(metrics),
         "novelty": _novelty(metrics),
-        "galleries": [_gallery(evaluation, task) for task in evaluation.examples],
+        "plots": _plots(metrics, plots),
+        "galleries": [_gallery(evaluation, task, evaluation.examples[task]) for task in evaluation.examples],
+        "worst": [_gallery(evaluation, task, shown) for task, shown in evaluation.worst.items() if shown],
         "provenance": _sections(provenance),
     }
 
@@ -178,7 +263,50 @@ def _failure(gate: dict, metrics: dict) -> str:
     unit = metrics["units"][gate["metric"]]
     got = "has no value" if gate["value"] is None else f"is {_figure(gate['value'], unit)}"
     need = "its teacher has none" if gate["limit"] is None else f"needs at least {_figure(gate['limit'], unit)}"
-    return f"{gate['task']}: {gate['metric']} {got}, {need} ({_rule(gate, unit)})"
+    span = _span(gate.get("interval"), unit) if gate["value"] is not None else ""
+    sure = f"; {_confidence(metrics)} interval {span}" if span else ""
+    return f"{gate['task']}: {gate['metric']} {got}, {need} ({_rule(gate, unit)}){sure}"
+
+
+def _beside_teachers(metrics: dict) -> str:
+    """The verdicts over all figures in one sentence."""
+    found = [part for row in metrics["comparisons"]["teacher"].values() for part in row.values() if part is not None]
+    doubt = [
+        f"{task} {name}"
+        for task, row in metrics["comparisons"]["teacher"].items()
+        for name, part in row.items()
+        if part is not None and part["margin"] is not None and not part["sure"]
+    ]
+    said = f"Beside its teachers, record by record: {_count([part['verdict'] for part in found])}"
+    return said + (f"; the interval crosses the gate on {', '.join(doubt)}" if doubt else "")
+
+
+def _plots(metrics: dict, plots: dict[str, bytes]) -> dict:
+    """The plots as pictures with their meanings, the paths' first."""
+    meaning = {
+        "drift": "How far the student's path lies from its teacher's at each noise level, from the same noise "
+        "(latent units; the noise itself has 1).",
+        "velocity_error": "The student's velocity error at its own states, as a share of the teacher's velocity.",
+    }
+
+    def shown(name: str) -> dict:
+        title = {"drift": "Path drift", "velocity_error": "Velocity error"}.get(name, name)
+        uri = f"data:image/png;base64,{base64.b64encode(plots[name]).decode()}"
+        return {"title": title, "uri": uri, "note": meaning.get(name, "")}
+
+    drift = metrics.get("drift", {})
+    counts = sorted({facts["records"] for facts in drift.values()})
+    ends = [
+        f"{task}: {facts['drift'][-1]:.3g} from its teacher at the end, velocity error {max(known):.2g} at most"
+        for task, facts in drift.items()
+        if (known := [v for v in facts["velocity_error"] if v is not None]) and facts["drift"][-1] is not None
+    ]
+    return {
+        "paths": [shown(name) for name in plots if name in meaning],
+        "steps": [shown(name) for name in plots if name not in meaning],
+        "records": " or ".join(map(str, counts)),
+        "ends": ends,
+    }
 
 
 def _status(metrics: dict, task: str, name: str | None = None) -> str:
@@ -198,10 +326,16 @@ def _tile(metrics: dict, task: str) -> dict:
         "task": task,
         "metric": name,
         "value": _figure(entry["student"], unit),
+        "interval": _span(_interval(metrics, task, name), unit),
         "kept": f"{_kept(entry, unit)} {against} its teacher",
+        **_against(metrics["comparisons"]["teacher"][task][name], unit),
         "status": _status(metrics, task),
         "gates": f"fails: {', '.join(failed)}" if failed else held,
     }
+
+
+def _interval(metrics: dict, task: str, name: str) -> list[float] | None:
+    return None if metrics["scores"][STUDENT][task][name] is None else metrics["intervals"][STUDENT][task][name]
 
 
 def _rows(metrics: dict, task: str) -> list[dict]:
@@ -220,6 +354,8 @@ def _rows(metrics: dict, task: str) -> list[dict]:
             "base": _figure(base, unit),
             "teacher": _figure(entry["teacher"], unit),
             "student": _figure(entry["student"], unit),
+            "interval": _span(_interval(metrics, task, name), unit),
+            **_against(metrics["comparisons"]["teacher"][task][name], unit),
             "kept": _kept(entry, unit),
             "kept_how": f"student {_MINUS} teacher" if unit == "dB" else "student / teacher",
             "limits": [f"≥ {_figure(g['limit'], unit)}" for g in gates],
@@ -279,7 +415,7 @@ def _novelty(metrics: dict) -> list[dict]:
     ]
 
 
-def _gallery(evaluation: Evaluation, task: str) -> dict:
+def _gallery(evaluation: Evaluation, task: str, examples: list[Example]) -> dict:
     name = _mark(evaluation, task)
     unit = metric(name).unit
     shown = _shown(evaluation, task)
@@ -314,7 +450,7 @@ def _gallery(evaluation: Evaluation, task: str) -> dict:
                 "novelty": example.record.facts().get("novelty"),
                 "cells": [cell(example, key, title) for key, title in shown],
             }
-            for example in evaluation.examples[task]
+            for example in examples
         ],
     }
 
@@ -355,29 +491,42 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(_cell(c) if n != 1 else c for c in line)} |" for n, line in enumerate(lines)]
 
 
+def _drift_lines(plots: dict) -> list[str]:
+    if not plots["paths"]:
+        return []
+    shown = [f"![{_cell(p['title'])}]({plot_path(name)})" for p, name in zip(plots["paths"], _PATHS, strict=True)]
+    shown += [f"![{_cell(p['title'])}]({plot_path(p['title'])})" for p in plots["steps"]]
+    return ["## Paths and sampling steps", "", *[f"- {_cell(end)}" for end in plots["ends"]], "", *shown, ""]
+
+
 def _markdown(view: dict, evaluation: Evaluation) -> str:
     sign = {"held": "held", "failed": "**failed**", "none": _NONE}
     lines = [
         f"# Evaluation of {_cell(view['recipe'])}", "",
         f"**{view['verdict']}.**", "",
+        f"{_cell(view['beside'])}.", "",
         *[f"- {_cell(failure)}" for failure in view["failures"]], "",
         f"{view['records']} {view['split']} records, {view['steps']} sampling steps, seed {view['seed']}.", "",
         "## Retention", "",
         *_table(
-            ["task", "metric", "base", "teacher", "student", "retention", "gate", "verdict", "ceiling"],
+            ["task", "metric", "base", "teacher", "student", "interval", "retention", "beside its teacher", "gate",
+             "verdict", "ceiling"],
             [
-                [r["task"], r["metric"], r["base"], r["teacher"], r["student"], r["kept"],
+                [r["task"], r["metric"], r["base"], r["teacher"], r["student"], r["interval"] or _NONE, r["kept"],
+                 f"{r['verdict']}, {r['difference']} ({r['span_of_difference']})" if r["verdict"] else _NONE,
                  ", ".join(r["limits"]) or _NONE, sign[r["status"]], r["ceiling"]]
                 for r in view["rows"]
             ],
         ), "",
         f"Retention is student / teacher, and for decibels student {_MINUS} teacher. "
-        "The ceiling is the autoencoder's own reconstruction of the targets.", "",
+        "The ceiling is the autoencoder's own reconstruction of the targets. "
+        f"Intervals are {view['confidence']} bootstrap intervals over records.", "",
         "## Every field on every task", "",
         *_table(
             ["field", *[f"{task} ({name})" for task, name in view["matrix"]["columns"]]],
             [[row["field"], *[c["text"] for c in row["cells"]]] for row in view["matrix"]["rows"]],
         ), "",
+        *_drift_lines(view["plots"]),
         "## Pictures", "",
         *[line for task in evaluation.examples for line in (f"### {_cell(task)}", "", f"![]({grid_path(task)})", "")],
         "## Provenance", "",

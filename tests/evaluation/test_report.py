@@ -73,7 +73,7 @@ def make_evaluation(wrong: int = 0, gates: list[dict] = GATES, task: str = TASK,
         metrics = recipe.tasks[name].metrics
         scored = {field: ev.score_pictures(p, records, metrics) for field, p in drawn.items()}
         values = {field: part.values for field, part in scored.items()}
-        examples = ev._examples(records, scored, (64, 64), 6)
+        examples = ev._examples(records, scored, (64, 64), list(range(6)))
         results[name] = ev._TaskResult(records, scored[TEACHER].means, values, examples)
     fields = ["base", TEACHER, "student"]
     pictures = {name: result.examples for name, result in results.items()}
@@ -244,3 +244,63 @@ def test_records_need_no_novelty(tmp_path):
     metrics = evaluation.metrics | {"by_novelty": {}}
     page = write(tmp_path, dataclasses.replace(evaluation, examples=plain, metrics=metrics))
     assert "what is new" not in page.text and "combination" not in page.text
+
+
+# --- intervals, worst cases, plots, the champion ---
+
+DRIFT = {"records": 4, "metric": "psnr", "unit": "dB", "sigmas": [1.0, 0.5, 0.0], "drift": [0.0, 0.125, 0.25],
+         "velocity_error": [0.1, 0.3], "by_steps": {"1": {"student": 10.0, "teacher": 12.0}}}  # fmt: skip
+
+
+def test_the_first_screen_says_how_good_and_how_sure(tmp_path):
+    page = write(tmp_path, make_evaluation(wrong=3))
+    top = page.text[: page.text.index("Retention")]
+    assert "Beside its teachers, record by record: " in top and "worse on " in top
+    assert re.search(r"edit_success is 50\.0 %, needs at least 95\.0 % .*; 95 % interval 16\.7 to 83\.3 %", top)
+    assert "95 % interval" in top and "points" in top
+    assert "Beside the champion" not in page.text
+
+
+def test_worst_cases_are_those_where_the_student_loses_most(tmp_path):
+    evaluation = make_evaluation(wrong=2)
+    records = list(world.world_records({TASK: {"test": 6}}))
+    scored = {}
+    for name in ("student", TEACHER):
+        values = {key: list(part) for key, part in evaluation.values[name][TASK].items()}
+        scored[name] = ev.Scored(np.zeros((6, 64, 64, 3), np.uint8), values)
+    metrics = ("preserved_psnr", "edit_success")
+    rows = ev._worst(scored, TEACHER, metrics, 4)
+    assert sorted(rows) == [0, 1]  # the two wrong ones and no others
+    assert ev._worst(scored, TEACHER, metrics, 1) == rows[:1] and ev._worst(scored, TEACHER, metrics, 0) == []
+    worst = {TASK: ev._examples(records, scored, (64, 64), rows), "t2i": []}
+    page = write(tmp_path, dataclasses.replace(evaluation, worst=worst))
+    assert "Worst cases" in page.text and f"{TASK}, by edit_success" in page.text
+    assert "Worst cases" not in write(tmp_path, evaluation).text
+
+
+def test_plots_are_embedded_and_written(tmp_path):
+    evaluation = make_evaluation()
+    page = write(tmp_path, dataclasses.replace(evaluation, metrics=evaluation.metrics | {"drift": {TASK: DRIFT}}))
+    assert "4 records a task, from the same noise" in page.text
+    assert f"{TASK}: 0.25 from its teacher at the end, velocity error 0.3 at most" in page.text
+    names = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert {"drift.png", "velocity_error.png"} < names and len(names) == 3
+    markdown = (tmp_path / "report.md").read_text()
+    assert all(f"](plots/{name})" in markdown for name in names)
+
+
+def test_the_champion_is_told_of_once_it_is_known(tmp_path):
+    from danceopd.evaluation.report import add_champion
+
+    evaluation = make_evaluation()
+    write(tmp_path, evaluation)
+    found = evaluation.metrics["comparisons"]["teacher"][TASK]
+    champion = {
+        "version": "7<",
+        "scores": {TASK: {"edit_success": 0.5}},
+        "table": {TASK: found | {"edit_success": None}},
+    }
+    page = Page(add_champion((tmp_path / "report.html").read_text(), champion, evaluation.metrics))
+    assert "Beside the champion (version 7<): equal on 1 of 1 figures" in page.text
+    assert page.text.index("Beside the champion") < page.text.index("Retention")
+    assert add_champion("<p>another page</p>", champion, evaluation.metrics) == "<p>another page</p>"

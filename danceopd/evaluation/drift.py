@@ -1,0 +1,160 @@
+"""How far the student's path from noise to picture leaves its teacher's, and what fewer sampling steps cost.
+
+Both start from the same noise and follow the sampling grid by Euler steps. The drift at a noise level is the root mean
+square distance of the two states there. The velocity error is taken at the student's own states, where it will be
+asked in use (arXiv 2606.27377 distils on-policy for this reason): root mean square of its velocity minus the
+teacher's, as a share of the teacher's. Units are those of the latents, whose noise has root mean square 1.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from danceopd.backbones.base import Condition
+from danceopd.data.encoded import EncodedRecords
+from danceopd.fields import Field
+from danceopd.rollout import roll_out
+from danceopd.sample import seeded_noise, to_uint8
+
+STUDENT, TEACHER = "student", "teacher"
+_SIDES = {STUDENT: {"linestyle": "-", "marker": "o"}, TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"}}
+
+
+@dataclass(frozen=True)
+class PathDrift:
+    """Two paths over one sampling grid of S steps, averaged over the records.
+
+    Attributes:
+        sigmas: noise levels of the states, (S + 1,), falling to 0.
+        drift: distance of the two paths' states there; 0 at the noise they share.
+        velocity_error: (S,), at the student's states before each step; a share of the teacher's velocity.
+        forwards: samples that went through a network for this.
+    """
+
+    sigmas: list[float]
+    drift: list[float]
+    velocity_error: list[float]
+    forwards: int
+
+
+def _batches(
+    encoded: EncodedRecords, seeds: Sequence[int], batch: int, device: torch.device
+) -> Iterator[tuple[list[int], Condition, list[int]]]:
+    for group in encoded.shape_groups(list(range(len(seeds)))):
+        for start in range(0, len(group), batch):
+            rows = group[start : start + batch]
+            yield rows, encoded.condition(rows, device), [seeds[row] for row in rows]
+
+
+def _device(field: Field) -> torch.device:
+    return next(field.backbone.transformer.parameters()).device
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.float().square().mean(dim=(1, 2)).cpu()
+
+
+@torch.no_grad()
+def path_drift(
+    student: Field, teacher: Field, encoded: EncodedRecords, seeds: Sequence[int], steps: int, batch: int
+) -> PathDrift:
+    """Follow both paths from the same noise.
+
+    Args:
+        student: the field whose path is judged.
+        teacher: the field it should follow.
+        encoded: N records of one task.
+        seeds: N noise seeds.
+        steps: Euler steps of the family's own sampling grid.
+        batch: samples a forward pass.
+    """
+    backbone = student.backbone
+    grid = backbone.sigmas(steps, encoded.height, encoded.width)
+    apart, errors = torch.zeros(steps + 1), torch.zeros(steps)
+    for _, condition, part in _batches(encoded, seeds, batch, _device(student)):
+        shape = backbone.latent_shape(condition.height, condition.width)
+        ours = seeded_noise(part, shape, condition.prompt.device)
+        theirs = ours.clone()
+        with student.resident(), teacher.resident():
+            for step in range(steps):
+                sigma = grid[step].expand(len(part)).to(ours)
+                mine, wanted = (field(ours, sigma, condition).to(ours) for field in (student, teacher))
+                errors[step] += (_mean_square(mine - wanted).sqrt() / _mean_square(wanted).sqrt()).sum()
+                delta = (grid[step + 1] - grid[step]).to(ours)
+                theirs += delta * (wanted if step == 0 else teacher(theirs, sigma, condition).to(theirs))
+                ours += delta * mine
+                apart[step + 1] += _mean_square(ours - theirs).sqrt().sum()
+    count = len(seeds)
+    passes = steps * student.forwards + (2 * steps - 1) * teacher.forwards  # at the noise both ask in one place
+    return PathDrift(grid.tolist(), (apart / count).tolist(), (errors / count).tolist(), count * passes)
+
+
+@torch.no_grad()
+def draw_in_steps(
+    field: Field, encoded: EncodedRecords, seeds: Sequence[int], steps: int, batch: int
+) -> tuple[np.ndarray, int]:
+    """Pictures (N, H, W, 3) uint8 drawn in this many Euler steps, and the samples that went through the network."""
+    backbone = field.backbone
+    grid = backbone.sigmas(steps, encoded.height, encoded.width)
+    pictures = np.empty((len(seeds), encoded.height, encoded.width, 3), dtype=np.uint8)
+    for rows, condition, part in _batches(encoded, seeds, batch, _device(field)):
+        shape = backbone.latent_shape(condition.height, condition.width)
+        noise = seeded_noise(part, shape, condition.prompt.device)
+        with field.resident():
+            latents = roll_out(field, noise, grid, torch.full((len(part),), steps), condition).state
+        pictures[rows] = to_uint8(backbone.decode(latents, condition.height, condition.width).float())
+    return pictures, len(seeds) * steps * field.forwards
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_paths(drift: dict[str, dict]) -> dict[str, bytes]:
+    """PNGs of `metrics.json`'s drift section, by name: `drift`, `velocity_error`, and one `steps-<task>` a task."""
+    plots = {}
+    for key, label in (("drift", "distance from the teacher's path"), ("velocity_error", "velocity error (share)")):
+        figure, axes = _sheet()
+        for task, facts in drift.items():
+            axes.plot(facts["sigmas"][: len(facts[key])], facts[key], marker="o", markersize=3.5, label=task)
+        axes.set(xlabel="sigma (1 = noise, 0 = picture)", ylabel=label, xlim=(1.02, -0.02))
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        plots[key] = _png(figure)
+    for task, facts in drift.items():
+        figure, axes = _sheet()
+        for side, style in _SIDES.items():
+            points = [(int(n), facts["by_steps"][n][side]) for n in facts["by_steps"]]
+            known = sorted((n, value) for n, value in points if value is not None)
+            axes.plot([n for n, _ in known], [v for _, v in known], label=side, markersize=4, **style)
+        counts = sorted(map(int, facts["by_steps"]))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, labels=list(map(str, counts)))
+        unit = f" ({facts['unit']})" if facts["unit"] == "dB" else ""
+        axes.set(title=task, xlabel="sampling steps", ylabel=facts["metric"] + unit)
+        if facts["unit"] == "rate":
+            axes.set_ylim(-0.03, 1.03)
+        axes.legend(frameon=False)
+        plots[f"steps-{task}"] = _png(figure)
+    return plots
+
+
+def _sheet() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.2, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
