@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,27 @@ def save_lora(network: nn.Module, name: str, folder: Path) -> None:
     save_file({f"base_model.model.{k}": v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS)
     config = network.peft_config[name].to_dict()
     write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()})
+
+
+def save_diffusers_lora(network: nn.Module, name: str, folder: Path) -> Path:
+    """Write one adapter as the file that a diffusers pipeline's `load_lora_weights` takes, and return its path.
+
+    Rank, alpha and targets travel in the file's header, so that the adapter comes back at its own strength.
+    """
+    state = get_peft_model_state_dict(network, adapter_name=name)
+    state = {key: value.contiguous().cpu() for key, value in state.items()}
+    config = network.peft_config[name].to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    LoraBaseMixin.write_lora_layers(
+        state_dict=LoraBaseMixin.pack_weights(state, "transformer"),
+        save_directory=str(folder),
+        is_main_process=True,
+        weight_name=LORA_WEIGHT_NAME_SAFE,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata={f"transformer.{key}": value for key, value in plain.items()},
+    )
+    return Path(folder) / LORA_WEIGHT_NAME_SAFE
 
 
 def load_lora(network: nn.Module, name: str, folder: Path) -> None:

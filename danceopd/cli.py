@@ -29,9 +29,13 @@ data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
 world_app = typer.Typer(no_args_is_help=True, help="The small world that ships with the project.")
 app.add_typer(data_app, name="data")
 app.add_typer(world_app, name="world")
+registry_app = typer.Typer(no_args_is_help=True, help="The registered students of a recipe, and which of them serves.")
+app.add_typer(registry_app, name="registry")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
+StoreOption = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server")]
+VersionArgument = Annotated[str, typer.Argument(help="a version's number, or challenger, champion, previous")]
 WorkspaceOption = Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")]
 
 
@@ -185,7 +189,7 @@ def register(
     recipe: RecipeOption = "world",
     overrides: SetOption = [],  # noqa: B006
     workspace: WorkspaceOption = None,
-    tracking_uri: Annotated[str | None, typer.Option(envvar="MLFLOW_TRACKING_URI", help="MLflow server")] = None,
+    tracking_uri: StoreOption = None,
 ) -> None:
     """Register the student in MLflow if its gates hold; missing products are made first."""
     from danceopd import steps
@@ -200,6 +204,107 @@ def register(
     typer.echo(f"{loaded.register_as.model} version {result.version} ({', '.join(result.alias)})")
     for reason in result.reasons:
         typer.echo(reason)
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def _registry(recipe: str, overrides: list[str], workspace: Path | None, tracking_uri: str | None):
+    from danceopd import registry
+    from danceopd.tracking import default_tracking_uri
+
+    loaded, place = _open(recipe, overrides, workspace)
+    return loaded, registry.open_registry(tracking_uri or default_tracking_uri(place), loaded.register_as.model)
+
+
+@registry_app.command("list")
+def registry_list(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    tracking_uri: StoreOption = None,
+) -> None:
+    """Every version with its aliases, and why it became champion or did not."""
+    import json
+    from datetime import UTC, datetime
+
+    from danceopd import registry
+
+    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
+    table = Table("version", "aliases", "registered (UTC)", "student", "decision", title=loaded.register_as.model)
+    for line in registry.list_versions(client, loaded.register_as.model):
+        when = datetime.fromtimestamp(line.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+        reasons = "; ".join(json.loads(line.tags.get(registry.REASONS, "[]")))
+        decision = line.tags.get(registry.DECISION, "undecided") + (f": {reasons}" if reasons else "")
+        table.add_row(line.version, ", ".join(line.aliases), when, line.tags.get("student", "")[:12], decision)
+    Console().print(table)
+
+
+@registry_app.command("compare")
+def registry_compare(
+    first: VersionArgument = "challenger",
+    second: VersionArgument = "champion",
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    tracking_uri: StoreOption = None,
+) -> None:
+    """Two versions' figures side by side: difference, its interval over records, verdict."""
+    from danceopd import registry
+
+    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
+    found = registry.compare_versions(client, loaded, first, second)
+    heads = ("task", "metric", f"version {found.ours}", f"version {found.theirs}", "difference", "interval", "verdict")
+    table = Table(*heads, title=loaded.register_as.model)
+    for task, name, ours, theirs in found.scores:
+        values = ["-" if value is None else f"{value:.4g}" for value in (ours, theirs)]
+        pair = found.table.get(task, {}).get(name)
+        more = ["-"] * 3
+        if pair is not None:
+            sure = "" if pair["sure"] else ", not sure"
+            interval = f"{pair['low']:+.3g} to {pair['high']:+.3g}"
+            more = [f"{pair['difference']:+.3g}", interval, pair["verdict"] + sure]
+        table.add_row(task, name, *values, *more)
+    Console().print(table)
+    if found.unlike:
+        typer.echo(f"measured on other {', '.join(found.unlike)}: the figures cannot be compared")
+
+
+@registry_app.command("promote")
+def registry_promote(
+    version: VersionArgument = "challenger",
+    force: Annotated[bool, typer.Option("--force", help="though it is worse than the champion")] = False,
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    tracking_uri: StoreOption = None,
+) -> None:
+    """Make a version the champion; the champion before it is called previous."""
+    from danceopd import registry
+
+    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
+    now, before = registry.promote_checked(client, loaded, version, force)
+    said = f"champion is version {now}"
+    typer.echo(f"{loaded.register_as.model}: {said}" + ("" if before in (None, now) else f", previous is {before}"))
+
+
+@registry_app.command("rollback")
+def registry_rollback(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    tracking_uri: StoreOption = None,
+) -> None:
+    """Make the previous champion champion again; a second rollback undoes the first."""
+    from danceopd import registry
+
+    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
+    now, before = registry.rollback(client, loaded.register_as.model)
+    said = f"champion is version {now}"
+    typer.echo(f"{loaded.register_as.model}: {said}" + (f", previous is {before}" if before else ""))
+
+
+# ------------------------------------------------------------------------------------------------------------- student
 
 
 @app.command()

@@ -3,7 +3,8 @@
 A student that holds its gates becomes a version with alias `challenger`; if no gate metric falls more than its margin
 below the version called `champion`, it takes that alias over, and the old champion is called `previous`. The figures of
 two versions are compared only if they were measured alike: the same data, split, records, steps and seed. Otherwise the
-student stays challenger, and a person who has looked at both reports may move the alias.
+student stays challenger, and a person who has looked at both reports may move the alias (`danceopd registry promote`).
+Limits are held against means; the bootstrap intervals beside them say how sure those are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd import tracking
-from danceopd.errors import UserError
-from danceopd.files import hash_file, read_json
-from danceopd.recipe import Recipe
+from danceopd.errors import UserError, unknown_name
+from danceopd.files import hash_file, read_json, write_atomic, write_json
+from danceopd.model_card import CARD, write_card
+from danceopd.recipe import EvaluateRecipe, Recipe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-PIPELINE, METRICS, PROBE = "pipeline", "metrics.json", "probe.safetensors"
+PIPELINE, METRICS, VALUES, PROBE = "pipeline", "metrics.json", "values.json", "probe.safetensors"
+REPORT, LORA = "report.html", "lora"
 EVALUATION = "evaluation"  # folder of the run that holds the evaluation's files
 LINEAGE = ("recipe", "code", "git", "dvc", "data", "base", "teachers", "student")
 DECISION, REASONS, BEFORE = "decision", "reasons", "champion_before"
@@ -85,6 +88,7 @@ def register_student(
     student, evaluation, model = Path(student), Path(evaluation), recipe.register_as.model
     _check_lineage(lineage)
     metrics = read_metrics(evaluation, recipe)
+    values = read_json(evaluation / VALUES) if (evaluation / VALUES).is_file() else None
     reasons = failed_gates(metrics)
     if reasons:
         log.warning("not registered: %s", "; ".join(reasons))
@@ -94,9 +98,11 @@ def register_student(
     version = _find_version(client, model, tags)
     if version is None:
         verify_export(student / PIPELINE, recipe, student / PROBE)
-        version = _create_version(recipe, student, evaluation, metrics, tags, tracking_uri, workspace)
+        write_card(recipe, student / PIPELINE, (student / LORA).is_dir(), _origins(lineage), metrics)
+        champion = _compare_with_champion(client, recipe, metrics, values, tags["data"])
+        version = _create_version(recipe, student, evaluation, metrics, champion, tags, tracking_uri, workspace)
     if DECISION not in version.tags:  # new, or a registration that broke off here
-        version = _decide(client, recipe, version, metrics, tags)
+        version = _decide(client, recipe, version, metrics, values)
     reasons = json.loads(version.tags[REASONS])
     before = version.tags[BEFORE] or None
     alias = [name for name, number in _aliases(client, model).items() if number == str(version.version)]
@@ -130,10 +136,23 @@ def _figure(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
 
 
+def _interval(low: float, high: float, metrics: dict) -> str:
+    return f"{100 * _statistics(metrics)['confidence']:g} % interval {_figure(low)} to {_figure(high)}"
+
+
+def _statistics(metrics: dict) -> dict[str, Any]:
+    """How an evaluation's intervals are drawn."""
+    default = EvaluateRecipe()
+    plain = {"confidence": default.confidence, "resamples": default.resamples, "seed": default.seed}
+    known = metrics.get("statistics", {}) | {"seed": metrics.get("seed")}
+    return plain | {name: value for name, value in known.items() if value is not None}
+
+
 def failed_gates(metrics: dict) -> list[str]:
-    """One line a gate that does not hold, with task, metric and figures; empty if all hold."""
+    """One line a gate that does not hold, with task, metric, figures and interval; empty if all hold."""
     lines = [
         f"{g['task']}.{g['metric']} is {_figure(g['value'])}, its gate is {_figure(g['limit'])} ({g['rule']})"
+        + (f", {_interval(*g['interval'], metrics)}" if g.get("interval") else "")
         for g in metrics["gates"]
         if not g["passed"]
     ]
@@ -193,6 +212,12 @@ def _check_lineage(lineage: Mapping[str, Any]) -> None:
             raise UserError(f"lineage: {name!r} is missing; a version names {', '.join(LINEAGE)}")
 
 
+def _origins(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """A lineage as the model card's table of origins."""
+    plain = {name: lineage[name] for name in LINEAGE if name != "teachers"}
+    return plain | {f"teacher {name}": digest for name, digest in lineage["teachers"].items()}
+
+
 def version_tags(recipe: Recipe, metrics: dict, lineage: Mapping[str, Any], evaluation: str) -> dict[str, str]:
     """What a version says of itself: its lineage, its evaluation, how it was measured, and its gates' figures."""
     tags = {name: str(lineage[name] or "none") for name in LINEAGE if name != "teachers"}
@@ -220,18 +245,39 @@ def _find_version(client: MlflowClient, model: str, tags: Mapping[str, str]) -> 
 
 
 def _create_version(
-    recipe: Recipe, student: Path, evaluation: Path, metrics: dict, tags: dict[str, str], uri: str, workspace: Path
-) -> Any:
+    recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, tags: dict[str, str], uri: str,
+    workspace: Path,
+) -> Any:  # fmt: skip
     """Log figures, report and model in one run, then make it a version, with its tags from the start."""
     scores = {f"{task}/{name}": value for task, row in metrics["scores"]["student"].items()
               for name, value in row.items() if value is not None}  # fmt: skip
-    run_id = tracking.log_step(
-        uri, recipe.register_as.experiment, f"register {recipe.name}",
-        params=recipe.model_dump(mode="json"), metrics=scores, tags=tags, artifacts=[(evaluation, EVALUATION)],
-    )  # fmt: skip
+    Path(workspace).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workspace) as scratch:
+        artifacts = [(_with_champion(evaluation, metrics, champion, Path(scratch) / EVALUATION), EVALUATION),
+                     (student / PIPELINE / CARD, "")]  # fmt: skip
+        if (student / LORA).is_dir():
+            artifacts.append((student / LORA, LORA))
+        run_id = tracking.log_step(
+            uri, recipe.register_as.experiment, f"register {recipe.name}",
+            params=recipe.model_dump(mode="json"), metrics=scores, tags=tags, artifacts=artifacts,
+        )  # fmt: skip
     with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
         info = _log_model(mlflow, student / PIPELINE, Path(workspace))
         return mlflow.register_model(info.model_uri, recipe.register_as.model, tags=tags)
+
+
+def _with_champion(evaluation: Path, metrics: dict, champion: dict, folder: Path) -> Path:
+    """A copy of an evaluation whose figures and report also tell how the student compares with the champion."""
+    shutil.copytree(evaluation, folder)
+    if champion:
+        from danceopd.evaluation.report import add_champion
+
+        compared = metrics.get("comparisons", {}) | {"champion": champion["table"]}
+        write_json(folder / METRICS, metrics | {"comparisons": compared, "champion": champion["version"]})
+        if (folder / REPORT).is_file():
+            page = add_champion((folder / REPORT).read_text(), champion, metrics)
+            write_atomic(folder / REPORT, page)
+    return folder
 
 
 def _log_model(mlflow: Any, pipeline: Path, workspace: Path) -> Any:
@@ -295,15 +341,27 @@ def load_champion_metrics(client: MlflowClient, model: str) -> dict | None:
     return None if champion is None else _version_metrics(client, champion)
 
 
-def _version_metrics(client: MlflowClient, version: Any) -> dict:
+def _version_file(client: MlflowClient, version: Any, name: str) -> dict:
     from mlflow.exceptions import MlflowException
 
     where = f"{version.name} version {version.version}"
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            return read_json(Path(client.download_artifacts(version.run_id, f"{EVALUATION}/{METRICS}", scratch)))
+            return read_json(Path(client.download_artifacts(version.run_id, f"{EVALUATION}/{name}", scratch)))
         except (MlflowException, OSError) as error:
-            raise UserError(f"{where}: its run holds no {EVALUATION}/{METRICS}, so it cannot be compared") from error
+            raise UserError(f"{where}: its run holds no {EVALUATION}/{name}, so it cannot be compared") from error
+
+
+def _version_metrics(client: MlflowClient, version: Any) -> dict:
+    return _version_file(client, version, METRICS)
+
+
+def _version_values(client: MlflowClient, version: Any) -> dict | None:
+    """A version's per-record values, or None if it was registered without."""
+    try:
+        return _version_file(client, version, VALUES)
+    except UserError:
+        return None
 
 
 def champion_summary(tracking_uri: str, model: str) -> dict[str, Any] | None:
@@ -323,14 +381,14 @@ def champion_summary(tracking_uri: str, model: str) -> dict[str, Any] | None:
     return {"version": str(champion.version), "run_id": champion.run_id, "tags": dict(champion.tags), "scores": scores}
 
 
-def _decide(client: MlflowClient, recipe: Recipe, version: Any, metrics: dict, tags: Mapping[str, str]) -> Any:
+def _decide(client: MlflowClient, recipe: Recipe, version: Any, metrics: dict, values: dict | None) -> Any:
     """Compare with the champion, move the aliases, and note the decision on the version."""
     model, number = version.name, str(version.version)
     client.set_registered_model_alias(model, CHALLENGER, number)
     champion = current_champion(client, model)
     if champion is not None and str(champion.version) == number:  # broke off after the alias was moved
         champion = None
-    reasons = [] if champion is None else _against(client, recipe, number, metrics, tags, champion)
+    reasons = [] if champion is None else _against(client, recipe, version, metrics, values, champion)
     if not reasons:
         promote(client, model, number)
     decision = CHALLENGER if reasons else CHAMPION
@@ -352,21 +410,59 @@ def promote(client: MlflowClient, model: str, version: str) -> None:
 
 
 def _against(
-    client: MlflowClient, recipe: Recipe, number: str, metrics: dict, tags: Mapping[str, str], champion: Any
+    client: MlflowClient, recipe: Recipe, version: Any, metrics: dict, values: dict | None, champion: Any
 ) -> list[str]:
     """Why a student may not take over from the champion; empty if it may."""
-    model, who = champion.name, f"champion (version {champion.version})"
-    by_hand = (f"compare both reports, and if version {number} shall serve, set the alias '{CHAMPION}' on it in MLflow "
-               f"(danceopd.registry.promote does it and keeps the old one as '{PREVIOUS}')")  # fmt: skip
+    model, number, who = champion.name, version.version, f"champion (version {champion.version})"
+    by_hand = (f"compare both reports, and if version {number} shall serve, set the alias '{CHAMPION}' on it "
+               f"(danceopd registry promote {number} --force keeps the old one as '{PREVIOUS}')")  # fmt: skip
     try:
         theirs = _version_metrics(client, champion)
     except UserError as error:
         return [f"the {who} cannot be compared with: {error}; {by_hand}"]
-    unlike = measured_unlike(_measured(metrics, tags["data"]), _measured(theirs, champion.tags.get("data", "none")))
+    unlike = _versions_unlike(metrics, version.tags.get("data", "none"), theirs, champion)
     if unlike:
         return [f"the {who} of {model} was measured on other {', '.join(unlike)}, so its figures cannot be compared; "
                 f"{by_hand}"]  # fmt: skip
-    return below_champion(recipe, metrics, theirs, who)
+    return below_champion(recipe, metrics, theirs, who, _paired(client, recipe, metrics, values, champion))
+
+
+def _versions_unlike(metrics: dict, data: str, theirs: dict, other: Any) -> list[str]:
+    return measured_unlike(_measured(metrics, data), _measured(theirs, other.tags.get("data", "none")))
+
+
+def _paired(client: MlflowClient, recipe: Recipe, metrics: dict, values: dict | None, other: Any) -> dict:
+    """The student beside another version, paired by record: {task: {metric: comparison}}; {} without values."""
+    from danceopd.evaluation.statistics import compare_values
+
+    theirs = None if values is None else _version_values(client, other)
+    if theirs is None:
+        return {}
+    margins = {task: {gate.metric: gate.champion_margin for gate in spec.gates} for task, spec in recipe.tasks.items()}
+    return compare_values(values, theirs, margins, f"version {other.version}", _statistics(metrics))
+
+
+def _compare_with_champion(
+    client: MlflowClient, recipe: Recipe, metrics: dict, values: dict | None, data: str
+) -> dict[str, Any]:
+    """{"version", "scores", "table"} of the champion if it was measured alike, else {}."""
+    champion = current_champion(client, recipe.register_as.model)
+    if champion is None:
+        return {}
+    try:
+        theirs = _version_metrics(client, champion)
+    except UserError:
+        return {}
+    if _versions_unlike(metrics, data, theirs, champion):
+        return {}
+    table = _paired(client, recipe, metrics, values, champion)
+    return {"version": str(champion.version), "scores": theirs["scores"]["student"], "table": table} if table else {}
+
+
+def _difference(found: Mapping[str, Any] | None, metrics: dict) -> str:
+    if found is None:
+        return ""
+    return f", difference {_figure(found['difference'])}, {_interval(found['low'], found['high'], metrics)}"
 
 
 def measured_unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -378,8 +474,13 @@ def measured_unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[
     return unlike
 
 
-def below_champion(recipe: Recipe, ours: dict, theirs: dict, who: str) -> list[str]:
-    """One line a gate metric on which the student falls more than its margin below the champion, or lacks it."""
+def below_champion(
+    recipe: Recipe, ours: dict, theirs: dict, who: str, paired: Mapping[str, Mapping[str, dict | None]] | None = None
+) -> list[str]:
+    """One line a gate metric on which the student falls more than its margin below the champion, or lacks it.
+
+    Where `paired` has the comparison record by record, the line shows the interval of the difference.
+    """
     mine, other = ours["scores"]["student"], theirs["scores"]["student"]
     lines = []
     for task, spec in recipe.tasks.items():
@@ -387,7 +488,158 @@ def below_champion(recipe: Recipe, ours: dict, theirs: dict, who: str) -> list[s
             value, bar = mine.get(task, {}).get(gate.metric), other.get(task, {}).get(gate.metric)
             if bar is not None and (value is None or not value >= bar - gate.champion_margin - _ROUNDING):
                 lines.append(f"{task}.{gate.metric} is {_figure(value)}, the {who} has {_figure(bar)} "
-                             f"(margin {gate.champion_margin:g})")  # fmt: skip
+                             f"(margin {gate.champion_margin:g})"
+                             + _difference((paired or {}).get(task, {}).get(gate.metric), ours))  # fmt: skip
     gated = {gate["task"] for gate in theirs.get("gates", [])}
     lines += [f"the {who} also does task {task!r}, this student does not" for task in sorted(gated - set(mine))]
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- by command
+
+
+@dataclass(frozen=True)
+class VersionLine:
+    """One version as a list shows it.
+
+    Attributes:
+        version: its number.
+        aliases: the names it goes by.
+        created: milliseconds since 1970.
+        tags: its lineage, gates' figures and the decision.
+    """
+
+    version: str
+    aliases: list[str]
+    created: int
+    tags: dict[str, str]
+
+
+def open_registry(tracking_uri: str, model: str) -> MlflowClient:
+    """A client of a store that holds a registered model.
+
+    Raises:
+        UserError: if there is no store, it does not answer, or it knows no such model.
+    """
+    tracking.require_store(tracking_uri)
+    client = tracking.open_client(tracking_uri)
+    known = [found.name for found in client.search_registered_models()]
+    if model not in known:
+        raise unknown_name("registered model (register_as.model)", model, known or ["(none yet)"])
+    return client
+
+
+def find_version(client: MlflowClient, model: str, name: str) -> Any:
+    """A model version by its number or by an alias.
+
+    Raises:
+        UserError: if there is none, listing what there is.
+    """
+    aliases = _aliases(client, model)
+    numbers = [str(v.version) for v in client.search_model_versions(f"name = '{model}'")]
+    number = aliases.get(name, name)
+    if number not in numbers:
+        raise unknown_name(f"version of {model}", name, [*aliases, *numbers])
+    return client.get_model_version(model, number)
+
+
+def list_versions(client: MlflowClient, model: str) -> list[VersionLine]:
+    """All versions of a model, the newest first."""
+    names: dict[str, list[str]] = {}
+    for alias, number in sorted(_aliases(client, model).items()):
+        names.setdefault(number, []).append(alias)
+    found = sorted(client.search_model_versions(f"name = '{model}'"), key=lambda v: -int(v.version))
+    return [
+        VersionLine(str(v.version), names.get(str(v.version), []), int(v.creation_timestamp), dict(v.tags))
+        for v in found
+    ]
+
+
+def promote_checked(client: MlflowClient, recipe: Recipe, name: str, force: bool) -> tuple[str, str | None]:
+    """Make a version champion if it holds its gates and, unless forced, is no worse than the champion.
+
+    Args:
+        client: of the store.
+        recipe: names the model, the gates and their margins.
+        name: the version's number or alias.
+        force: promote it although it is worse than the champion, or cannot be compared; never although a gate fails.
+
+    Returns:
+        The champion's number now and before (None: there was none).
+
+    Raises:
+        UserError: with task, figures and interval, if it may not be promoted.
+    """
+    model = recipe.register_as.model
+    version = find_version(client, model, name)
+    number, champion = str(version.version), current_champion(client, model)
+    before = None if champion is None else str(champion.version)
+    if before == number:
+        return number, before
+    metrics = _version_metrics(client, version)
+    failed = failed_gates(metrics)
+    if failed:
+        raise UserError(f"{model} version {number} fails its gates and is not promoted: {'; '.join(failed)}")
+    if champion is not None and not force:
+        reasons = _against(client, recipe, version, metrics, _version_values(client, version), champion)
+        if reasons:
+            raise UserError(f"{model} version {number} is not promoted: {'; '.join(reasons)}; --force does it anyway")
+    promote(client, model, number)
+    return number, before
+
+
+def rollback(client: MlflowClient, model: str) -> tuple[str, str]:
+    """Make the version called `previous` champion again; the champion is called `previous` then.
+
+    Returns:
+        The champion's number now and before.
+
+    Raises:
+        UserError: if no version is called `previous`.
+    """
+    aliases = _aliases(client, model)
+    if PREVIOUS not in aliases:
+        raise UserError(f"{model}: no version is called '{PREVIOUS}', so there is nothing to go back to; "
+                        "promote one by its number")  # fmt: skip
+    old, back = aliases.get(CHAMPION, ""), aliases[PREVIOUS]
+    client.set_registered_model_alias(model, CHAMPION, back)
+    if old:
+        client.set_registered_model_alias(model, PREVIOUS, old)
+    else:
+        client.delete_registered_model_alias(model, PREVIOUS)
+    return back, old
+
+
+@dataclass(frozen=True)
+class VersionsCompared:
+    """Two versions side by side.
+
+    Attributes:
+        ours: the first version's number.
+        theirs: the second's.
+        unlike: what they were measured differently on; if anything, there is no comparison.
+        scores: (task, metric, first, second) of every figure that either has.
+        table: {task: {metric: comparison}} of the first beside the second, where both have values.
+    """
+
+    ours: str
+    theirs: str
+    unlike: list[str]
+    scores: list[tuple[str, str, float | None, float | None]]
+    table: dict[str, dict[str, dict | None]]
+
+
+def compare_versions(client: MlflowClient, recipe: Recipe, first: str, second: str) -> VersionsCompared:
+    """Compare two versions, each by its number or alias; margins are the recipe's `champion_margin`.
+
+    Raises:
+        UserError: if one is unknown, or its figures are gone.
+    """
+    one, two = (find_version(client, recipe.register_as.model, name) for name in (first, second))
+    ours, theirs = _version_metrics(client, one), _version_metrics(client, two)
+    unlike = _versions_unlike(ours, one.tags.get("data", "none"), theirs, two)
+    table = {} if unlike else _paired(client, recipe, ours, _version_values(client, one), two)
+    mine, other = ours["scores"]["student"], theirs["scores"]["student"]
+    names = {(task, name): None for row in (mine, other) for task in row for name in row[task]}
+    scores = [(t, n, mine.get(t, {}).get(n), other.get(t, {}).get(n)) for t, n in names]
+    return VersionsCompared(str(one.version), str(two.version), unlike, scores, table)

@@ -481,6 +481,7 @@ def _build_student(
 ) -> dict:  # fmt: skip
     from danceopd.distill import distill
     from danceopd.evaluation.validate import GateValidator
+    from danceopd.model_card import write_card
     from danceopd.plots import plot_history
     from danceopd.preflight import preflight, settle
     from danceopd.previews import Previewer
@@ -510,6 +511,9 @@ def _build_student(
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
     _export(student, recipe, base, scratch)
+    origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
+    origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
+    write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
     return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
             "forwards_per_sample": forwards,
@@ -520,7 +524,7 @@ def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path
     """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
     from safetensors.torch import save_file
 
-    from danceopd.adapters import load_lora, plain_copy
+    from danceopd.adapters import load_lora, plain_copy, save_diffusers_lora
     from danceopd.backbones import load_backbone
     from danceopd.backbones.base import Condition
     from danceopd.checkpoint import probe, save_field
@@ -532,6 +536,7 @@ def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path
         exported = student
         shutil.rmtree(scratch / "transformer")  # the pipeline folder holds it
     else:
+        save_diffusers_lora(student.network, student.adapter, scratch / "lora")
         whole = student.network
         if model.quantize is not None:  # nothing can be merged into 8 bits: take the base as it was
             whole = load_backbone(base.pipeline, model.model_copy(update={"quantize": None})).transformer
@@ -578,11 +583,26 @@ def _build_evaluation(
     trained = backbone.new_transformer(student.pipeline, torch.float32)
     fields["student"] = VelocityField("student", backbone, trained)
     dataset = open_dataset(Path(data.facts["dataset"]))
+    started = time.monotonic()
     evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", _encoding_key(recipe, base))
-    provenance = lineage(recipe, base, data, teachers, student) | {"training": student.facts}
+    device = str(next(backbone.transformer.parameters()).device)
+    cost = {f"{name} (s)": seconds for name, seconds in _seconds(teachers, student).items()} | {
+        "evaluation (s)": round(time.monotonic() - started, 1),
+        "evaluation forwards": evaluation.metrics["forwards"],
+        "distillation forwards a sample": student.facts["forwards_per_sample"],
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {os.cpu_count()} cores",
+    }
+    provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": student.facts}
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")
     return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
+
+
+def _seconds(teachers: dict[str, Product], student: Product) -> dict[str, float]:
+    """How long the trained products took, each on the machine it was made on."""
+    made = {f"teacher {name}": product for name, product in sorted(teachers.items())} | {"distillation": student}
+    seconds = {name: read_json(product.folder / STEP)["seconds"] for name, product in made.items()}
+    return {name: value for name, value in seconds.items() if value > 0}
 
 
 def lineage(

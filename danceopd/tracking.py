@@ -72,6 +72,17 @@ def open_client(tracking_uri: str) -> MlflowClient:
     return client
 
 
+def require_store(tracking_uri: str) -> None:
+    """Check that a SQLite store is there already, for who only reads or changes what others registered.
+
+    Raises:
+        UserError: if its file is missing.
+    """
+    if tracking_uri.startswith(_SQLITE) and not Path(tracking_uri.removeprefix(_SQLITE)).is_file():
+        raise UserError(f"MLflow store {tracking_uri}: no such file; register a student first, or name the store "
+                        f"(--tracking-uri, --workspace or {ENVIRONMENT})")  # fmt: skip
+
+
 @contextmanager
 def current_store(tracking_uri: str) -> Iterator[Any]:
     """Make a store MLflow's current one for its functions that take no address, and put the old one back."""

@@ -121,3 +121,58 @@ def test_a_bfloat16_base_is_near_the_float32_one_and_its_student_trains_in_float
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     with torch.no_grad():
         assert (VelocityField("m", low, merged)(*asked) - expected).norm() < 0.03 * expected.norm()
+
+
+STOCK = """
+import sys
+import torch
+from diffusers import Flux2KleinPipeline
+from safetensors.torch import load_file, save_file
+
+pipe = Flux2KleinPipeline.from_pretrained(sys.argv[1])
+inputs = load_file(sys.argv[3])
+with torch.no_grad():
+    bare = pipe.transformer(**inputs, guidance=None, return_dict=False)[0]
+    pipe.load_lora_weights(sys.argv[2], weight_name="pytorch_lora_weights.safetensors")
+    drawn = pipe.transformer(**inputs, guidance=None, return_dict=False)[0]
+assert "danceopd" not in sys.modules
+save_file({"bare": bare.contiguous(), "drawn": drawn.contiguous()}, sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_another_process_loads_the_lora_with_diffusers_alone(tiny_base, tmp_path):
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file, save_file
+
+    from danceopd.adapters import active_adapter, save_diffusers_lora
+    from danceopd.backbones import load_backbone
+    from danceopd.world_base import SHAPE
+
+    backbone = load_backbone(tiny_base, SHAPE)
+    network = backbone.transformer
+    add_lora(network, "student", LoraRecipe(rank=3, alpha=12), backbone.lora_targets, 0)  # alpha unlike the rank
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter_parameters(network, "student"):
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tokens, channels = backbone.latent_shape(64, 64)
+    prompt = backbone.encode_prompts(["red ring"])
+    image_ids = backbone.pipeline._prepare_latent_ids(torch.empty(1, channels, 8, tokens // 8))
+    inputs = {
+        "hidden_states": torch.randn(1, tokens, channels, generator=generator), "timestep": torch.tensor([0.7]),
+        "encoder_hidden_states": prompt, "img_ids": image_ids, "txt_ids": backbone.pipeline._prepare_text_ids(prompt),
+    }  # fmt: skip
+    save_file({k: v.contiguous() for k, v in inputs.items()}, tmp_path / "inputs.safetensors")
+    with torch.no_grad(), active_adapter(network, "student"):
+        wanted = network(**inputs, guidance=None, return_dict=False)[0]
+    file = save_diffusers_lora(network, "student", tmp_path / "lora")
+    assert file.name == "pytorch_lora_weights.safetensors"
+    paths = [tiny_base, tmp_path / "lora", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
+    ran = subprocess.run([sys.executable, "-c", STOCK, *map(str, paths)], capture_output=True, text=True, timeout=300,
+                         check=False)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(found["drawn"], wanted, atol=1e-5, rtol=1e-5)
+    assert (found["bare"] - wanted).abs().max() > 1e-2

@@ -45,11 +45,15 @@ def test_a_dataset_is_built_validated_and_counted(monkeypatch, capsys, tmp_path)
         (["study", "nowhere"], "study 'nowhere': neither a file nor a shipped study; shipped: "),
         (["paint"], "No such command 'paint'"),
         (["generate", "x", "y", "--steps", "0"], "--steps"),
+        (["registry", "list"], "no such file; register a student first"),
+        (["registry", "promote", "1", "--recipe", "wrld"], "recipe 'wrld': neither a file nor a shipped recipe"),
+        (["registry", "demote"], "No such command 'demote'"),
         (["pipeline", "run", "--set", "distill.window=x"], "distill.window"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, out, err = run(monkeypatch, capsys, *arguments)
     assert code == 2
     assert message in err

@@ -113,6 +113,9 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     assert not torch.allclose(found, probe(load_field(load_backbone(base.pipeline, recipe.model), "base",
                                                       made[2]["base"].folder), condition))  # fmt: skip
     assert (student.folder / "lora").is_dir() == (trainable == "lora")
+    assert (student.folder / "lora" / "pytorch_lora_weights.safetensors").is_file() == (trainable == "lora")
+    card = (student.pipeline / "README.md").read_text()
+    assert "Not evaluated yet" in card and ("load_lora_weights" in card) == (trainable == "lora")
     if trainable == "lora":
         fresh = load_backbone(base.pipeline, recipe.model)
         lora = probe(load_field(fresh, "student", student.folder), condition)

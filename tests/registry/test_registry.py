@@ -79,8 +79,26 @@ def new_metrics(scene: float = 0.97, edit: float = 0.95, psnr: float = 30.0) -> 
         "steps": 8,
         "seed": 0,
         "scores": {"student": student},
+        "units": {"scene_accuracy": "rate", "edit_success": "rate", "preserved_psnr": "dB"},
+        "statistics": {"confidence": 0.95, "resamples": 500},
         "gates": gates,
         "passed": all(g["passed"] for g in gates),
+    }
+
+
+def new_values(count: int = 100, **right: float) -> dict:
+    """Values per record whose means are `scene`, `edit` and `psnr`; the same records are wrong in all of them."""
+    means = {"scene": 0.97, "edit": 0.95, "psnr": 30.0} | right
+
+    def rate(mean: float) -> list[float]:
+        return [float(row < round(count * mean)) for row in range(count)]
+
+    ids = [f"r{row}" for row in range(count)]
+    decibels = [means["psnr"] + row % 5 - 2 for row in range(count)]
+    edits = {"edit_success": rate(means["edit"]), "preserved_psnr": decibels}
+    return {
+        "student": {"t2i": {"scene_accuracy": rate(means["scene"])}, "local_edit": edits},
+        "ids": {"t2i": ids, "local_edit": ids},
     }
 
 
@@ -106,12 +124,16 @@ class Shop:
         self.uri = tracking.default_tracking_uri(workspace)
         self.client = tracking.open_client(self.uri)
 
-    def register(self, model: str, digest: str, metrics: dict, **changes) -> registry.Registration:
+    def register(
+        self, model: str, digest: str, metrics: dict, values: dict | None = None, **changes
+    ) -> registry.Registration:
         """Register the student under another digest, as if it were another one."""
         evaluation = self.workspace / f"evaluation-{model}-{digest}"
         evaluation.mkdir(exist_ok=True)
         (evaluation / "metrics.json").write_text(json.dumps(metrics))
-        (evaluation / "report.html").write_text("<p>report</p>")
+        if values is not None:
+            (evaluation / "values.json").write_text(json.dumps(values))
+        (evaluation / "report.html").write_text("<p>report</p><!-- beside the champion -->")
         lineage = {**LINEAGE, "student": digest, **changes}
         return register_student(new_recipe(model), self.student, evaluation, lineage, self.uri, self.workspace)
 
@@ -140,6 +162,27 @@ def test_failed_gates_name_task_metric_and_figures():
     unknown["gates"][0] |= {"value": None, "limit": None, "passed": False}
     assert failed_gates(unknown) == ["t2i.scene_accuracy is unknown, its gate is unknown (retain 0.95)"]
     assert failed_gates(new_metrics() | {"passed": False}) == ["the evaluation did not pass"]
+
+
+def test_a_failed_gate_shows_its_interval():
+    metrics = new_metrics(scene=0.5) | {"statistics": {"confidence": 0.9, "resamples": 200}}
+    metrics["gates"][0]["interval"] = [0.4123, 0.6]
+    assert failed_gates(metrics) == [
+        "t2i.scene_accuracy is 0.5, its gate is 0.95 (retain 0.95), 90 % interval 0.4123 to 0.6"
+    ]
+
+
+def test_a_fall_below_the_champion_shows_the_interval_of_the_difference():
+    from danceopd.evaluation.statistics import compare_values
+
+    ours, theirs = new_values(edit=0.8), new_values()
+    settings = {"seed": 0, "resamples": 500, "confidence": 0.95}
+    paired = compare_values(ours, theirs, {"local_edit": {"edit_success": 0.03}}, "version 1", settings)
+    found = paired["local_edit"]["edit_success"]
+    assert (found["verdict"], found["difference"]) == ("worse", pytest.approx(-0.15))
+    [line] = registry.below_champion(new_recipe("m"), new_metrics(edit=0.8), new_metrics(), "champion", paired)
+    assert line.startswith("local_edit.edit_success is 0.8, the champion has 0.95 (margin 0.03), difference -0.15, ")
+    assert f"95 % interval {found['low']:.4g} to {found['high']:.4g}" in line
 
 
 def test_metrics_that_do_not_fit_are_refused(tmp_path):
@@ -294,6 +337,131 @@ def test_champions_come_and_go(shop):
     assert registry.load_champion_metrics(shop.client, "race")["scores"]["student"]["t2i"]["scene_accuracy"] == 0.99
     summary = registry.champion_summary(shop.uri, "race")
     assert (summary["version"], summary["scores"]["local_edit"]["edit_success"]) == ("3", 0.94)
+
+
+@pytest.mark.slow
+def test_a_version_tells_how_it_compares_with_the_champion(shop, student, tmp_path):
+    shop.register("told", "s1", new_metrics(), new_values())
+    second = shop.register("told", "s2", new_metrics(edit=0.93, psnr=31.0), new_values(edit=0.93, psnr=31.0))
+    assert second.alias == ["champion"]
+    files = Path(shop.client.download_artifacts(second.run_id, "evaluation", str(tmp_path)))
+    metrics = json.loads((files / "metrics.json").read_text())
+    table = metrics["comparisons"]["champion"]
+    assert (metrics["champion"], table["t2i"]["scene_accuracy"]["verdict"]) == ("1", "equal")
+    assert table["local_edit"]["preserved_psnr"]["verdict"] == "better"
+    assert (table["local_edit"]["edit_success"]["verdict"], table["local_edit"]["edit_success"]["sure"]) == (
+        "equal", False)  # fmt: skip
+    page = (files / "report.html").read_text()
+    assert "Beside the champion (version 1): better on 1, equal on 2 of 3 figures" in page and "+1.0 dB" in page
+    card = Path(shop.client.download_artifacts(second.run_id, "README.md", str(tmp_path))).read_text()
+    assert "| local_edit | preserved_psnr | dB | 31 |" in card and "| student | `s2` |" in card
+    assert (student / "pipeline" / "README.md").read_text() == card
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+class Desk:
+    """`danceopd registry ...` on a shop's store, for one registered model."""
+
+    def __init__(self, shop: Shop, model: str, monkeypatch, capsys, folder: Path):
+        import yaml
+
+        self.shop, self.model, self._patch, self._capsys = shop, model, monkeypatch, capsys
+        self.recipe = folder / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(new_recipe(model).model_dump(mode="json")))
+
+    def __call__(self, *words: str, uri: str | None = None) -> tuple[int, str, str]:
+        from danceopd import cli
+
+        more = ["--recipe", str(self.recipe), "--tracking-uri", uri or self.shop.uri]
+        self._patch.setattr(sys, "argv", ["danceopd", "registry", *words, *more])
+        self._capsys.readouterr()  # what registering said
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        said = self._capsys.readouterr()
+        return stop.value.code or 0, said.out, said.err
+
+
+@pytest.fixture
+def desk(shop, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda model: Desk(shop, model, monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.slow
+def test_promote_and_roll_back_by_command(shop, desk):
+    shop.register("desk", "s1", new_metrics(), new_values())
+    shop.register("desk", "s2", new_metrics(edit=0.91), new_values(edit=0.91))
+    command = desk("desk")
+    code, out, err = command("promote")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "version 2 is not promoted: local_edit.edit_success is 0.91, the champion (version 1) has 0.95" in err
+    assert "difference -0.04, 95 % interval" in err and "--force" in err
+    assert shop.aliases("desk") == {"champion": "1", "challenger": "2"}
+
+    assert command("rollback")[0] == 2  # nothing was champion before
+    assert command("promote", "2", "--force")[1] == "desk: champion is version 2, previous is 1\n"
+    assert shop.aliases("desk") == {"champion": "2", "previous": "1"}
+    assert command("promote", "champion")[1] == "desk: champion is version 2\n"
+    assert command("rollback")[1] == "desk: champion is version 1, previous is 2\n"
+    assert shop.aliases("desk") == {"champion": "1", "previous": "2"}
+
+    better = shop.register("desk", "s3", new_metrics(scene=0.99), new_values(scene=0.99))
+    assert better.alias == ["champion"] and shop.aliases("desk") == {"champion": "3", "previous": "1"}
+    assert command("rollback")[1] == "desk: champion is version 1, previous is 3\n"
+
+    code, out, _ = command("compare", "2", "champion")
+    row = next(line for line in out.splitlines() if "edit_success" in line)
+    assert code == 0 and "0.91" in row and "0.95" in row and "-0.04" in row and "worse" in row
+    code, out, _ = command("list")
+    assert code == 0 and "champion" in out and "local_edit.edit_success is 0.91" in " ".join(out.split())
+    assert len([line for line in out.splitlines() if " s1 " in line or " s2 " in line or " s3 " in line]) == 3
+
+
+@pytest.mark.slow
+def test_a_version_whose_gate_fails_is_never_promoted(shop, desk):
+    shop.register("spoiled", "s1", new_metrics())
+    second = shop.register("spoiled", "s2", new_metrics(edit=0.91))
+    run = shop.client.get_run(second.run_id)
+    file = Path(run.info.artifact_uri.removeprefix("file://"), "evaluation", "metrics.json")
+    spoiled = new_metrics(scene=0.2)
+    spoiled["gates"][0]["interval"] = [0.15, 0.25]
+    file.write_text(json.dumps(spoiled))
+    for more in ([], ["--force"]):
+        code, _, err = desk("spoiled")("promote", "2", *more)
+        assert code == 2 and err.count("\n") == 1
+        assert "fails its gates and is not promoted: t2i.scene_accuracy is 0.2" in err
+        assert "95 % interval 0.15 to 0.25" in err
+    assert shop.aliases("spoiled") == {"champion": "1", "challenger": "2"}
+
+
+@pytest.mark.slow
+def test_wrong_names_are_one_line_with_the_right_ones(shop, desk, tmp_path):
+    shop.register("named", "s1", new_metrics())
+    command = desk("named")
+    for words, said in [
+        (["promote", "9"], "version of named: '9' is not known; choose one of: 1, champion"),
+        (["promote", "best"], "version of named: 'best' is not known; choose one of: 1, champion"),
+        (["compare"], "version of named: 'challenger' is not known"),
+        (["rollback"], "no version is called 'previous'"),
+    ]:
+        code, out, err = command(*words)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    code, _, err = desk("unheard")("list")
+    assert code == 2 and "registered model (register_as.model): 'unheard' is not known" in err and "named" in err
+    nowhere = tmp_path / "none" / "mlflow.db"
+    code, _, err = command("list", uri=f"sqlite:///{nowhere}")
+    assert code == 2 and "no such file; register a student first" in err and not nowhere.parent.exists()
+
+
+@pytest.mark.slow
+def test_versions_measured_apart_are_shown_but_not_compared(shop, desk):
+    shop.register("apart", "s1", new_metrics(), new_values())
+    shop.register("apart", "s2", new_metrics(scene=1.0), new_values(scene=1.0), data="d2")
+    code, out, _ = desk("apart")("compare")
+    assert code == 0 and "measured on other data: the figures cannot be compared" in out
+    assert "better" not in out and "0.97" in out
 
 
 @pytest.mark.slow
