@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from danceopd import tracking
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import hash_file, read_json, write_atomic, write_json
-from danceopd.model_card import CARD, write_card
+from danceopd.model_card import write_card
 from danceopd.recipe import EvaluateRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ def register_student(
     version = _find_version(client, model, tags)
     if version is None:
         verify_export(student / PIPELINE, recipe, student / PROBE)
-        write_card(recipe, student / PIPELINE, (student / LORA).is_dir(), _origins(lineage), metrics)
         champion = _compare_with_champion(client, recipe, metrics, values, tags["data"])
-        version = _create_version(recipe, student, evaluation, metrics, champion, tags, tracking_uri, workspace)
+        origins = _origins(lineage)
+        version = _create_version(
+            recipe, student, evaluation, metrics, champion, origins, tags, tracking_uri, workspace
+        )
     if DECISION not in version.tags:  # new, or a registration that broke off here
         version = _decide(client, recipe, version, metrics, values)
     reasons = json.loads(version.tags[REASONS])
@@ -245,25 +247,31 @@ def _find_version(client: MlflowClient, model: str, tags: Mapping[str, str]) -> 
 
 
 def _create_version(
-    recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, tags: dict[str, str], uri: str,
-    workspace: Path,
+    recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, origins: dict,
+    tags: dict[str, str], uri: str, workspace: Path,
 ) -> Any:  # fmt: skip
-    """Log figures, report and model in one run, then make it a version, with its tags from the start."""
+    """Log figures, report and model in one run, then make it a version, with its tags from the start.
+
+    The registered copy's model card has the figures; the student's own product stays as it was made.
+    """
     scores = {f"{task}/{name}": value for task, row in metrics["scores"]["student"].items()
               for name, value in row.items() if value is not None}  # fmt: skip
     Path(workspace).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace) as scratch:
+        pipeline = Path(scratch) / PIPELINE
+        shutil.copytree(student / PIPELINE, pipeline)
+        card = write_card(recipe, pipeline, (student / LORA).is_dir(), origins, metrics)
         artifacts = [(_with_champion(evaluation, metrics, champion, Path(scratch) / EVALUATION), EVALUATION),
-                     (student / PIPELINE / CARD, "")]  # fmt: skip
+                     (card, "")]  # fmt: skip
         if (student / LORA).is_dir():
             artifacts.append((student / LORA, LORA))
         run_id = tracking.log_step(
             uri, recipe.register_as.experiment, f"register {recipe.name}",
             params=recipe.model_dump(mode="json"), metrics=scores, tags=tags, artifacts=artifacts,
         )  # fmt: skip
-    with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
-        info = _log_model(mlflow, student / PIPELINE, Path(workspace))
-        return mlflow.register_model(info.model_uri, recipe.register_as.model, tags=tags)
+        with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
+            info = _log_model(mlflow, pipeline, Path(workspace))
+            return mlflow.register_model(info.model_uri, recipe.register_as.model, tags=tags)
 
 
 def _with_champion(evaluation: Path, metrics: dict, champion: dict, folder: Path) -> Path:
