@@ -263,10 +263,10 @@ def test_a_budget_below_one_update_is_refused():
 
 
 def test_what_a_cell_spent_is_what_was_planned(tiny_base, here, caplog):
-    study = load_study(write(here, plan(tiny_base, seeds=[0], budget={"forwards": 2000})))
+    study = load_study(write(here, plan(tiny_base, seeds=[0], budget={"forwards": 900})))
     summary = run_study(study, here / "ws", 1)
     for row in summary["variants"]:
-        assert row["forwards"] == pytest.approx(2000, rel=0.05)
+        assert row["forwards"] == pytest.approx(900, rel=0.08)
     costs = {row["variant"]: row["forwards_per_sample"] for row in summary["variants"]}
     counts = {row["variant"]: row["steps"] for row in summary["variants"]}
     assert costs["early"] < costs["late"]
