@@ -272,11 +272,14 @@ def distill(
 
     Raises:
         Interrupted: after a save, if SIGTERM came.
-        UserError: if there are fewer samples in a batch than processes.
+        UserError: if there are fewer samples in a batch than processes, or the start is none of the fields.
     """
     method = method_of(spec)
     if spec.method in MERGES:
         return _merged(method, backbone, teachers, teacher_of, spec, preview, validate)
+    starts = dict.fromkeys(("base", *teachers))
+    if spec.start not in starts:
+        raise UserError(f"distill.start {spec.start!r}: no such field was given; there are: {', '.join(starts)}")
     learner = new_learner(backbone, "student", spec, teachers.get(spec.start))
     if spec.batch < learner.processes.count:
         raise UserError(f"distill.batch {spec.batch}: {learner.processes.count} processes need a sample each")

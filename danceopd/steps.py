@@ -409,10 +409,11 @@ def distill_student(
         UserError: if a teacher's product or a task's training records are missing.
     """
     wanted = {task: spec.teacher for task, spec in recipe.tasks.items()}
-    missing = sorted(set(wanted.values()) - set(teachers))
+    needed = set(wanted.values()) | ({recipe.distill.start} - {"base"})  # the start may teach no task
+    missing = sorted(needed - set(teachers))
     if missing:
         raise UserError(f"distillation lacks the teacher(s) {', '.join(missing)}; finetune them first")
-    used = {name: teachers[name] for name in sorted(set(wanted.values()))}
+    used = {name: teachers[name] for name in sorted(needed)}
     tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
     judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,

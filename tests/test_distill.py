@@ -347,3 +347,8 @@ def test_fewer_samples_than_processes_are_refused(base, encoded, monkeypatch):
     monkeypatch.setattr(training, "this_process", lambda: replace(alone, count=9))
     with pytest.raises(UserError, match=r"distill.batch 6: 9 processes need a sample each"):
         run(base, encoded)
+
+
+def test_a_start_that_was_not_given_is_refused(base, encoded):
+    with pytest.raises(UserError, match=r"distill\.start 'styler': no such field was given; there are: base, editor"):
+        run(base, encoded, start="styler")

@@ -285,3 +285,14 @@ def test_changed_inputs_are_read_again(recipe, base_folder, tmp_path):
         found.append(steps.build_data(mine, tmp_path / "ws", repo=tmp_path))
     assert [p.facts["counts"]["t2i"]["train"] for p in found] == [2, 3]
     assert found[0].digest != found[1].digest
+
+
+def test_a_start_that_teaches_no_task_is_brought_along(base_folder, workspace, made):
+    settings = [f"model.base={base_folder}", *SMALL, "tasks.global_style.teacher=base", "distill.start=global_style"]
+    recipe = load_recipe("world", settings)
+    base, data, teachers, _ = made
+    with pytest.raises(UserError, match=r"lacks the teacher\(s\) global_style"):
+        steps.distill_student(recipe, base, data, {n: t for n, t in teachers.items() if n != "global_style"}, workspace)
+    student = steps.distill_student(recipe, base, data, teachers, workspace)
+    loss = read_json(student.folder / "history.json")[0]["loss"]
+    assert loss["t2i"] > 1e-6  # it does not start as the base, which teaches this task
