@@ -10,6 +10,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums depend on how many threads share them, and a test may have changed that for those behind it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A Flux2KleinPipeline folder with random weights (a 50,000-parameter transformer) and the world's tokenizer."""
