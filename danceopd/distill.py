@@ -143,6 +143,38 @@ class Method(Protocol):
         ...
 
 
+def match_velocity(
+    setup: Distillation,
+    learner: Learner,
+    group: Group,
+    state: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    sync: bool,
+    scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass of the student on a group; costs `learner.update_forwards` a sample.
+
+    Args:
+        setup: whose backbone is called.
+        learner: the student.
+        group: the samples, with their weights in the loss.
+        state: where it is asked, (n, N, C), without gradient.
+        sigma: noise levels (n,).
+        target: the velocity to match, (n, N, C); it gets no gradient.
+        sync: whether this is the process's last backward pass in the update.
+        scale: factor of the loss, a number or (n,).
+
+    Returns:
+        Each sample's loss times `scale`, (n,) float32, and the student's velocity (n, N, C), both without gradient.
+    """
+    with learner.field.active():
+        velocity = setup.backbone.velocity(learner.field.network, state, sigma, group.condition)
+        losses = velocity_matching_loss(velocity, target) * scale
+        learner.backward((losses * group.weights.to(losses)).sum(), sync=sync)
+    return losses.detach(), velocity.detach()
+
+
 class HardRoutedOnPolicy:
     """DanceOPD: one query on the student's own path, the routed teacher alone, |v_student - v_teacher|^2 there."""
 
@@ -151,14 +183,12 @@ class HardRoutedOnPolicy:
     needs_targets = False
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        """See `Method`."""
         query = roll_out(learner.field, group.noise, setup.grid, group.stop[:, 0], group.condition)
         target = routed_velocity(setup.teachers, setup.routes(group.tags), query.state, query.sigma, group.condition)
-        with learner.field.active():
-            velocity = setup.backbone.velocity(learner.field.network, query.state, query.sigma, group.condition)
-            losses = velocity_matching_loss(velocity, target)
-            learner.backward((losses * group.weights.to(losses)).sum(), sync=group.last)
+        losses, _ = match_velocity(setup, learner, group, query.state, query.sigma, target, sync=group.last)
         spent = query.forwards + setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
-        figures.add(group.tags, losses.detach(), query.sigma, spent)
+        figures.add(group.tags, losses, query.sigma, spent)
 
 
 def method_of(spec: DistillRecipe) -> Method | Merge:
@@ -321,7 +351,7 @@ def distill(
             if preview is not None and (last or (spec.preview_every and done % spec.preview_every == 0)):
                 with learner.shown() as field:
                     preview(field, done)
-            keeper.after(done, history=history, since=vars(since), selection=vars(selection))
+            keeper.after(done, last, history=history, since=vars(since), selection=vars(selection))
     return learner.finish(), history
 
 

@@ -74,7 +74,7 @@ def finetune(
             progress.show(step, loss=total)
             if (step + 1) % spec.log_every == 0 or step + 1 == spec.steps:
                 history.append({"step": step + 1, "loss": total, "grad_norm": norm})
-            keeper.after(step + 1, history=history)
+            keeper.after(step + 1, step + 1 == spec.steps, history=history)
     return learner.finish(), history
 
 

@@ -163,7 +163,7 @@ def check_teachers_differ(
         elif _on_purpose(recipe, spec.teacher):
             text = (f"task {task!r}: the student starts as its teacher {spec.teacher!r} ({figures}); "
                     "this task keeps what is there")  # fmt: skip
-            found.append(Finding("warning", "teacher equals student", text))
+            found.append(Finding("note", "teacher equals student", text))
         else:
             text = (f"task {task!r}: teacher {spec.teacher!r} is the same field as the student's start, {start!r} "
                     f"({figures}): nothing to learn; check its weights, or let {start!r} teach this task")  # fmt: skip

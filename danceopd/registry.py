@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -259,7 +260,7 @@ def _create_version(
     Path(workspace).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace) as scratch:
         pipeline = Path(scratch) / PIPELINE
-        shutil.copytree(student / PIPELINE, pipeline)
+        shutil.copytree(student / PIPELINE, pipeline, copy_function=_link)  # weights are large, and stay as they are
         card = write_card(recipe, pipeline, (student / LORA).is_dir(), origins, metrics)
         artifacts = [(_with_champion(evaluation, metrics, champion, Path(scratch) / EVALUATION), EVALUATION),
                      (card, "")]  # fmt: skip
@@ -272,6 +273,14 @@ def _create_version(
         with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
             info = _log_model(mlflow, pipeline, Path(workspace))
             return mlflow.register_model(info.model_uri, recipe.register_as.model, tags=tags)
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name, or a copy where the two places do not share a file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _with_champion(evaluation: Path, metrics: dict, champion: dict, folder: Path) -> Path:
@@ -339,16 +348,6 @@ def current_champion(client: MlflowClient, model: str) -> Any | None:
     return None if number is None else client.get_model_version(model, number)
 
 
-def load_champion_metrics(client: MlflowClient, model: str) -> dict | None:
-    """The champion's `metrics.json`, or None if there is no champion.
-
-    Raises:
-        UserError: if there is a champion whose figures cannot be read.
-    """
-    champion = current_champion(client, model)
-    return None if champion is None else _version_metrics(client, champion)
-
-
 def _version_file(client: MlflowClient, version: Any, name: str) -> dict:
     from mlflow.exceptions import MlflowException
 
@@ -370,23 +369,6 @@ def _version_values(client: MlflowClient, version: Any) -> dict | None:
         return _version_file(client, version, VALUES)
     except UserError:
         return None
-
-
-def champion_summary(tracking_uri: str, model: str) -> dict[str, Any] | None:
-    """The champion in short: version, run_id, tags and the student's scores (None if unreadable); None without one.
-
-    Raises:
-        UserError: if the store does not answer.
-    """
-    client = tracking.open_client(tracking_uri)
-    champion = current_champion(client, model)
-    if champion is None:
-        return None
-    try:
-        scores = _version_metrics(client, champion)["scores"]["student"]
-    except (UserError, KeyError):
-        scores = None
-    return {"version": str(champion.version), "run_id": champion.run_id, "tags": dict(champion.tags), "scores": scores}
 
 
 def _decide(client: MlflowClient, recipe: Recipe, version: Any, metrics: dict, values: dict | None) -> Any:

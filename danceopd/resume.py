@@ -207,11 +207,12 @@ class Keeper:
         self.kept = state["figures"]
         log.info("resumed after step %d of %d from %s", self.start, self.spec.steps, self.checkpoints.folder)
 
-    def after(self, step: int, **figures: Any) -> None:
+    def after(self, step: int, last: bool, **figures: Any) -> None:
         """Call after each update: saves if one is due, and ends the process if it was asked to end.
 
         Args:
             step: updates done.
+            last: whether training ends with this one.
             figures: plain data that the loop needs to go on.
 
         Raises:
@@ -220,7 +221,7 @@ class Keeper:
         if self.checkpoints is None:
             return
         asked = self.learner.processes.any(self.stop.asked)
-        if step % self.spec.checkpoint_every and step != self.spec.steps and not asked:
+        if step % self.spec.checkpoint_every and not last and not asked:
             return
         state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
@@ -253,5 +254,5 @@ def resumable(
         keeper = Keeper(spec, checkpoints, learner, sampler, generator, stop)
         keeper.restore()
         yield keeper
-    if stop.asked:  # it came after the last update's save
-        raise Interrupted(f"interrupted after the last of {spec.steps} steps; all are saved")
+    if learner.processes.any(stop.asked):  # it came after the last update's save
+        raise Interrupted("interrupted after the last step; all are saved")

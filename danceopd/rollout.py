@@ -26,7 +26,6 @@ class Query:
     forwards: int
 
 
-@torch.no_grad()
 def roll_out(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Query:
     """Euler steps of dz/dsigma = v along `grid`, each sample until its own `stop`; who has arrived leaves the batch.
 
@@ -37,10 +36,30 @@ def roll_out(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, co
         stop: (B,), int64 in [0, steps]: index of each sample's query state. 0 asks at the noise itself.
         condition: of the same B samples.
     """
+    states = states_on_the_way(field, noise, grid, stop[:, None], condition)
+    return Query(states[:, 0], grid[stop].to(noise), int(stop.sum()))
+
+
+@torch.no_grad()
+def states_on_the_way(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Tensor:
+    """As `roll_out`, the states at K stops of each sample's path: (B, K, N, C), for one path's forwards.
+
+    Args:
+        field: the student.
+        noise: (B, N, C), the state at grid[0].
+        grid: (steps + 1,), falling.
+        stop: (B, K), int64 in [0, steps], rising along K; a sample leaves the rollout at its last.
+        condition: of the same B samples.
+    """
     state = noise.clone()
-    for step in range(int(stop.max())):
-        index = (stop > step).nonzero().flatten().to(noise.device)
-        sigma = grid[step].expand(len(index)).to(noise)
-        velocity = field(state[index], sigma, condition.rows(index)).to(state.dtype)
-        state[index] += (grid[step + 1] - grid[step]).to(state) * velocity
-    return Query(state, grid[stop].to(noise), int(stop.sum()))
+    kept = noise.new_empty(*stop.shape, *noise.shape[1:])
+    final = stop[:, -1]
+    for step in range(int(final.max()) + 1):
+        sample, query = (places.to(noise.device) for places in (stop == step).nonzero(as_tuple=True))
+        kept[sample, query] = state[sample]
+        index = (final > step).nonzero().flatten().to(noise.device)
+        if len(index):
+            sigma = grid[step].expand(len(index)).to(noise)
+            velocity = field(state[index], sigma, condition.rows(index)).to(state.dtype)
+            state[index] += (grid[step + 1] - grid[step]).to(state) * velocity
+    return kept

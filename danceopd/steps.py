@@ -440,7 +440,7 @@ class Training:
 
     backbone: Backbone
     encoded: EncodedRecords
-    fields: dict[str, VelocityField]
+    fields: dict[str, Field]
     teacher_of: dict[str, str]
     weights: dict[str, Any]
 
@@ -574,6 +574,7 @@ def _build_evaluation(
     import torch
 
     from danceopd.data.assemble import open_dataset
+    from danceopd.devices import usable_cores
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
     from danceopd.fields import VelocityField
@@ -591,7 +592,7 @@ def _build_evaluation(
         "evaluation (s)": round(time.monotonic() - started, 1),
         "evaluation forwards": evaluation.metrics["forwards"],
         "distillation forwards a sample": student.facts["forwards_per_sample"],
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {usable_cores()} cores",
     }
     provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": student.facts}
     write_report(evaluation, scratch, provenance)

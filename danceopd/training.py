@@ -32,7 +32,6 @@ class Learner:
         spec: the recipe's section.
         average: exponential moving average of `parameters`, or None.
         best: the weights that validated best so far, or None.
-        steps: updates done.
     """
 
     field: VelocityField
@@ -43,7 +42,6 @@ class Learner:
     spec: TrainRecipe
     average: list[Tensor] | None = None
     best: list[Tensor] | None = None
-    steps: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +88,6 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._follow()
-        self.steps += 1
         return float(whole(norm))
 
     @torch.no_grad()
@@ -98,7 +95,8 @@ class Learner:
         if self.average is None:
             return
         # A short memory at first: the start is not what should be remembered.
-        decay = min(self.spec.ema, (1 + self.steps) / (10 + self.steps))
+        done = self.schedule.last_epoch
+        decay = min(self.spec.ema, done / (9 + done))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextmanager
@@ -149,7 +147,6 @@ class Learner:
             "best": None if self.best is None else [whole(w) for w in self.best],
             "optimizer": _mapped(self.optimizer.state_dict(), whole),
             "schedule": self.schedule.state_dict(),
-            "steps": self.steps,
         }
 
     @torch.no_grad()
@@ -162,7 +159,6 @@ class Learner:
         by_shape = {p.shape: p for p in self.parameters}
         self.optimizer.load_state_dict(_mapped(state["optimizer"], lambda t: _like(t, by_shape.get(t.shape))))
         self.schedule.load_state_dict(state["schedule"])
-        self.steps = state["steps"]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kfp import local
 from components.cards import card_problem
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd import steps
+from danceopd.devices import usable_cores
 from danceopd.files import content_key, read_json
 from danceopd.recipe import CheckpointTeacher, FinetunedTeacher, Recipe
 from pipelines.distillation import build_pipeline
@@ -91,13 +92,8 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
 
 
 def share_cores(recipe: Recipe) -> Threads:
-    """Threads for teachers that train side by side, and for the steps that run alone.
-
-    The cores are what `OMP_NUM_THREADS` allows, else what this process may run on.
-    """
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = int(allowed) if allowed.isdigit() and int(allowed) > 0 else usable
+    """Threads for teachers that train side by side, and for the steps that run alone."""
+    cores = usable_cores()
     trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
 

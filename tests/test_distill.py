@@ -298,6 +298,7 @@ def test_precision_and_recomputation_change_the_gradient_by_little(base, encoded
     for change in ({}, changes):
         other = load_backbone_again(base)
         learner = new_learner(other, "student", spec(trainable=trainable, **change))
+        assert learner.field.network.is_gradient_checkpointing == ("activation_checkpointing" in change)
         wake(learner)
         setup, groups = drawn(other, encoded, learner, teachers, torch.Generator().manual_seed(0))
         with learner.precision():
@@ -332,6 +333,8 @@ def test_compiled_blocks_give_the_same_velocity(base, encoded):
     learner = new_learner(base, "student", spec(trainable="lora", compile="default"))
     wake(learner)
     plain = VelocityField("student", base, base.transformer, adapter="student")
+    blocks = base.transformer.transformer_blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
     condition = encoded.condition([0, 1])
     z = torch.randn(2, *base.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.8, 0.3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
 
 import pytest
 import torch
@@ -64,14 +63,18 @@ def message(findings, level="error"):
     return found
 
 
-def test_a_sound_run_passes_quickly_and_says_its_figures(base, encoded, tiny_base, caplog):
-    started = time.monotonic()
+def meant(findings):
+    """How many tasks keep what the student starts as."""
+    return sum("the student starts as its teacher" in found.message for found in findings)
+
+
+def test_a_sound_run_passes_and_says_its_figures(base, encoded, tiny_base, caplog):
     found = pf.preflight(recipe_with(), base, tiny_base, teachers(base), figures(20, 10), encoded, COUNTS)
-    assert time.monotonic() - started < 2
     with caplog.at_level(logging.INFO, "danceopd"):
         pf.settle(found)
     assert "error" not in levels(found)
-    assert levels(found, "teacher equals student") == ["warning", "warning", "note"]
+    assert levels(found, "teacher equals student") == ["note", "note", "note"]
+    assert meant(found) == 2
     assert any("psnr 20, the base 10" in line for line in caplog.messages)
     assert any("memory: training needs about" in line for line in caplog.messages)
     assert all(p.requires_grad is False for p in base.transformer.parameters())
@@ -97,10 +100,11 @@ def test_a_teacher_that_is_the_student_is_an_error_unless_meant(base, encoded):
         "teacher 'global_style' is the same field as the student's start, 'base' (relative velocity difference 0"
         in (message(found))
     )
-    meant = recipe_with("distill.start=global_style", "distill.trainable=full")
-    found = pf.check_teachers_differ(meant, base, teachers(base), encoded)
-    assert levels(found) == ["note", "note", "warning"]
-    assert "the student starts as its teacher 'global_style'" in message(found, "warning")
+    on_purpose = recipe_with("distill.start=global_style", "distill.trainable=full")
+    found = pf.check_teachers_differ(on_purpose, base, teachers(base), encoded)
+    assert levels(found) == ["note", "note", "note"]
+    assert meant(found) == 1
+    assert "the student starts as its teacher 'global_style'" in found[-1].message
 
 
 def test_guidance_makes_the_base_a_teacher(base, encoded):
@@ -108,7 +112,9 @@ def test_guidance_makes_the_base_a_teacher(base, encoded):
     plain = VelocityField("strong", base, base.transformer)
     empty = base.encode_prompts([""])[0]
     fields = teachers(base) | {"strong": GuidedField(plain, 4.0, empty)}
-    assert levels(pf.check_teachers_differ(recipe, base, fields, encoded)) == ["note", "warning", "note"]
+    found = pf.check_teachers_differ(recipe, base, fields, encoded)
+    assert levels(found) == ["note", "note", "note"]
+    assert meant(found) == 1
     fields["strong"] = GuidedField(plain, 1.0, empty)
     assert "teacher 'strong' is the same field" in message(pf.check_teachers_differ(recipe, base, fields, encoded))
 

@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from danceopd.backbones.base import Condition
-from danceopd.baselines.matching import match_velocity
-from danceopd.distill import Distillation, Group, UpdateFigures
-from danceopd.fields import VelocityField, routed_velocity
+from danceopd.distill import Distillation, Group, UpdateFigures, match_velocity
+from danceopd.fields import routed_velocity
+from danceopd.rollout import states_on_the_way
 from danceopd.training import Learner
-
-
-@torch.no_grad()
-def states_on_the_way(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Tensor:
-    """The states at several stops of one rollout a sample: (B, K, N, C); B * max(stop) forwards at most.
-
-    Args:
-        field: the student.
-        noise: (B, N, C), the state at grid[0].
-        grid: (steps + 1,), falling.
-        stop: (B, K), int64, rising along K; a sample leaves the rollout at its last.
-        condition: of the same B samples.
-    """
-    state = noise.clone()
-    kept = noise.new_empty(*stop.shape, *noise.shape[1:])
-    final = stop[:, -1]
-    for step in range(int(final.max()) + 1):
-        sample, query = (stop == step).nonzero(as_tuple=True)
-        kept[sample.to(noise.device), query.to(noise.device)] = state[sample.to(noise.device)]
-        index = (final > step).nonzero().flatten().to(noise.device)
-        if len(index):
-            sigma = grid[step].expand(len(index)).to(noise)
-            velocity = field(state[index], sigma, condition.rows(index)).to(state.dtype)
-            state[index] += (grid[step + 1] - grid[step]).to(state) * velocity
-    return kept
 
 
 class Dense:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from danceopd.baselines.matching import match_velocity
-from danceopd.distill import Distillation, Group, UpdateFigures
+from danceopd.distill import Distillation, Group, UpdateFigures, match_velocity
 from danceopd.fields import routed_velocity
 from danceopd.training import Learner
 

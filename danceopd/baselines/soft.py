@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
-from danceopd.baselines.matching import match_velocity
-from danceopd.distill import Distillation, Group, UpdateFigures
+from danceopd.distill import Distillation, Group, UpdateFigures, match_velocity
 from danceopd.fields import VelocityField
 from danceopd.rollout import roll_out
 from danceopd.training import Learner

@@ -9,20 +9,17 @@ teacher's, as a share of the teacher's. Units are those of the latents, whose no
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from danceopd.backbones.base import Condition
 from danceopd.data.encoded import EncodedRecords
 from danceopd.fields import Field
-from danceopd.rollout import roll_out
-from danceopd.sample import seeded_noise, to_uint8
+from danceopd.sample import seeded_noise
 
 STUDENT, TEACHER = "student", "teacher"
 _SIDES = {STUDENT: {"linestyle": "-", "marker": "o"}, TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"}}
@@ -43,19 +40,6 @@ class PathDrift:
     drift: list[float]
     velocity_error: list[float]
     forwards: int
-
-
-def _batches(
-    encoded: EncodedRecords, seeds: Sequence[int], batch: int, device: torch.device
-) -> Iterator[tuple[list[int], Condition, list[int]]]:
-    for group in encoded.shape_groups(list(range(len(seeds)))):
-        for start in range(0, len(group), batch):
-            rows = group[start : start + batch]
-            yield rows, encoded.condition(rows, device), [seeds[row] for row in rows]
-
-
-def _device(field: Field) -> torch.device:
-    return next(field.backbone.transformer.parameters()).device
 
 
 def _mean_square(difference: Tensor) -> Tensor:
@@ -79,9 +63,13 @@ def path_drift(
     backbone = student.backbone
     grid = backbone.sigmas(steps, encoded.height, encoded.width)
     apart, errors = torch.zeros(steps + 1), torch.zeros(steps)
-    for _, condition, part in _batches(encoded, seeds, batch, _device(student)):
-        shape = backbone.latent_shape(condition.height, condition.width)
-        ours = seeded_noise(part, shape, condition.prompt.device)
+    device = next(backbone.transformer.parameters()).device
+    shape = backbone.latent_shape(encoded.height, encoded.width)
+    groups = encoded.shape_groups(list(range(len(seeds))))
+    for rows in (group[start : start + batch] for group in groups for start in range(0, len(group), batch)):
+        condition = encoded.condition(rows, device)
+        part = [seeds[row] for row in rows]
+        ours = seeded_noise(part, shape, device)
         theirs = ours.clone()
         with student.resident(), teacher.resident():
             for step in range(steps):
@@ -95,23 +83,6 @@ def path_drift(
     count = len(seeds)
     passes = steps * student.forwards + (2 * steps - 1) * teacher.forwards  # at the noise both ask in one place
     return PathDrift(grid.tolist(), (apart / count).tolist(), (errors / count).tolist(), count * passes)
-
-
-@torch.no_grad()
-def draw_in_steps(
-    field: Field, encoded: EncodedRecords, seeds: Sequence[int], steps: int, batch: int
-) -> tuple[np.ndarray, int]:
-    """Pictures (N, H, W, 3) uint8 drawn in this many Euler steps, and the samples that went through the network."""
-    backbone = field.backbone
-    grid = backbone.sigmas(steps, encoded.height, encoded.width)
-    pictures = np.empty((len(seeds), encoded.height, encoded.width, 3), dtype=np.uint8)
-    for rows, condition, part in _batches(encoded, seeds, batch, _device(field)):
-        shape = backbone.latent_shape(condition.height, condition.width)
-        noise = seeded_noise(part, shape, condition.prompt.device)
-        with field.resident():
-            latents = roll_out(field, noise, grid, torch.full((len(part),), steps), condition).state
-        pictures[rows] = to_uint8(backbone.decode(latents, condition.height, condition.width).float())
-    return pictures, len(seeds) * steps * field.forwards
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots

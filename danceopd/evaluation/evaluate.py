@@ -22,7 +22,7 @@ from danceopd.data.assemble import DatasetFolder
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
-from danceopd.evaluation.drift import draw_in_steps, path_drift
+from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.metrics import metric, read_picture
 from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.fields import Field
@@ -268,20 +268,30 @@ def _forwards(fields: dict[str, Field], records: int, steps: int) -> int:
 
 
 def _drift(
-    recipe: Recipe, task: str, fields: dict[str, Field], encoded: EncodedRecords, records: list[Record]
+    recipe: Recipe,
+    task: str,
+    fields: dict[str, Field],
+    encoded: EncodedRecords,
+    records: list[Record],
+    scored: dict[str, Scored],
 ) -> tuple[dict, int]:
-    """The task's drift section of the metrics, and the forwards it took."""
-    spec, first, teacher = recipe.evaluate, recipe.tasks[task].metrics[0], fields[recipe.tasks[task].teacher]
-    student = fields[STUDENT]
-    seeds = [record_seed(spec.seed, record.id) for record in records]
-    found = path_drift(student, teacher, encoded, seeds, spec.steps, spec.batch)
+    """The task's drift section of the metrics over the first few records, and the forwards it took."""
+    spec, first, taught = recipe.evaluate, recipe.tasks[task].metrics[0], recipe.tasks[task].teacher
+    records = records[: spec.drift.records]
+    encoded, ids = encoded.subset(list(range(len(records)))), [record.id for record in records]
+    seeds = [record_seed(spec.seed, name) for name in ids]
+    found = path_drift(fields[STUDENT], fields[taught], encoded, seeds, spec.steps, spec.batch)
     forwards, by_steps = found.forwards, {}
     for steps in sorted(set(spec.drift.steps)):
         figures = {}
-        for side, field in (("student", student), ("teacher", teacher)):
-            pictures, passes = draw_in_steps(field, encoded, seeds, steps, spec.batch)
-            figures[side] = _finite(_mean(metric(first).score(pictures, records)))
-            forwards += passes
+        for side, name in (("student", STUDENT), ("teacher", taught)):
+            if steps == spec.steps:  # these were drawn to be scored
+                values = scored[name].values[first][: len(records)]
+            else:
+                pictures = draw_field(fields[name], encoded, ids, spec.model_copy(update={"steps": steps}))
+                values = metric(first).score(pictures, records)
+                forwards += len(ids) * steps * fields[name].forwards
+            figures[side] = _finite(_mean(values))
         by_steps[str(steps)] = figures
     facts = {"records": len(records), "metric": first, "unit": metric(first).unit, "sigmas": found.sigmas,
              "drift": [_finite(v) for v in found.drift], "velocity_error": [_finite(v) for v in found.velocity_error],
@@ -324,9 +334,7 @@ def evaluate(
         worst = _worst(scored, recipe.tasks[task].teacher, recipe.tasks[task].metrics, spec.worst)
         drift, forwards = None, _forwards(fields, len(records), spec.steps)
         if spec.drift is not None:
-            few = records[: spec.drift.records]
-            part = encode_records(backbone, few, *size, cache, base_key, targets=False)
-            drift, more = _drift(recipe, task, fields, part, few)
+            drift, more = _drift(recipe, task, fields, encoded, records, scored)
             forwards += more
         results[task] = _TaskResult(
             records,

@@ -14,17 +14,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from danceopd.devices import usable_cores
 from danceopd.errors import Interrupted, UserError
 
 log = logging.getLogger(__name__)
-
-
-def usable_cores() -> int:
-    """The cores that `OMP_NUM_THREADS` allows, else those this process may run on."""
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    if allowed.isdigit() and int(allowed) > 0:
-        return int(allowed)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def work_off(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:

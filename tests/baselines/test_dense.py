@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from danceopd.baselines.dense import Dense, states_on_the_way
+from danceopd.baselines.dense import Dense
 from danceopd.distill import HardRoutedOnPolicy, method_of
-from danceopd.rollout import roll_out
+from danceopd.rollout import roll_out, states_on_the_way
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -16,7 +16,7 @@ from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
 from danceopd.evaluation import evaluate as ev
 from danceopd.fields import VelocityField
-from danceopd.recipe import EvaluateRecipe, Gate, Recipe, parse_recipe
+from danceopd.recipe import DriftRecipe, EvaluateRecipe, Gate, Recipe, parse_recipe
 
 SIZE = (world.SIZE, world.SIZE)
 
@@ -189,6 +189,23 @@ def test_two_names_of_one_field_are_drawn_once(backbone, fields, small_data):
     scores = result.metrics["scores"]
     assert scores["student"] == scores["base"]
     assert result.metrics["retention"]["t2i"]["psnr"]["ratio"] == 1
+
+
+def test_fewer_steps_are_drawn_and_the_evaluations_own_are_not_drawn_again(backbone, small_data):
+    recipe = make_recipe()
+    few = recipe.evaluate.model_copy(update={"drift": DriftRecipe(records=3, steps=(1, recipe.evaluate.steps))})
+    recipe = recipe.model_copy(update={"tasks": {"t2i": recipe.tasks["t2i"]}, "evaluate": few})
+    networks = {"base": backbone.transformer, "student": other_network(backbone, 1)}
+    fields = {name: CountingField(name, backbone, network) for name, network in networks.items()}
+    result = ev.evaluate(recipe, backbone, fields, open_dataset(small_data), None, "key")
+    asked = {name: sum(field.asked) for name, field in fields.items()}
+    steps, scored = few.steps, 4 * few.steps
+    # Scoring; the path (the teacher's own after its first step, and at the student's states); one step.
+    assert asked == {"base": scored + 3 * (2 * steps - 1) + 3, "student": scored + 3 * steps + 3}
+    assert result.metrics["forwards"] == sum(asked.values())
+    drift = result.metrics["drift"]["t2i"]
+    values = result.values["student"]["t2i"][drift["metric"]]
+    assert drift["by_steps"][str(steps)]["student"] == pytest.approx(sum(values[:3]) / 3)
 
 
 def test_a_missing_field_is_refused(backbone, fields, small_data):
