@@ -53,6 +53,7 @@ def test_shipped_recipes_load_and_survive_json(name):
         ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
         ("tasks.t2i.gates=[{metric: scene_accuracy, champion_margin: 0}]", "exactly one of 'retain' and 'max_drop'"),
         ("data.inputs=[x.parquet]", "give either 'inputs'"),
+        ("model.backbone=z_image", "text_encoder_out_layers is for flux2_klein, and backbone is z_image; remove it"),
         ("distill.steps", "write it as key.sub=value"),
         ("name.more=1", "'name' is not a section"),
         ("distill.steps=[", "not valid YAML"),
