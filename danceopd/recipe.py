@@ -34,6 +34,7 @@ class _Part(BaseModel):
 
 
 OUT_LAYERS = (9, 18, 27)
+DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
 
 
 class ModelRecipe(_Part):
@@ -41,7 +42,7 @@ class ModelRecipe(_Part):
 
     base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
     revision: str | None = Field(None, description="hub revision")
-    backbone: Literal["flux2_klein", "z_image"] = "flux2_klein"
+    backbone: Literal["flux2_klein", "z_image", "sd3"] = "flux2_klein"
     height: int = Field(gt=0, description="of every picture, in pixels")
     width: int = Field(gt=0)
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
@@ -343,6 +344,11 @@ class Recipe(_Part):
         for task, spec in self.tasks.items():
             if spec.teacher not in self.teachers:
                 raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")
+            if spec.needs_source and self.model.backbone in DRAW_ONLY:
+                raise ValueError(
+                    f"tasks.{task}.needs_source: backbone {self.model.backbone} cannot edit a source image; take "
+                    "another base, or remove the task"
+                )
         if (
             not isinstance(self.teachers.get("base", BaseTeacher(kind="base")), BaseTeacher)
             or "student" in self.teachers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import EDITORS, FAMILIES, stock_latents
+from tiny_models import EDITORS, FAMILIES, SD3, Z_IMAGE, stock_latents
 
 from danceopd.adapters import add_lora, save_diffusers_lora
 from danceopd.backbones import FAMILIES as KNOWN
@@ -164,6 +165,36 @@ def test_a_source_image_changes_the_velocity_but_not_its_shape(load, family):
     assert (plain - one).abs().max() > 1e-3 < (one - other).abs().max()
 
 
+def test_a_family_that_draws_only_says_so(load):
+    base = load(SD3)
+    condition = condition_of(base, PROMPTS[:1], picture(1, 64, 64), 64, 64)
+    with pytest.raises(UserError, match="cannot edit a source image; give it drawing tasks only"):
+        base_field(base)(noise_of(base, 1), torch.tensor([0.5]), condition)
+
+
+def test_a_picture_with_more_places_than_the_base_has_is_refused(load):
+    with pytest.raises(UserError, match="64x272: this base has places for 256 pixels a side at most"):
+        load(SD3).latent_shape(64, 272)
+
+
+def test_z_image_takes_one_source_of_the_pictures_own_size(load):
+    base = load(Z_IMAGE)
+    condition = condition_of(base, PROMPTS[:1], picture(1, 64, 64), 64, 64)
+    twice = replace(condition, source=torch.cat([condition.source] * 2, dim=1))
+    with pytest.raises(UserError, match="one source image of the picture's own size"):
+        base_field(base)(noise_of(base, 1), torch.tensor([0.5]), twice)
+
+
+def test_an_omni_checkpoint_of_z_image_is_refused(folder_of, tmp_path):
+    omni = tmp_path / "omni"
+    shutil.copytree(folder_of(Z_IMAGE), omni)
+    stock = Z_IMAGE.open_stock(omni, False)
+    stock.transformer = type(stock.transformer).from_config(dict(stock.transformer.config) | {"siglip_feat_dim": 8})
+    stock.save_pretrained(str(omni))
+    with pytest.raises(UserError, match="an omni checkpoint with a SigLIP tower; give a Z-Image base without one"):
+        load_backbone(omni, Z_IMAGE.shape())
+
+
 @every_family
 def test_a_lora_reaches_the_attention_and_loads_in_the_stock_pipeline(load, folder_of, family, tmp_path):
     base = load(family)
@@ -268,14 +299,15 @@ def test_two_lora_teachers_become_one_student(load, folder_of, family, trainable
     encoded = encode_records(base, records, 64, 64, tmp_path / "cache", "k", targets=False)
     base.free_encoders()
     spec = DistillRecipe(
-        trainable=trainable, lora=LoraRecipe(rank=8, alpha=16), lr=2e-2 if trainable == "lora" else 3e-3, steps=24,
+        trainable=trainable, lora=LoraRecipe(rank=8, alpha=16), lr=2e-2 if trainable == "lora" else 2e-3, steps=40,
         batch=8, rollout_steps=3, log_every=4, warmup=2, activation_checkpointing=True,
     )  # fmt: skip
-    student, history = distill(
-        base, encoded, teachers, {"draw": "first", task: "second"}, {"draw": 1.0, task: 1.0}, spec
-    )
-    for name in ("draw", task):
-        assert history[-1]["loss"][name] < 0.7 * history[0]["loss"][name]
+    taught_by = {"draw": "first", task: "second"}
+    student, _ = distill(base, encoded, teachers, taught_by, {"draw": 1.0, task: 1.0}, spec)
+    for name, rows in encoded.rows_by_task().items():
+        fields = (base_field(base), student, teachers[taught_by[name]])
+        before, after, wanted = (our_latents(f, encoded.condition(rows), noise_of(base, len(rows)), 3) for f in fields)
+        assert (after - wanted).pow(2).mean() < 0.9 * (before - wanted).pow(2).mean()
     save_field(student, tmp_path / "student")
     again = load_field(load(family), "again", tmp_path / "student")
     condition, noise = encoded.condition([0]), noise_of(base, 1)

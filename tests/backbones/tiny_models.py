@@ -12,13 +12,25 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     ZImageOmniPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from PIL import Image
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from danceopd import world_base as wb
 from danceopd.backbones.packing import to_latents, to_tokens
@@ -101,7 +113,7 @@ def lively(transformer: torch.nn.Module) -> torch.nn.Module:
 def make_flux2(folder: Path) -> None:
     torch.manual_seed(0)
     transformer = wb.new_transformer(192, 16, heads=2, head_dim=16, doubles=1, singles=1)
-    wb.new_pipeline(wb.new_vae().eval(), transformer).save_pretrained(str(folder))
+    wb.new_pipeline(wb.new_vae().eval(), lively(transformer)).save_pretrained(str(folder))
 
 
 FLUX2 = Family(
@@ -161,5 +173,55 @@ Z_IMAGE = Family(
     from_stock=to_tokens,
 )
 
-FAMILIES = (FLUX2, Z_IMAGE)
+
+# ---------------------------------------------------------------------------------------------- Stable Diffusion 3.5
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={p: i for i, p in enumerate(sorted(pieces))}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    letters = [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)]
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters], extra_ids=0)
+
+
+def make_sd3(folder: Path) -> None:
+    torch.manual_seed(0)
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+
+    def clip_encoder(width: int) -> CLIPTextModelWithProjection:
+        config = CLIPTextConfig(
+            vocab_size=len(clip), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            projection_dim=width, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )  # fmt: skip
+        return CLIPTextModelWithProjection(config).eval()
+
+    config = T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=36, pos_embed_max_size=16,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        lively(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip_encoder(16), clip,
+        clip_encoder(20), clip, T5EncoderModel(config).eval(), t5,
+    ).save_pretrained(str(folder))  # fmt: skip
+
+
+SD3 = Family(
+    name="sd3",
+    make=make_sd3,
+    settings={"max_sequence_length": 48},
+    open_stock=lambda folder, edit: StableDiffusion3Pipeline.from_pretrained(str(folder)),
+    call={"guidance_scale": 1.0, "max_sequence_length": 48},
+    to_stock=to_latents,
+    from_stock=to_tokens,
+    edits=False,
+)
+
+FAMILIES = (FLUX2, Z_IMAGE, SD3)
 EDITORS = tuple(family for family in FAMILIES if family.edits)
