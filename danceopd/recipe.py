@@ -33,16 +33,22 @@ class _Part(BaseModel):
         return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
 
 
+OUT_LAYERS = (9, 18, 27)
+DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
+
+
 class ModelRecipe(_Part):
     """The base: where it lies and how its prompts are encoded."""
 
     base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
     revision: str | None = Field(None, description="hub revision")
-    backbone: Literal["flux2_klein"] = "flux2_klein"
+    backbone: Literal["flux2_klein", "z_image", "sd3"] = "flux2_klein"
     height: int = Field(gt=0, description="of every picture, in pixels")
     width: int = Field(gt=0)
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
-    text_encoder_out_layers: tuple[int, ...] = Field((9, 18, 27), description="hidden states that make the embedding")
+    text_encoder_out_layers: tuple[int, ...] = Field(
+        OUT_LAYERS, description="flux2_klein: hidden states that make the embedding"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the frozen base and full-checkpoint teachers; what trains is float32"
     )
@@ -53,6 +59,12 @@ class ModelRecipe(_Part):
     offload: bool = Field(
         False, description="full-checkpoint teachers wait in CPU memory and visit the accelerator for their queries"
     )
+
+    @model_validator(mode="after")
+    def _layers_fit_the_family(self):
+        if self.backbone != "flux2_klein" and self.text_encoder_out_layers != OUT_LAYERS:
+            raise ValueError(f"text_encoder_out_layers is for flux2_klein, and backbone is {self.backbone}; remove it")
+        return self
 
 
 class DataRecipe(_Part):
@@ -332,6 +344,11 @@ class Recipe(_Part):
         for task, spec in self.tasks.items():
             if spec.teacher not in self.teachers:
                 raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")
+            if spec.needs_source and self.model.backbone in DRAW_ONLY:
+                raise ValueError(
+                    f"tasks.{task}.needs_source: backbone {self.model.backbone} cannot edit a source image; take "
+                    "another base, or remove the task"
+                )
         if (
             not isinstance(self.teachers.get("base", BaseTeacher(kind="base")), BaseTeacher)
             or "student" in self.teachers

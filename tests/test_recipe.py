@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from danceopd.errors import UserError
+from danceopd.evaluation.metrics import METRICS
 from danceopd.recipe import apply_overrides, load_recipe, parse_recipe, recipe_names
 
 
@@ -15,6 +16,17 @@ def test_shipped_recipes_load_and_survive_json(name):
     again = type(recipe).model_validate_json(recipe.model_dump_json())
     assert again == recipe
     assert again.digest() == recipe.digest()
+
+
+@pytest.mark.parametrize("name", ["zimage_t2i_edit", "zimage_local_global", "sd35_realism", "flux2_klein_t2i_edit"])
+def test_recipes_of_the_paper_hold_its_settings(name):
+    recipe = load_recipe(name)
+    spec, model = recipe.distill, recipe.model
+    assert (spec.method, spec.trainable, spec.lora.rank, spec.lora.alpha) == ("danceopd", "lora", 128, 128)
+    assert (spec.lr, spec.rollout_steps, spec.window, spec.steps) == (2e-4, 16, "low_noise", 3000)
+    assert (model.height, model.width) == (1024, 1024)
+    for task in recipe.tasks.values():
+        assert set(task.metrics) <= set(METRICS)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +65,11 @@ def test_shipped_recipes_load_and_survive_json(name):
         ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
         ("tasks.t2i.gates=[{metric: scene_accuracy, champion_margin: 0}]", "exactly one of 'retain' and 'max_drop'"),
         ("data.inputs=[x.parquet]", "give either 'inputs'"),
+        ("model.backbone=z_image", "text_encoder_out_layers is for flux2_klein, and backbone is z_image; remove it"),
+        (
+            "model={base: x, backbone: sd3, height: 64, width: 64}",
+            "tasks.local_edit.needs_source: backbone sd3 cannot edit a source image; take another base, or remove",
+        ),
         ("distill.steps", "write it as key.sub=value"),
         ("name.more=1", "'name' is not a section"),
         ("distill.steps=[", "not valid YAML"),

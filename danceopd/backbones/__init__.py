@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -9,7 +10,9 @@ import torch
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.recipe import ModelRecipe
 
-__all__ = ["Backbone", "Condition", "load_backbone"]
+__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone"]
+
+FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3"}  # a module of this package, its class
 
 
 def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Backbone:
@@ -18,10 +21,10 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
     Raises:
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
-    from danceopd.backbones.flux2_klein import Flux2Klein  # diffusers is slow to import
     from danceopd.kernels import quantize_frozen, set_attention
 
-    backbone = {"flux2_klein": Flux2Klein}[settings.backbone].load(Path(folder), settings, device)
+    module = import_module(f"{__name__}.{settings.backbone}")  # diffusers is slow to import
+    backbone = getattr(module, FAMILIES[settings.backbone]).load(Path(folder), settings, device)
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:
         quantize_frozen(backbone.transformer, settings.quantize)

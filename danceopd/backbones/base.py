@@ -18,7 +18,8 @@ class Condition:
     """What a velocity depends on besides state and noise level, for B samples of one shape.
 
     Attributes:
-        prompt: prompt embeddings, (B, L, D).
+        prompt: prompt embeddings, (B, L, D): all that the family's transformer takes of a prompt, packed by its back
+            end into rows of one number L for every prompt.
         source: source image's latent tokens, (B, S, C), or None when the task draws from nothing.
         height: of the picture in pixels.
         width: of the picture in pixels.
@@ -52,7 +53,7 @@ class Backbone(Protocol):
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings (B, L, D), float32, without gradient."""
+        """Prompt embeddings (B, L, D), float32, without gradient; L is the same in every call."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:

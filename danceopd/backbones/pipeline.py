@@ -1,0 +1,137 @@
+"""What every back end shares: one diffusers pipeline folder, its transformer, its encoders, and the ways in and out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from danceopd.adapters import plain_copy
+from danceopd.backbones.base import LOADING, SETTINGS
+from danceopd.errors import UserError
+from danceopd.files import forget_origin
+from danceopd.recipe import ModelRecipe
+
+log = logging.getLogger(__name__)
+
+
+class PipelineBackbone:
+    """A back end around one loaded diffusers pipeline; a family adds what is particular to it (see `Backbone`)."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    lora_targets: ClassVar[str]
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: ModelRecipe, folder: Path | None = None):
+        """Wrap a loaded pipeline; `folder` is where its text encoders can be read again once they were freed."""
+        self.pipeline = pipeline
+        self.settings = settings
+        self._folder = folder
+        for name in ("transformer", "vae", *self.encoders):
+            module = getattr(pipeline, name)
+            if module is not None:
+                module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Self:
+        """Load a pipeline folder onto a device.
+
+        Raises:
+            UserError: if the folder holds no such pipeline.
+        """
+        kind = cls._pipeline_class(Path(folder))
+        dtype = getattr(torch, settings.dtype)
+        # The text encoders stay as they were saved: the same embeddings here and wherever the student is opened.
+        dtypes = {"transformer": dtype, **dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
+        try:
+            pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
+        return cls(pipeline.to(device), settings, Path(folder))
+
+    @classmethod
+    def _pipeline_class(cls, folder: Path) -> type[DiffusionPipeline]:
+        """Which pipeline a folder is opened with."""
+        return cls.pipeline_class
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def _patch(self) -> int:
+        """Pixels a token is wide and high."""
+        return self.pipeline.vae_scale_factor * 2
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of a picture's tokens."""
+        if height % self._patch or width % self._patch:
+            raise UserError(f"picture size {height}x{width}: both sides must be multiples of {self._patch}")
+        return height // self._patch, width // self._patch
+
+    def free_encoders(self) -> None:
+        if self._folder is None:
+            raise ValueError("this pipeline was not read from a folder; its text encoders could not come back")
+        self.pipeline.register_modules(**dict.fromkeys(self.encoders))
+        self._freed = True
+
+    _freed = False
+
+    def _need_encoders(self) -> None:
+        if not self._freed:
+            return
+        log.info("reading the text encoders again")
+        kept = {name: part for name, part in self.pipeline.components.items() if name not in self.encoders}
+        dtypes = dict.fromkeys(self.encoders, "auto")
+        again = type(self.pipeline).from_pretrained(str(self._folder), local_files_only=True, dtype=dtypes, **kept)
+        found = {name: getattr(again, name) for name in self.encoders}
+        for module in found.values():
+            if module is not None:
+                module.to(self.transformer.device).requires_grad_(False).eval()
+        self.pipeline.register_modules(**found)
+        self._freed = False
+
+    def new_transformer(self, folder: Path | None = None, dtype: torch.dtype | None = None) -> Any:
+        if folder is None:
+            return plain_copy(self.transformer)
+        folder = Path(folder)
+        dtype = dtype or getattr(torch, self.settings.dtype)
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        try:
+            other, report = type(self.transformer).from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True, dtype=dtype
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no transformer checkpoint ({' '.join(str(error).split())})") from error
+        wrong = report["missing_keys"] + report["unexpected_keys"]
+        if wrong:
+            raise UserError(f"{folder}: the checkpoint does not fit its config; first keys: {', '.join(wrong[:3])}")
+        if other.config.in_channels != self.transformer.config.in_channels:
+            raise UserError(f"{folder}: {other.config.in_channels} latent channels, the base has "
+                            f"{self.transformer.config.in_channels}: not the same latent space")  # fmt: skip
+        return other.to(self.transformer.device)
+
+    def save(self, folder: Path, transformer: nn.Module) -> None:
+        self._need_encoders()
+        for name, part in self.pipeline.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                # A tokenizer's file would tell how it was last called; every call sets both anew.
+                part.backend_tokenizer.no_padding()
+                part.backend_tokenizer.no_truncation()
+        frozen = self.pipeline.transformer
+        try:
+            self.pipeline.transformer = transformer
+            self.pipeline.save_pretrained(str(folder), safe_serialization=True)
+        finally:
+            self.pipeline.transformer = frozen
+        forget_origin(folder)
+        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", *LOADING})
+        (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def _to_vae(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.pipeline.vae.device, self.pipeline.vae.dtype)

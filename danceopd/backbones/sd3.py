@@ -1,0 +1,98 @@
+"""Stable Diffusion 3.5: `StableDiffusion3Pipeline` with `SD3Transformer2DModel`, two CLIP encoders and T5.
+
+Particular to it: the transformer takes latents as pictures and 1000 sigma as time; a prompt is its CLIP and T5 tokens
+and one pooled vector beside them, which travels here as the first rows of the embedding. It draws; it cannot edit.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
+from torch import Tensor, nn
+
+from danceopd.backbones.base import Condition
+from danceopd.backbones.packing import to_latents, to_tokens
+from danceopd.backbones.pipeline import PipelineBackbone
+from danceopd.errors import UserError
+
+
+class SD3(PipelineBackbone):
+    """The Stable Diffusion 3.5 back end around one loaded pipeline."""
+
+    pipeline_class = StableDiffusion3Pipeline
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self._token_grid(height, width)
+        largest = self.transformer.config.pos_embed_max_size
+        if max(rows, columns) > largest:
+            raise UserError(f"picture size {height}x{width}: this base has places for {largest * self._patch} pixels "
+                            "a side at most")  # fmt: skip
+        return rows * columns, 4 * self.transformer.config.in_channels
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        self._need_encoders()
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.max_sequence_length,
+        )
+        width = tokens.shape[2]
+        pooled = F.pad(pooled.float(), (0, -pooled.shape[1] % width)).unflatten(1, (-1, width))
+        return torch.cat([pooled, tokens.float()], dim=1)
+
+    def _prompt_parts(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled vector (B, P)."""
+        length = self.transformer.config.pooled_projection_dim
+        rows = -(-length // prompt.shape[2])
+        return prompt[:, rows:], prompt[:, :rows].flatten(1)[:, :length]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(self._to_vae(pixels)).latent_dist.mode()
+        return to_tokens((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = self.pipeline.vae
+        z = to_latents(self._to_vae(latents), *self._token_grid(height, width))
+        z = z / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        if condition.source is not None:
+            raise UserError("Stable Diffusion 3.5 cannot edit a source image; give it drawing tasks only")
+        dtype = transformer.context_embedder.weight.dtype
+        tokens, pooled = self._prompt_parts(condition.prompt.to(dtype))
+        output = transformer(
+            hidden_states=to_latents(z.to(dtype), *self._token_grid(condition.height, condition.width)),
+            timestep=1000 * sigma,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        return to_tokens(output)
+
+    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        tokens, _ = self.latent_shape(height, width)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        known, shift = scheduler.config, {}
+        if known.get("use_dynamic_shifting"):
+            shift["mu"] = calculate_shift(
+                tokens,
+                known.get("base_image_seq_len", 256),
+                known.get("max_image_seq_len", 4096),
+                known.get("base_shift", 0.5),
+                known.get("max_shift", 1.16),
+            )
+        retrieve_timesteps(scheduler, steps, "cpu", **shift)
+        return scheduler.sigmas.clone()

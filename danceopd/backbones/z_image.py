@@ -1,0 +1,109 @@
+"""Z-Image: `ZImagePipeline` with `ZImageTransformer2DModel`, a Qwen3 text encoder and `AutoencoderKL`.
+
+Particular to it: the transformer takes lists of latents and patchifies them itself; its time input is 1 - sigma and its
+output is -v; prompts keep their own lengths. Editing is the transformer's omni call, as in `ZImageOmniPipeline`: the
+source's latents are a second, clean picture, and the prompt comes in three parts around the place of the source. The
+base has no SigLIP tower, so the source enters by its latents alone. The pipelines' own functions encode the prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers import ZImageOmniPipeline, ZImagePipeline
+from diffusers.pipelines.z_image.pipeline_z_image import (
+    calculate_shift,
+    get_default_z_image_sigmas,
+    retrieve_timesteps,
+)
+from torch import Tensor, nn
+
+from danceopd.backbones.base import Condition
+from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
+from danceopd.backbones.pipeline import PipelineBackbone
+from danceopd.errors import UserError
+from danceopd.recipe import ModelRecipe
+
+
+class ZImage(PipelineBackbone):
+    """The Z-Image back end around one loaded pipeline.
+
+    A prompt's embedding holds four parts: the prompt as the drawing template has it, and the three of the editing
+    template. A task asks for its own, so that one prompt cache serves every route.
+    """
+
+    pipeline_class = ZImagePipeline
+    lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
+
+    def __init__(self, pipeline: ZImagePipeline, settings: ModelRecipe, folder=None):
+        super().__init__(pipeline, settings, folder)
+        if self.transformer.config.siglip_feat_dim is not None:
+            raise UserError(f"{folder}: an omni checkpoint with a SigLIP tower; give a Z-Image base without one")
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = self._token_grid(height, width)
+        return rows * columns, 4 * self.transformer.config.in_channels
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        self._need_encoders()
+        longest, pipeline = self.settings.max_sequence_length, self.pipeline
+        drawing = pipeline._encode_prompt(list(prompts), max_sequence_length=longest)
+        editing = ZImageOmniPipeline._encode_prompt(
+            pipeline, list(prompts), max_sequence_length=longest, num_condition_images=1
+        )
+        before, _, after = editing[0]  # these two are the same for every prompt
+        parts = [[one.float(), *(part.float() for part in three)] for one, three in zip(drawing, editing, strict=True)]
+        return pack_parts(parts, 2 * longest + len(before) + len(after))
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(self._to_vae(pixels)).latent_dist.mode()
+        return to_tokens((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = self.pipeline.vae
+        z = to_latents(self._to_vae(latents), *self._token_grid(height, width))
+        z = z / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        dtype = transformer.cap_embedder[1].weight.dtype
+        rows, columns = self._token_grid(condition.height, condition.width)
+        pictures = self._pictures(z.to(dtype), rows, columns)
+        prompt = condition.prompt.to(dtype)
+        if condition.source is None:
+            inputs = {"x": pictures, "cap_feats": [parts[0] for parts in unpack_parts(prompt, 1, 1)]}
+        else:
+            if condition.source.shape != z.shape:
+                raise UserError("Z-Image edits one source image of the picture's own size a sample")
+            sources = self._pictures(condition.source.to(dtype), rows, columns)
+            inputs = {
+                "x": [list(pair) for pair in zip(sources, pictures, strict=True)],
+                "cap_feats": unpack_parts(prompt, 2, 4),
+                "siglip_feats": [None] * len(z),
+                "image_noise_mask": [[0, 1]] * len(z),  # the source is clean
+            }
+        output = transformer(t=(1000 - 1000 * sigma) / 1000, return_dict=False, **inputs)[0]
+        return -to_tokens(torch.stack(output)[:, :, 0])
+
+    @staticmethod
+    def _pictures(tokens: Tensor, rows: int, columns: int) -> list[Tensor]:
+        return list(to_latents(tokens, rows, columns).unsqueeze(2).unbind())
+
+    def sigmas(self, steps: int, height: int, width: int) -> Tensor:
+        tokens, _ = self.latent_shape(height, width)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        known = scheduler.config
+        mu = calculate_shift(
+            tokens,
+            known.get("base_image_seq_len", 256),
+            known.get("max_image_seq_len", 4096),
+            known.get("base_shift", 0.5),
+            known.get("max_shift", 1.15),
+        )
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=get_default_z_image_sigmas(steps), mu=mu)
+        return scheduler.sigmas.clone()
