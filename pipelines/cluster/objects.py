@@ -235,7 +235,7 @@ def pod(container: dict, claim: str, more: dict | None = None) -> dict:
             {"name": "workspace", "persistentVolumeClaim": {"claimName": claim}},
             {"name": "recipes", "configMap": {"name": "danceopd-recipes", "optional": True}},
             {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
         ],
     }
 
