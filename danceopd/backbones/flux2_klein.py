@@ -168,6 +168,9 @@ class Flux2Klein:
 
     def save(self, folder: Path, transformer: nn.Module) -> None:
         self._need_encoder()
+        # A tokenizer's file would tell how it was last called; every call sets both anew.
+        self.pipeline.tokenizer.backend_tokenizer.no_padding()
+        self.pipeline.tokenizer.backend_tokenizer.no_truncation()
         frozen = self.pipeline.transformer
         try:
             self.pipeline.transformer = transformer
