@@ -525,26 +525,29 @@ def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path
     """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
     from safetensors.torch import save_file
 
-    from danceopd.adapters import load_lora, plain_copy, save_diffusers_lora
+    from danceopd.adapters import load_lora, plain_copy
     from danceopd.backbones import load_backbone
     from danceopd.backbones.base import Condition
     from danceopd.checkpoint import probe, save_field
     from danceopd.fields import VelocityField
+    from danceopd.lora_files import export_lora
 
     backbone, model = student.backbone, recipe.model
+    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
     save_field(student, scratch)
     if student.adapter is None:
         exported = student
         shutil.rmtree(scratch / "transformer")  # the pipeline folder holds it
     else:
-        save_diffusers_lora(student.network, student.adapter, scratch / "lora")
-        whole = student.network
+        whole = student
         if model.quantize is not None:  # nothing can be merged into 8 bits: take the base as it was
-            whole = load_backbone(base.pipeline, model.model_copy(update={"quantize": None})).transformer
-            load_lora(whole, student.adapter, scratch / "lora")
-        exported = VelocityField(student.name, backbone, plain_copy(whole, merge=student.adapter))
+            plain = model.model_copy(update={"quantize": None})
+            network = load_backbone(base.pipeline, plain, condition.prompt.device).transformer
+            load_lora(network, student.adapter, scratch / "lora")
+            whole = VelocityField(student.name, backbone, network, student.adapter)
+        export_lora(whole, scratch / "lora", condition)
+        exported = VelocityField(student.name, backbone, plain_copy(whole.network, merge=student.adapter))
     backbone.save(scratch / "pipeline", exported.network)
-    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
     rounded = model.dtype != "float32" or model.quantize is not None  # the base is, and the export is not
     proved = exported if rounded else student
     save_file({"velocity": probe(proved, condition)}, scratch / "probe.safetensors")

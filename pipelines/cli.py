@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +10,10 @@ import typer
 from rich.console import Console
 
 from components.image import IMAGE
-from danceopd.errors import UserError
 from danceopd.recipe import load_recipe
+from pipelines.one_line import one_line_errors
 
-BAD_INPUT, STEP_FAILED = 2, 1
+STEP_FAILED = 1
 PLAIN_WIDTH = 110  # of a table that goes to a file
 
 app = typer.Typer(no_args_is_help=True, help="The whole chain as one Kubeflow pipeline.")
@@ -34,7 +32,7 @@ def run(
     from pipelines.options import PipelineOptions
     from pipelines.summary import summary_table
 
-    with _one_line_errors():
+    with one_line_errors():
         loaded = load_recipe(recipe, overrides)
         place = workspace or Path("runs") / loaded.name
         try:
@@ -62,15 +60,6 @@ def compile_(
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
 
-    with _one_line_errors():
+    with one_line_errors():
         options = PipelineOptions(image=image, gpu=gpu, gpu_count=gpu_count, workspace_claim=claim)
         typer.echo(compile_pipeline(out, options))
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        typer.echo(f"danceopd: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(BAD_INPUT) from error

@@ -113,7 +113,8 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     assert not torch.allclose(found, probe(load_field(load_backbone(base.pipeline, recipe.model), "base",
                                                       made[2]["base"].folder), condition))  # fmt: skip
     assert (student.folder / "lora").is_dir() == (trainable == "lora")
-    assert (student.folder / "lora" / "pytorch_lora_weights.safetensors").is_file() == (trainable == "lora")
+    for file in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        assert (student.folder / "lora" / file).is_file() == (trainable == "lora")
     card = (student.pipeline / "README.md").read_text()
     assert "Not evaluated yet" in card and ("load_lora_weights" in card) == (trainable == "lora")
     if trainable == "lora":

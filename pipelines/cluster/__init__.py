@@ -1,0 +1,1 @@
+"""Training jobs on a Kubernetes cluster: made, submitted, watched, cancelled, without duplicates or orphans."""

@@ -1,0 +1,166 @@
+"""Why a request was refused, and why pods do not run: in one line, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kubernetes.client import ApiException
+
+from danceopd.errors import UserError
+from pipelines.cluster.connect import message_of
+
+USER_ERROR, INTERRUPTED = 2, 75  # what `danceopd` ends with
+ACCELERATORS = ("gpu", "gaudi", "tpu")
+IMAGE_TROUBLE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+CONFIG_TROUBLE = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+
+
+def refused(error: ApiException, namespace: str, what: str) -> UserError:
+    """The server's refusal as an error a user can mend.
+
+    Args:
+        error: its answer.
+        namespace: that was asked.
+        what: the object it was about, such as `Job danceopd-distill`.
+    """
+    said = message_of(error)
+    if error.status == 401:
+        text = f"the cluster does not know who asks ({said}); log in again, or name another --context"
+    elif error.status == 403 and "exceeded quota" in said:
+        text = f"{what}: over the quota of namespace {namespace}: {said}; ask for less, or wait"
+    elif error.status == 403 and "violates PodSecurity" in said:
+        text = f"{what}: namespace {namespace} admits only restricted pods: {said}"
+    elif error.status == 403 and "being terminated" in said:
+        text = f"{what}: namespace {namespace} is being deleted; name another by --namespace"
+    elif error.status == 403:
+        text = f"{what}: forbidden in namespace {namespace}: {said}; bind the role danceopd-launcher (manifests/base)"
+    elif error.status == 404 and f'namespaces "{namespace}"' in said:
+        text = (
+            f"namespace {namespace}: no such namespace; kubectl apply -k manifests/base makes it, --namespace names one"
+        )
+    elif error.status == 404 and ("page not found" in said or "requested resource" in said):
+        text = f"{what}: the cluster does not know this kind; install Kubeflow Trainer, or use --kind Job"
+    elif error.status == 404:
+        text = f"{what}: not in namespace {namespace}; `danceopd job status` lists what is"
+    else:
+        text = f"{what}: the cluster says {error.status}: {said}"
+    return UserError(text)
+
+
+def trouble(pods: list[dict], events: list[dict]) -> str:
+    """Why a job's pods do not run, or did not run to the end; empty if nothing is wrong.
+
+    Args:
+        pods: of the job, newest last, as JSON.
+        events: warnings about the job and its pods, oldest first, as JSON.
+    """
+    live = [pod for pod in pods if _phase(pod) in ("Pending", "Running")]
+    for pod in live:
+        found = next(_waiting(pod), "") or _unscheduled(pod) or _not_mounted(pod, events)
+        if found:
+            return found
+    if not live and (kept_out := _no_pods(events)):
+        return kept_out
+    return next(filter(None, (_ended(pod) for pod in reversed(pods))), "")
+
+
+def exit_codes(pods: list[dict]) -> list[int]:
+    """Exit codes of the containers that failed, newest pod last."""
+    return [state["exitCode"] for pod in pods for state in _terminated(pod) if state["exitCode"] != 0]
+
+
+def interrupted(pod: dict) -> bool:
+    """Whether a pod was ended from outside (preempted, evicted, drained) or gave way with exit code 75."""
+    status = pod.get("status", {})
+    taken = any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in status.get("conditions") or [])
+    return taken or status.get("reason") in ("Evicted", "Preempting") or INTERRUPTED in exit_codes([pod])
+
+
+def _phase(pod: dict) -> str:
+    return pod.get("status", {}).get("phase", "Pending")
+
+
+def _containers(pod: dict) -> list[dict]:
+    status = pod.get("status", {})
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+
+
+def _terminated(pod: dict) -> Iterator[dict]:
+    yield from (c["state"]["terminated"] for c in _containers(pod) if c.get("state", {}).get("terminated"))
+
+
+def _waiting(pod: dict) -> Iterator[str]:
+    for container in _containers(pod):
+        waiting = container.get("state", {}).get("waiting") or {}
+        said = waiting.get("message") or waiting.get("reason", "")
+        if waiting.get("reason") in IMAGE_TROUBLE:
+            yield f"image {container.get('image')} cannot be pulled: {said}; mend the name, or add a pull secret"
+        elif waiting.get("reason") in CONFIG_TROUBLE:
+            yield f"the container cannot be made: {said}"
+
+
+def _unscheduled(pod: dict) -> str:
+    for condition in pod.get("status", {}).get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            said = condition.get("message", "no reason given")
+            wanted = next((name for name in _resources(pod) if any(a in name for a in ACCELERATORS)), None)
+            if wanted and (f"Insufficient {wanted}" in said or "node(s) didn't match" in said):
+                return f"no node has {_resources(pod)[wanted]} free {wanted}; the scheduler says: {said}"
+            return f"no node takes the pod; the scheduler says: {said}"
+    return ""
+
+
+def _resources(pod: dict) -> dict[str, Any]:
+    limits = [c.get("resources", {}).get("limits") or {} for c in pod.get("spec", {}).get("containers", [])]
+    return {name: value for each in limits for name, value in each.items()}
+
+
+def _not_mounted(pod: dict, events: list[dict]) -> str:
+    name = pod["metadata"]["name"]
+    about = [e for e in events if e["involvedObject"].get("name") == name and e.get("reason") == "FailedMount"]
+    return f"a volume cannot be mounted: {about[-1]['message']}" if about and _phase(pod) == "Pending" else ""
+
+
+def _no_pods(events: list[dict]) -> str:
+    """Why a controller may not make pods at all: quota and pod security speak through events only."""
+    failed = [event["message"] for event in events if event.get("reason") == "FailedCreate"]
+    if not failed:
+        return ""
+    said = failed[-1]
+    if "exceeded quota" in said:
+        return f"over the namespace's quota: {said}; ask for less, or wait"
+    if "violates PodSecurity" in said:
+        return f"the namespace admits only restricted pods: {said}"
+    return f"pods cannot be made: {said}"
+
+
+def _ended(pod: dict) -> str:
+    """What a pod that is over ended with, if badly."""
+    if _phase(pod) != "Failed":
+        return ""
+    status = pod["status"]
+    for state in _terminated(pod):
+        code, last = state["exitCode"], _last_line(state.get("message"))
+        if state.get("reason") == "OOMKilled":
+            memory = _resources(pod).get("memory", "not set")
+            return f"out of memory: the container was OOM-killed at its limit of {memory}; ask for more, or use less"
+        if interrupted(pod):
+            continue
+        if code != 0:
+            return last.removeprefix("danceopd: ") or f"the container ended with exit code {code}"
+    if interrupted(pod):
+        said = status.get("message") or _disruption(pod) or "it was asked to end"
+        return f"interrupted ({said}); it goes on from its last checkpoint"
+    return status.get("message") or status.get("reason") or "the pod failed and does not say why"
+
+
+def _disruption(pod: dict) -> str:
+    conditions = pod.get("status", {}).get("conditions") or []
+    return next((c.get("message", "") for c in conditions if c["type"] == "DisruptionTarget"), "")
+
+
+def _last_line(text: str | None) -> str:
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("danceopd: ")]
+    return (own or lines or [""])[-1]
