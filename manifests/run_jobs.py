@@ -8,6 +8,7 @@ hand where there is an image and podman or docker (`make image-jobs`).
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 import yaml
 
 MANIFESTS = Path(__file__).resolve().parent
-GIBIBYTE = {"Gi": 2**30, "Mi": 2**20}
+CHAIN = ["danceopd-finetune-local-edit", "danceopd-distill", "danceopd-evaluate"]
+BYTES = {"Gi": 2**30, "Mi": 2**20}
 
 
 def build(folder: Path) -> list[dict]:
@@ -34,13 +36,13 @@ def container_command(job: dict, maps: dict[str, dict], workspace: Path, scratch
         maps: ConfigMap name -> its data.
         workspace: folder that stands for the claim.
         scratch: folder for the files of ConfigMaps.
-        args: engine, image, runtime and more arguments of the job.
+        args: engine and its options, image, and more arguments of the job.
     """
     pod = job["spec"]["template"]["spec"]
     [container] = pod["containers"]
     rights = container["securityContext"]
     user = pod["securityContext"]
-    command = [args.engine, *args.engine_option, "run", "--rm", "--network", "host", "--pull", "never"]
+    command = [*shlex.split(args.engine), "run", "--rm", "--network", "host", "--pull", "never", *args.run_option]
     command += ["--user", f"{user['runAsUser']}:0"]
     command += ["--read-only"] * rights["readOnlyRootFilesystem"]
     command += ["--security-opt", "no-new-privileges"] * (not rights["allowPrivilegeEscalation"])
@@ -61,7 +63,7 @@ def container_command(job: dict, maps: dict[str, dict], workspace: Path, scratch
             command += ["--volume", f"{folder}:{where}:ro"]
         else:
             size = volume["emptyDir"]["sizeLimit"]
-            command += ["--tmpfs", f"{where}:size={int(size[:-2]) * GIBIBYTE[size[-2:]]},mode=1777"]
+            command += ["--tmpfs", f"{where}:size={int(size[:-2]) * BYTES[size[-2:]]},mode=1777"]
     return [*command, args.image or container["image"], *container["args"], *args.job_args]
 
 
@@ -70,15 +72,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run an overlay's Jobs in containers here.")
     parser.add_argument("--overlay", default="local")
     parser.add_argument("--workspace", type=Path, required=True, help="folder that stands for the claim")
-    parser.add_argument("--jobs", nargs="+", default=["finetune", "distill", "evaluate"])
+    parser.add_argument("--jobs", nargs="+", default=CHAIN)
     parser.add_argument("--image", help="instead of the manifest's")
-    parser.add_argument("--engine", default="podman")
-    parser.add_argument("--engine-option", action="append", default=[], help="for example --runtime=/usr/sbin/runc")
+    parser.add_argument("--engine", default="podman", help="with its options: 'podman --runtime runc'")
+    parser.add_argument("--run-option", action="append", default=[], help="of `run`: --run-option=--ulimit=nproc=4096")
     parser.add_argument("job_args", nargs="*", help="after --: more arguments of every job, such as --set KEY=VALUE")
     args = parser.parse_args()
     installed = build(MANIFESTS / "overlays" / args.overlay)
     maps = {d["metadata"]["name"]: d["data"] for d in installed if d["kind"] == "ConfigMap"}
     jobs = {d["metadata"]["name"]: d for d in build(MANIFESTS / "overlays" / args.overlay / "jobs")}
+    if unknown := set(args.jobs) - set(jobs):
+        parser.error(f"overlay {args.overlay} has no job {', '.join(sorted(unknown))}; it has: {', '.join(jobs)}")
     workspace = args.workspace.resolve()
     workspace.mkdir(parents=True, exist_ok=True)
     workspace.chmod(0o2775)  # as fsGroup would have it
@@ -86,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)
         for name in args.jobs:
-            command = container_command(jobs[f"danceopd-{name}"], maps, workspace, Path(scratch), args)
+            command = container_command(jobs[name], maps, workspace, Path(scratch), args)
             print("+", " ".join(command), flush=True)
             code = subprocess.call(command)
             print(f"{name}: exit code {code}", flush=True)
