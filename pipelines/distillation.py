@@ -52,7 +52,7 @@ def build_pipeline(options: PipelineOptions) -> Callable:
             data = place(build_data(recipe=recipe, **common).after(check)).outputs["data"]
             start = {"recipe": recipe, "base": base, "data": data, **common}
             with dsl.ParallelFor(check.output) as teacher:
-                field = place(finetune(teacher=teacher, **start)).outputs["field"]
+                field = place(finetune(teacher=teacher, tracking_uri=tracking_uri, **start)).outputs["field"]
             # a Collected is used up by its one consumer, so each gets its own
             student = place(distill(teachers=dsl.Collected(field), **start)).outputs["student"]
             made = {"student": student, **start}

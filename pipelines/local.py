@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from kfp import local
 from components.cards import card_problem
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd import steps
+from danceopd.champion import find_champion, needs_champion
 from danceopd.devices import usable_cores
 from danceopd.files import content_key, read_json
 from danceopd.recipe import CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.tracking import default_tracking_uri
 from pipelines.distillation import build_pipeline
 from pipelines.options import PipelineOptions, Threads
 from pipelines.steplog import readable_steps
@@ -72,7 +74,7 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
     options = PipelineOptions(retries=0, threads=share_cores(recipe))  # an unchanged machine fails the same way again
     arguments = {
         "recipe": recipe.model_dump_json(),
-        "data_revision": inputs_revision(recipe),
+        "data_revision": inputs_revision(recipe, workspace),
         "code_revision": steps.code_revision(),
         "workspace": str(workspace),
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", ""),
@@ -98,14 +100,19 @@ def share_cores(recipe: Recipe) -> Threads:
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
 
 
-def inputs_revision(recipe: Recipe) -> str:
-    """A name for everything a run reads from paths: its data, and a base and teachers that lie in folders here.
+def inputs_revision(recipe: Recipe, workspace: Path) -> str:
+    """A name for all that a run reads: its data, a base and teachers that lie in folders here, a registered champion.
 
     A recipe's text stays the same when the weights behind a path are replaced; sizes and times of the files do not.
     A base from a hub is named by the recipe's own `model.revision`.
+
+    Raises:
+        UserError: if the recipe starts from a champion and there is none.
     """
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
     states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    if needs_champion(recipe):
+        states.append(asdict(find_champion(recipe, default_tracking_uri(workspace))))
     data = steps.data_revision(recipe)
     return content_key(data, states) if states else data
 
