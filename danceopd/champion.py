@@ -51,19 +51,17 @@ def find_champion(recipe: Recipe, tracking_uri: str) -> Champion:
     """The champion of the recipe's registered model.
 
     Raises:
-        UserError: if there is none, or no store.
+        UserError: if there is none, or the store does not answer.
     """
     model = recipe.register_as.model
-    mend = ("register one first (for the small world: make run), or name its store (--workspace or "
-            f"{tracking.ENVIRONMENT})")  # fmt: skip
-    where = f"recipe {recipe.name!r} starts from the champion of {model!r}"
-    try:
-        client = registry.open_registry(tracking_uri, model)
-    except UserError as error:
-        raise UserError(f"{where}: {error}; {mend}") from error
-    version = registry.current_champion(client, model)
+    there = tracking.has_store(tracking_uri)
+    version = registry.current_champion(tracking.open_client(tracking_uri), model) if there else None
     if version is None:
-        raise UserError(f"{where}, and no version of it is called '{registry.CHAMPION}'; {mend}")
+        raise UserError(
+            f"recipe {recipe.name!r} starts from the champion of {model!r}, and {tracking.redact(tracking_uri)} has "
+            "none; register one first (for the small world: make run), or name the store that has one (--workspace or "
+            f"{tracking.ENVIRONMENT})"
+        )
     return Champion(model, str(version.version), version.tags["student"], version.tags.get(registry.WEIGHTS))
 
 

@@ -646,6 +646,50 @@ def rollback(client: MlflowClient, model: str) -> tuple[str, str]:
     return back, old
 
 
+ACTIONS = ("promote", "rollback")
+
+
+def move_champion(
+    client: MlflowClient, recipe: Recipe, action: str, version: str = CHALLENGER, force: bool = False
+) -> tuple[str, str | None]:
+    """Promote a version or roll back, as a person or a pipeline asks for it by name.
+
+    Args:
+        client: of the store.
+        recipe: names the model, the gates and their margins.
+        action: one of `ACTIONS`.
+        version: what to promote, a number or an alias; a rollback has no use for it.
+        force: see `promote_checked`.
+
+    Returns:
+        The champion's number now and before (None: there was none).
+
+    Raises:
+        UserError: if the action is none, or it may not be done.
+    """
+    if action not in ACTIONS:
+        raise unknown_name("action on the registry", action, ACTIONS)
+    if action == "promote":
+        return promote_checked(client, recipe, version, force)
+    now, before = rollback(client, recipe.register_as.model)
+    return now, before or None
+
+
+def say_champion(model: str, now: str, before: str | None) -> str:
+    """Who is champion now and who was before, in one line."""
+    return f"{model}: champion is version {now}" + ("" if before in (None, now) else f", previous is {before}")
+
+
+def versions_markdown(client: MlflowClient, model: str) -> str:
+    """All versions of a model as a Markdown table: aliases, decision and its reasons."""
+    lines = [f"# {model}", "", "| version | aliases | decision |", "|---|---|---|"]
+    for line in list_versions(client, model):
+        reasons = "; ".join(json.loads(line.tags.get(REASONS, "[]")))
+        decision = line.tags.get(DECISION, "undecided") + (f": {reasons}" if reasons else "")
+        lines.append(f"| {line.version} | {', '.join(line.aliases)} | {decision} |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class VersionsCompared:
     """Two versions side by side.

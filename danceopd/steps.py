@@ -678,6 +678,26 @@ def register_student(
     return registry.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
 
 
+def move_champion(
+    recipe: Recipe, action: str, version: str, force: bool, tracking_uri: str | None, workspace: Path
+) -> dict:
+    """Promote a version of the recipe's model, or roll back.
+
+    Returns:
+        The outcome in one line (`said`) and every version as Markdown (`versions`).
+
+    Raises:
+        UserError: as `registry.move_champion` does.
+    """
+    from danceopd import registry
+
+    model = recipe.register_as.model
+    client = registry.open_registry(_store(tracking_uri, workspace), model)
+    said = registry.say_champion(model, *registry.move_champion(client, recipe, action, version, force))
+    log.info(said)
+    return {"said": said, "versions": registry.versions_markdown(client, model)}
+
+
 def registration_facts(registration: Registration) -> dict:
     """A registration as plain data."""
     return asdict(registration)

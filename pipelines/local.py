@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,17 +80,26 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", ""),
     }
     run = uuid.uuid4().hex[:12]
+    run_here(build_pipeline(options), arguments, workspace, run)
+    return _summary(workspace, run)
+
+
+def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run: str) -> Any:
+    """Run a pipeline's steps as processes on this machine; returns the runner's task, whose outputs are set.
+
+    Raises:
+        StepFailed: if a step ended badly.
+    """
     # no workspace_root: the runner deletes that folder when it is done
     local.init(
         local.SubprocessRunner(use_venv=False), pipeline_root=str(workspace / "kfp"), enable_caching=True,
-        cache_root=str(cache),
+        cache_root=str(workspace / "kfp" / "cache"),
     )  # fmt: skip
     with _run_id(run), readable_steps():
         try:
-            build_pipeline(options)(**arguments)
+            return pipeline(**arguments)
         except RuntimeError as error:
             raise StepFailed(_failure(workspace, run, error)) from error
-    return _summary(workspace, run)
 
 
 def share_cores(recipe: Recipe) -> Threads:
