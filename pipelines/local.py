@@ -109,11 +109,15 @@ def share_cores(recipe: Recipe) -> Threads:
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
 
 
-def inputs_revision(recipe: Recipe, workspace: Path) -> str:
+def inputs_revision(recipe: Recipe, workspace: Path | None = None) -> str:
     """A name for all that a run reads: its data, a base and teachers that lie in folders here, a registered champion.
 
     A recipe's text stays the same when the weights behind a path are replaced; sizes and times of the files do not.
     A base from a hub is named by the recipe's own `model.revision`.
+
+    Args:
+        recipe: what would run.
+        workspace: whose store may hold the champion; default: the recipe's own.
 
     Raises:
         UserError: if the recipe starts from a champion and there is none.
@@ -121,7 +125,8 @@ def inputs_revision(recipe: Recipe, workspace: Path) -> str:
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
     states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
     if needs_champion(recipe):
-        states.append(asdict(find_champion(recipe, default_tracking_uri(workspace))))
+        store = default_tracking_uri(workspace or Path("runs") / recipe.name)
+        states.append(asdict(find_champion(recipe, store)))
     data = steps.data_revision(recipe)
     return content_key(data, states) if states else data
 
