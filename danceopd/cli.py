@@ -157,11 +157,11 @@ def _tell(text: str) -> None:
         typer.echo(text)
 
 
-def _student(loaded: Recipe, place: Path):
+def _student(loaded: Recipe, place: Path, tracking_uri: str | None = None):
     from danceopd import steps
 
     base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
-    teachers = {name: steps.finetune_teacher(loaded, name, base, data, place) for name in loaded.teachers}
+    teachers = {n: steps.finetune_teacher(loaded, n, base, data, place, tracking_uri) for n in loaded.teachers}
     return base, data, teachers, steps.distill_student(loaded, base, data, teachers, place)
 
 
@@ -195,7 +195,7 @@ def register(
     from danceopd import steps
 
     loaded, place = _open(recipe, overrides, workspace)
-    base, data, teachers, student = _student(loaded, place)
+    base, data, teachers, student = _student(loaded, place, tracking_uri)
     evaluation = steps.evaluate_student(loaded, base, data, teachers, student, place)
     lineage = steps.lineage(loaded, base, data, teachers, student)
     result = steps.register_student(loaded, student, evaluation, lineage, tracking_uri, place)

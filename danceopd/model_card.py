@@ -99,7 +99,11 @@ def _base(recipe: Recipe) -> str:
 
 def _teacher(spec: Any) -> str:
     """A teacher's origin in a few words."""
-    origin = {"base": "the base itself", "finetune": "fine-tuned from the base in this run"}.get(spec.kind)
+    origin = {
+        "base": "the base itself",
+        "finetune": "fine-tuned from the base in this run",
+        "champion": "the champion this student was added to",
+    }.get(spec.kind)
     origin = origin or f"{'LoRA' if spec.kind == 'lora' else 'checkpoint'} {Path(spec.path).name}"
     return origin + (f", guidance {spec.guidance:g}" if spec.guidance is not None else "")
 

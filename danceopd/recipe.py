@@ -240,7 +240,13 @@ class CheckpointTeacher(_Guided):
     path: str
 
 
-Teacher = Annotated[BaseTeacher | FinetunedTeacher | CheckpointTeacher, Field(discriminator="kind")]
+class ChampionTeacher(_Guided):
+    """The registered model's champion, as it stands when the run begins: it holds the tasks it was trained for."""
+
+    kind: Literal["champion"]
+
+
+Teacher = Annotated[BaseTeacher | FinetunedTeacher | CheckpointTeacher | ChampionTeacher, Field(discriminator="kind")]
 
 
 class Gate(_Part):

@@ -4,6 +4,8 @@ A student that holds its gates becomes a version with alias `challenger`; if no 
 below the version called `champion`, it takes that alias over, and the old champion is called `previous`. The figures of
 two versions are compared only if they were measured alike: the same data, split, records, steps and seed. Otherwise the
 student stays challenger, and a person who has looked at both reports may move the alias (`danceopd registry promote`).
+Where the other version was a teacher in the student's own run (a capability added to a champion), that run measured
+both alike, and its figures of the other version are the ones that count.
 Limits are held against means; the bootstrap intervals beside them say how sure those are.
 """
 
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from danceopd import tracking
 from danceopd.errors import UserError, unknown_name
-from danceopd.files import hash_file, read_json, write_atomic, write_json
+from danceopd.files import hash_file, hash_folder, read_json, write_atomic, write_json
 from danceopd.model_card import write_card
 from danceopd.recipe import EvaluateRecipe, Recipe
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+WEIGHTS, WEIGHT_FILES = "weights", "**/*.safetensors"  # tag with the hash of the exported pipeline's weights
+ADDED_TO = "added_to"  # in the lineage of a student that a champion was taught in its run: which version
 PIPELINE, METRICS, VALUES, PROBE = "pipeline", "metrics.json", "values.json", "probe.safetensors"
 REPORT, LORA = "report.html", "lora"
 EVALUATION = "evaluation"  # folder of the run that holds the evaluation's files
@@ -78,7 +82,8 @@ def register_student(
         recipe: names the registered model, the experiment, the gates and their margins.
         student: product folder: `pipeline/` and `probe.safetensors`.
         evaluation: folder with `metrics.json` and the report.
-        lineage: recipe, code, git, dvc, data (content hash), base, teachers (by name) and student digests.
+        lineage: recipe, code, git, dvc, data (content hash), base, teachers (by name) and student digests; and
+            `added_to` for a capability added to a champion.
         tracking_uri: of the MLflow store.
         workspace: folder for scratch files.
 
@@ -96,10 +101,11 @@ def register_student(
         return Registration(False, None, [], reasons, None, None)
     client = tracking.open_client(tracking_uri)
     tags = version_tags(recipe, metrics, lineage, hash_file(evaluation / METRICS))
+    tags[WEIGHTS] = hash_folder(student / PIPELINE, WEIGHT_FILES)
     version = _find_version(client, model, tags)
     if version is None:
         verify_export(student / PIPELINE, recipe, student / PROBE)
-        champion = _compare_with_champion(client, recipe, metrics, values, tags["data"])
+        champion = _compare_with_champion(client, recipe, _Measured(model, None, metrics, values, tags["data"]))
         origins = _origins(lineage)
         version = _create_version(
             recipe, student, evaluation, metrics, champion, origins, tags, tracking_uri, workspace
@@ -217,7 +223,7 @@ def _check_lineage(lineage: Mapping[str, Any]) -> None:
 
 def _origins(lineage: Mapping[str, Any]) -> dict[str, Any]:
     """A lineage as the model card's table of origins."""
-    plain = {name: lineage[name] for name in LINEAGE if name != "teachers"}
+    plain = {name: lineage[name] for name in (ADDED_TO, *LINEAGE) if name != "teachers" and name in lineage}
     return plain | {f"teacher {name}": digest for name, digest in lineage["teachers"].items()}
 
 
@@ -225,8 +231,9 @@ def version_tags(recipe: Recipe, metrics: dict, lineage: Mapping[str, Any], eval
     """What a version says of itself: its lineage, its evaluation, how it was measured, and its gates' figures."""
     tags = {name: str(lineage[name] or "none") for name in LINEAGE if name != "teachers"}
     tags |= {f"teacher.{name}": str(digest) for name, digest in lineage["teachers"].items()}
+    tags |= {ADDED_TO: str(lineage[ADDED_TO])} if ADDED_TO in lineage else {}
     tags |= {"recipe_name": recipe.name, EVALUATION: evaluation}
-    tags["measured"] = json.dumps(_measured(metrics, tags["data"]), sort_keys=True)
+    tags["measured"] = json.dumps(_conditions(metrics, tags["data"]), sort_keys=True)
     for gate in metrics["gates"]:
         tags[_tag(f"gate.{gate['task']}.{gate['metric']}")] = f"{_figure(gate['value'])} ({gate['rule']})"
     return {_tag(name): value for name, value in tags.items()}
@@ -236,7 +243,7 @@ def _tag(name: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
-def _measured(metrics: dict, data: str) -> dict[str, Any]:
+def _conditions(metrics: dict, data: str) -> dict[str, Any]:
     conditions = {name: metrics.get(name) for name in ("split", "steps", "seed")}
     return {"data": data, "records": metrics.get("records", {}), **conditions}
 
@@ -371,6 +378,50 @@ def _version_values(client: MlflowClient, version: Any) -> dict | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A version, or a student that is to be one (no number yet), with what an evaluation measured of it.
+
+    Attributes:
+        model: name of the registered model.
+        number: of the version, or None.
+        metrics: its `metrics.json`.
+        values: its `values.json`, or None.
+        data: content hash of the dataset.
+    """
+
+    model: str
+    number: str | None
+    metrics: dict
+    values: dict | None
+    data: str
+
+    def of(self, other: _Measured) -> _Measured | None:
+        """The other version as this evaluation measured it, or None if it did not: it was no teacher in this run."""
+        wanted = {"model": other.model, "version": other.number}
+        field = next((name for name, of in self.metrics.get("versions", {}).items() if of == wanted), None)
+        if field is None:
+            return None
+        scores = self.metrics["scores"] | {"student": self.metrics["scores"][field]}
+        metrics = self.metrics | {"scores": scores, "gates": other.metrics.get("gates", [])}
+        values = None if self.values is None else self.values | {"student": self.values[field]}
+        return _Measured(other.model, other.number, metrics, values, self.data)
+
+
+def _measured_version(client: MlflowClient, version: Any) -> _Measured:
+    metrics, values = _version_metrics(client, version), _version_values(client, version)
+    return _Measured(version.name, str(version.version), metrics, values, version.tags.get("data", "none"))
+
+
+def _side_by_side(ours: _Measured, theirs: _Measured) -> tuple[_Measured, _Measured, list[str]]:
+    """Both as one evaluation measured them, if one did; and what they were measured differently on."""
+    if (again := ours.of(theirs)) is not None:
+        return ours, again, []
+    if (again := theirs.of(ours)) is not None:
+        return again, theirs, []
+    return ours, theirs, measured_unlike(_conditions(ours.metrics, ours.data), _conditions(theirs.metrics, theirs.data))
+
+
 def _decide(client: MlflowClient, recipe: Recipe, version: Any, metrics: dict, values: dict | None) -> Any:
     """Compare with the champion, move the aliases, and note the decision on the version."""
     model, number = version.name, str(version.version)
@@ -407,46 +458,41 @@ def _against(
     by_hand = (f"compare both reports, and if version {number} shall serve, set the alias '{CHAMPION}' on it "
                f"(danceopd registry promote {number} --force keeps the old one as '{PREVIOUS}')")  # fmt: skip
     try:
-        theirs = _version_metrics(client, champion)
+        found = _measured_version(client, champion)
     except UserError as error:
         return [f"the {who} cannot be compared with: {error}; {by_hand}"]
-    unlike = _versions_unlike(metrics, version.tags.get("data", "none"), theirs, champion)
+    mine = _Measured(model, str(number), metrics, values, version.tags.get("data", "none"))
+    ours, theirs, unlike = _side_by_side(mine, found)
     if unlike:
         return [f"the {who} of {model} was measured on other {', '.join(unlike)}, so its figures cannot be compared; "
                 f"{by_hand}"]  # fmt: skip
-    return below_champion(recipe, metrics, theirs, who, _paired(client, recipe, metrics, values, champion))
+    return below_champion(recipe, ours.metrics, theirs.metrics, who, _paired(recipe, ours, theirs))
 
 
-def _versions_unlike(metrics: dict, data: str, theirs: dict, other: Any) -> list[str]:
-    return measured_unlike(_measured(metrics, data), _measured(theirs, other.tags.get("data", "none")))
-
-
-def _paired(client: MlflowClient, recipe: Recipe, metrics: dict, values: dict | None, other: Any) -> dict:
+def _paired(recipe: Recipe, ours: _Measured, theirs: _Measured) -> dict:
     """The student beside another version, paired by record: {task: {metric: comparison}}; {} without values."""
     from danceopd.evaluation.statistics import compare_values
 
-    theirs = None if values is None else _version_values(client, other)
-    if theirs is None:
+    if ours.values is None or theirs.values is None:
         return {}
     margins = {task: {gate.metric: gate.champion_margin for gate in spec.gates} for task, spec in recipe.tasks.items()}
-    return compare_values(values, theirs, margins, f"version {other.version}", _statistics(metrics))
+    settings = _statistics(ours.metrics)
+    return compare_values(ours.values, theirs.values, margins, f"version {theirs.number}", settings)
 
 
-def _compare_with_champion(
-    client: MlflowClient, recipe: Recipe, metrics: dict, values: dict | None, data: str
-) -> dict[str, Any]:
+def _compare_with_champion(client: MlflowClient, recipe: Recipe, mine: _Measured) -> dict[str, Any]:
     """{"version", "scores", "table"} of the champion if it was measured alike, else {}."""
     champion = current_champion(client, recipe.register_as.model)
     if champion is None:
         return {}
     try:
-        theirs = _version_metrics(client, champion)
+        found = _measured_version(client, champion)
     except UserError:
         return {}
-    if _versions_unlike(metrics, data, theirs, champion):
-        return {}
-    table = _paired(client, recipe, metrics, values, champion)
-    return {"version": str(champion.version), "scores": theirs["scores"]["student"], "table": table} if table else {}
+    ours, theirs, unlike = _side_by_side(mine, found)
+    table = {} if unlike else _paired(recipe, ours, theirs)
+    scores = theirs.metrics["scores"]["student"]
+    return {"version": str(champion.version), "scores": scores, "table": table} if table else {}
 
 
 def _difference(found: Mapping[str, Any] | None, metrics: dict) -> str:
@@ -600,6 +646,50 @@ def rollback(client: MlflowClient, model: str) -> tuple[str, str]:
     return back, old
 
 
+ACTIONS = ("promote", "rollback")
+
+
+def move_champion(
+    client: MlflowClient, recipe: Recipe, action: str, version: str = CHALLENGER, force: bool = False
+) -> tuple[str, str | None]:
+    """Promote a version or roll back, as a person or a pipeline asks for it by name.
+
+    Args:
+        client: of the store.
+        recipe: names the model, the gates and their margins.
+        action: one of `ACTIONS`.
+        version: what to promote, a number or an alias; a rollback has no use for it.
+        force: see `promote_checked`.
+
+    Returns:
+        The champion's number now and before (None: there was none).
+
+    Raises:
+        UserError: if the action is none, or it may not be done.
+    """
+    if action not in ACTIONS:
+        raise unknown_name("action on the registry", action, ACTIONS)
+    if action == "promote":
+        return promote_checked(client, recipe, version, force)
+    now, before = rollback(client, recipe.register_as.model)
+    return now, before or None
+
+
+def say_champion(model: str, now: str, before: str | None) -> str:
+    """Who is champion now and who was before, in one line."""
+    return f"{model}: champion is version {now}" + ("" if before in (None, now) else f", previous is {before}")
+
+
+def versions_markdown(client: MlflowClient, model: str) -> str:
+    """All versions of a model as a Markdown table: aliases, decision and its reasons."""
+    lines = [f"# {model}", "", "| version | aliases | decision |", "|---|---|---|"]
+    for line in list_versions(client, model):
+        reasons = "; ".join(json.loads(line.tags.get(REASONS, "[]")))
+        decision = line.tags.get(DECISION, "undecided") + (f": {reasons}" if reasons else "")
+        lines.append(f"| {line.version} | {', '.join(line.aliases)} | {decision} |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class VersionsCompared:
     """Two versions side by side.
@@ -626,10 +716,9 @@ def compare_versions(client: MlflowClient, recipe: Recipe, first: str, second: s
         UserError: if one is unknown, or its figures are gone.
     """
     one, two = (find_version(client, recipe.register_as.model, name) for name in (first, second))
-    ours, theirs = _version_metrics(client, one), _version_metrics(client, two)
-    unlike = _versions_unlike(ours, one.tags.get("data", "none"), theirs, two)
-    table = {} if unlike else _paired(client, recipe, ours, _version_values(client, one), two)
-    mine, other = ours["scores"]["student"], theirs["scores"]["student"]
+    ours, theirs, unlike = _side_by_side(_measured_version(client, one), _measured_version(client, two))
+    table = {} if unlike else _paired(recipe, ours, theirs)
+    mine, other = ours.metrics["scores"]["student"], theirs.metrics["scores"]["student"]
     names = {(task, name): None for row in (mine, other) for task in row for name in row[task]}
     scores = [(t, n, mine.get(t, {}).get(n), other.get(t, {}).get(n)) for t, n in names]
     return VersionsCompared(str(one.version), str(two.version), unlike, scores, table)

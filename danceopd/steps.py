@@ -15,14 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.errors import UserError
 from danceopd.files import FIELD, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
-from danceopd.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
     from torch import Tensor
@@ -298,32 +298,64 @@ def _load_teachers(
     return load_fields(backbone, folders, lambda: _encode_empty(recipe, backbone, base, workspace), offload)
 
 
-def finetune_teacher(recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path) -> Product:
+def finetune_teacher(
+    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, tracking_uri: str | None = None
+) -> Product:
     """Make one teacher's field folder: fine-tuned, or taken from where it lies, and proved better than the base.
 
+    The champion is taken as it is: it was judged when it was registered, and here it only holds what it can do.
+
+    Args:
+        recipe: what the teacher is.
+        teacher: its name there.
+        base: its product.
+        data: its product.
+        workspace: folder all steps share.
+        tracking_uri: store of the registered champion; default: the one in the workspace.
+
     Raises:
-        UserError: if the teacher is unknown, has no training records, or is no better than the base on its task.
+        UserError: if the teacher is unknown, has no training records, is no better than the base on its task, or is
+            the champion and there is none.
     """
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
-    spec = recipe.teachers[teacher]
+    spec, champion = recipe.teachers[teacher], None
     inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps]
     if isinstance(spec, CheckpointTeacher):
         inputs.append(hash_folder(Path(spec.path)))
+    elif isinstance(spec, ChampionTeacher):
+        from danceopd.champion import fetch_champion, find_champion
+
+        champion = find_champion(recipe, _store(tracking_uri, workspace))
+        inputs.append(asdict(champion))
     plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
     if not plain_base:
         inputs.append(data.facts["content"])
         inputs.append([(t, s.metrics) for t, s in recipe.tasks.items() if s.teacher == teacher])
 
     def build(scratch: Path, checkpoints: Path) -> dict:
-        return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
+        if champion is None:
+            return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
+        with tempfile.TemporaryDirectory(dir=workspace) as fetched:
+            folder = fetch_champion(champion, _store(tracking_uri, workspace), Path(fetched))
+            facts = _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, folder)
+        write_json(scratch / "champion.json", asdict(champion))  # the same weights as another version: another product
+        return facts | {"registered": {"model": champion.model, "version": champion.version}}
 
     return _make(workspace, "teachers", teacher, inputs, build, together=not plain_base)
 
 
+def _store(tracking_uri: str | None, workspace: Path) -> str:
+    from danceopd.tracking import default_tracking_uri
+
+    return tracking_uri or default_tracking_uri(Path(workspace))
+
+
 def _build_teacher(
-    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path
-) -> dict:
+    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path,
+    fetched: Path | None = None,
+) -> dict:  # fmt: skip
+    """Write a teacher's field folder; `fetched` is the champion's pipeline folder, if that is the teacher."""
     spec = recipe.teachers[teacher]
     if isinstance(spec, BaseTeacher) and spec.guidance is None:
         write_json(scratch / FIELD, {"kind": "base", "name": teacher})
@@ -345,11 +377,12 @@ def _build_teacher(
         field, history = finetune(backbone, teacher, encoded, spec.train, saves)
         write_json(scratch / "history.json", history)
         facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"]}
-    elif isinstance(spec, CheckpointTeacher):
+    elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
         from danceopd.preflight import check_pipeline, settle
 
-        settle(check_pipeline(teacher, Path(spec.path), base.pipeline))
-        field = load_field(backbone, teacher, Path(spec.path), lambda: _encode_empty(recipe, backbone, base, workspace))
+        folder = fetched or Path(spec.path)
+        settle(check_pipeline(teacher, folder, base.pipeline))
+        field = load_field(backbone, teacher, folder, lambda: _encode_empty(recipe, backbone, base, workspace))
     else:
         field = VelocityField(teacher, backbone, backbone.transformer)
     if spec.guidance is not None:
@@ -358,7 +391,8 @@ def _build_teacher(
             plain, spec.guidance, _encode_empty(recipe, backbone, base, workspace), spec.guidance_batched
         )
     save_field(field, scratch)
-    facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
+    if not isinstance(spec, ChampionTeacher):
+        facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
     return facts
 
 
@@ -598,6 +632,7 @@ def _build_evaluation(
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {usable_cores()} cores",
     }
     provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": student.facts}
+    evaluation = replace(evaluation, metrics=evaluation.metrics | {"versions": _versions(teachers)})
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")
     return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
@@ -610,11 +645,18 @@ def _seconds(teachers: dict[str, Product], student: Product) -> dict[str, float]
     return {name: value for name, value in seconds.items() if value > 0}
 
 
+def _versions(teachers: dict[str, Product]) -> dict[str, dict]:
+    """The teachers that are registered versions: {name: {"model", "version"}}."""
+    return {name: product.facts["registered"] for name, product in teachers.items() if "registered" in product.facts}
+
+
 def lineage(
     recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product
 ) -> dict[str, Any]:
-    """Where a student comes from: revisions and digests of everything that made it."""
-    return {
+    """Where a student comes from: revisions and digests of everything that made it; `added_to`, if to a champion."""
+    champions = {f"{of['model']} version {of['version']}" for of in _versions(teachers).values()}
+    added = {"added_to": ", ".join(sorted(champions))} if champions else {}
+    return added | {
         "recipe": recipe.digest(),
         "code": code_revision(),
         "git": data.facts["git"],
@@ -631,10 +673,29 @@ def register_student(
 ) -> Registration:
     """Register the student in MLflow if its gates hold; the default store lies in the workspace."""
     from danceopd import registry
-    from danceopd.tracking import default_tracking_uri
 
-    uri = tracking_uri or default_tracking_uri(Path(workspace))
+    uri = _store(tracking_uri, workspace)
     return registry.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+
+
+def move_champion(
+    recipe: Recipe, action: str, version: str, force: bool, tracking_uri: str | None, workspace: Path
+) -> dict:
+    """Promote a version of the recipe's model, or roll back.
+
+    Returns:
+        The outcome in one line (`said`) and every version as Markdown (`versions`).
+
+    Raises:
+        UserError: as `registry.move_champion` does.
+    """
+    from danceopd import registry
+
+    model = recipe.register_as.model
+    client = registry.open_registry(_store(tracking_uri, workspace), model)
+    said = registry.say_champion(model, *registry.move_champion(client, recipe, action, version, force))
+    log.info(said)
+    return {"said": said, "versions": registry.versions_markdown(client, model)}
 
 
 def registration_facts(registration: Registration) -> dict:

@@ -72,13 +72,18 @@ def open_client(tracking_uri: str) -> MlflowClient:
     return client
 
 
+def has_store(tracking_uri: str) -> bool:
+    """Whether a SQLite store's file is there; of a server only asking it can tell."""
+    return not tracking_uri.startswith(_SQLITE) or Path(tracking_uri.removeprefix(_SQLITE)).is_file()
+
+
 def require_store(tracking_uri: str) -> None:
     """Check that a SQLite store is there already, for who only reads or changes what others registered.
 
     Raises:
         UserError: if its file is missing.
     """
-    if tracking_uri.startswith(_SQLITE) and not Path(tracking_uri.removeprefix(_SQLITE)).is_file():
+    if not has_store(tracking_uri):
         raise UserError(f"MLflow store {tracking_uri}: no such file; register a student first, or name the store "
                         f"(--tracking-uri, --workspace or {ENVIRONMENT})")  # fmt: skip
 

@@ -11,12 +11,14 @@ from rich.console import Console
 
 from components.image import IMAGE
 from danceopd.recipe import load_recipe
+from pipelines.champion_cli import app as champion_app
 from pipelines.one_line import one_line_errors
 
 STEP_FAILED = 1
 PLAIN_WIDTH = 110  # of a table that goes to a file
 
 app = typer.Typer(no_args_is_help=True, help="The whole chain as one Kubeflow pipeline.")
+app.add_typer(champion_app, name="champion")
 
 
 @app.command()

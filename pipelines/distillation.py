@@ -17,14 +17,14 @@ from components.register import register
 from components.resolve_base import resolve_base
 from components.running import RUN_ID
 from components.summarize import summarize
-from pipelines.options import MOUNT, NEEDS, PipelineOptions
+from pipelines.options import CHAMPION_NEEDS, MOUNT, NEEDS, Needs, PipelineOptions
 
 
 def build_pipeline(options: PipelineOptions) -> Callable:
     """Compose the pipeline function; see `PipelineOptions` for what is fixed here and not at run time."""
 
     def place(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return _place(task, options)
+        return place_task(task, options)
 
     @dsl.pipeline(name="danceopd", display_name="DanceOPD: many teachers, one student")
     def danceopd_pipeline(
@@ -52,7 +52,7 @@ def build_pipeline(options: PipelineOptions) -> Callable:
             data = place(build_data(recipe=recipe, **common).after(check)).outputs["data"]
             start = {"recipe": recipe, "base": base, "data": data, **common}
             with dsl.ParallelFor(check.output) as teacher:
-                field = place(finetune(teacher=teacher, **start)).outputs["field"]
+                field = place(finetune(teacher=teacher, tracking_uri=tracking_uri, **start)).outputs["field"]
             # a Collected is used up by its one consumer, so each gets its own
             student = place(distill(teachers=dsl.Collected(field), **start)).outputs["student"]
             made = {"student": student, **start}
@@ -63,10 +63,10 @@ def build_pipeline(options: PipelineOptions) -> Callable:
     return danceopd_pipeline
 
 
-def _place(task: dsl.PipelineTask, options: PipelineOptions) -> dsl.PipelineTask:
+def place_task(task: dsl.PipelineTask, options: PipelineOptions) -> dsl.PipelineTask:
     """Give a task its image, resources, volume, time limit, retries and caching."""
     step = task.name.replace("-", "_")
-    needs = NEEDS[step]
+    needs = (NEEDS | CHAMPION_NEEDS)[step]
     task.set_container_image(options.image).set_caching_options(needs.cached)
     task.set_cpu_request(str(needs.cpu[0])).set_cpu_limit(str(needs.cpu[1]))
     task.set_memory_request(f"{needs.memory[0]}Gi").set_memory_limit(f"{needs.memory[1]}Gi")
@@ -74,7 +74,7 @@ def _place(task: dsl.PipelineTask, options: PipelineOptions) -> dsl.PipelineTask
         task.set_accelerator_type(options.gpu).set_accelerator_limit(options.gpu_count)
     if options.retries and needs.retried:
         task.set_retry(options.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
-    task.set_env_variable("OMP_NUM_THREADS", str(_threads(step, options)))
+    task.set_env_variable("OMP_NUM_THREADS", str(_threads(step, needs, options)))
     task.set_env_variable("TQDM_DISABLE", "1")  # a bar is noise in a log
     kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
     kubernetes.set_security_context(task, run_as_non_root=True)
@@ -84,9 +84,9 @@ def _place(task: dsl.PipelineTask, options: PipelineOptions) -> dsl.PipelineTask
     return task
 
 
-def _threads(step: str, options: PipelineOptions) -> int:
+def _threads(step: str, needs: Needs, options: PipelineOptions) -> int:
     if options.threads is None:
-        return NEEDS[step].cpu[1]
+        return needs.cpu[1]
     return options.threads.finetune if step == "finetune" else options.threads.others
 
 

@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from kfp import local
 from components.cards import card_problem
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd import steps
+from danceopd.champion import find_champion, needs_champion
 from danceopd.devices import usable_cores
 from danceopd.files import content_key, read_json
 from danceopd.recipe import CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.tracking import default_tracking_uri
 from pipelines.distillation import build_pipeline
 from pipelines.options import PipelineOptions, Threads
 from pipelines.steplog import readable_steps
@@ -72,23 +74,32 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
     options = PipelineOptions(retries=0, threads=share_cores(recipe))  # an unchanged machine fails the same way again
     arguments = {
         "recipe": recipe.model_dump_json(),
-        "data_revision": inputs_revision(recipe),
+        "data_revision": inputs_revision(recipe, workspace),
         "code_revision": steps.code_revision(),
         "workspace": str(workspace),
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", ""),
     }
     run = uuid.uuid4().hex[:12]
+    run_here(build_pipeline(options), arguments, workspace, run)
+    return _summary(workspace, run)
+
+
+def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run: str) -> Any:
+    """Run a pipeline's steps as processes on this machine; returns the runner's task, whose outputs are set.
+
+    Raises:
+        StepFailed: if a step ended badly.
+    """
     # no workspace_root: the runner deletes that folder when it is done
     local.init(
         local.SubprocessRunner(use_venv=False), pipeline_root=str(workspace / "kfp"), enable_caching=True,
-        cache_root=str(cache),
+        cache_root=str(workspace / "kfp" / "cache"),
     )  # fmt: skip
     with _run_id(run), readable_steps():
         try:
-            build_pipeline(options)(**arguments)
+            return pipeline(**arguments)
         except RuntimeError as error:
             raise StepFailed(_failure(workspace, run, error)) from error
-    return _summary(workspace, run)
 
 
 def share_cores(recipe: Recipe) -> Threads:
@@ -98,14 +109,24 @@ def share_cores(recipe: Recipe) -> Threads:
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
 
 
-def inputs_revision(recipe: Recipe) -> str:
-    """A name for everything a run reads from paths: its data, and a base and teachers that lie in folders here.
+def inputs_revision(recipe: Recipe, workspace: Path | None = None) -> str:
+    """A name for all that a run reads: its data, a base and teachers that lie in folders here, a registered champion.
 
     A recipe's text stays the same when the weights behind a path are replaced; sizes and times of the files do not.
     A base from a hub is named by the recipe's own `model.revision`.
+
+    Args:
+        recipe: what would run.
+        workspace: whose store may hold the champion; default: the recipe's own.
+
+    Raises:
+        UserError: if the recipe starts from a champion and there is none.
     """
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
     states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    if needs_champion(recipe):
+        store = default_tracking_uri(workspace or Path("runs") / recipe.name)
+        states.append(asdict(find_champion(recipe, store)))
     data = steps.data_revision(recipe)
     return content_key(data, states) if states else data
 

@@ -78,3 +78,5 @@ NEEDS = {
     "register": Needs(cpu=(1, 2), memory=(2, 16), hours=2, cached=False),
     "summarize": Needs(cpu=(1, 1), memory=(1, 2), hours=1, cached=False),
 }
+# The step of the pipeline that moves the registry's aliases (`champion.py`). A rollback done twice undoes itself.
+CHAMPION_NEEDS = {"move_champion": Needs(cpu=(1, 1), memory=(1, 4), hours=1, cached=False, retried=False)}

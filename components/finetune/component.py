@@ -16,6 +16,7 @@ def finetune(
     base: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     workspace: str,
+    tracking_uri: str,
     data_revision: str,
     code_revision: str,
     field: dsl.Output[dsl.Model],
@@ -28,6 +29,7 @@ def finetune(
         base: card of the base.
         data: card of the dataset.
         workspace: folder all steps share.
+        tracking_uri: MLflow tracking server that a champion is fetched from; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         field: card of the teacher.
@@ -37,5 +39,6 @@ def finetune(
     from danceopd import steps
 
     with running("finetune", recipe, workspace, teacher) as step:
-        product = steps.finetune_teacher(step.recipe, teacher, read_card(base), read_card(data), step.workspace)
+        made, store = (read_card(base), read_card(data)), tracking_uri or None
+        product = steps.finetune_teacher(step.recipe, teacher, *made, step.workspace, store)
         write_card(field, product, teacher)

@@ -9,6 +9,9 @@ three tasks, written as the same records a user would bring:
 - `local_edit`: recolor, remove or add one object, everything else preserved;
 - `global_style`: the whole picture in one of the styles.
 
+A fourth, `outline`, is kept for a student that has learned these and is taught one more (recipe `world_outline`): every
+object as a line drawing in black ink on white paper.
+
 The grammar is held out on purpose: one in ten (color, shape, position) combinations and one wording of every
 kind of instruction occur in the test split only. Every draw comes from `random.Random` seeded by the record's own
 name, so a record does not depend on its neighbours, nor on a library's version.
@@ -50,6 +53,7 @@ _SHAPE_ROWS = {
 SHAPES = {n: np.array([[c == "#" for c in row] for row in rows]) for n, rows in _SHAPE_ROWS.items()}
 
 TASKS = ("t2i", "local_edit", "global_style")
+LATER_TASKS = ("outline",)  # of the recipes that add to a champion; neither the base's maker nor `world` knows them
 EDITS = ("recolor", "remove", "add")
 
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -72,6 +76,8 @@ WORDINGS = {
             "at the {position}, put a {object}", "at the {position}, add a {object}"),
     "style": ("make it {style}", "turn the picture {style}", "the picture in {style}", "turn it {style}"),
 }  # fmt: skip
+OUTLINE_WORDINGS = ("make it an outline", "turn the picture into an outline", "draw the outline of the picture",
+                    "turn it into an outline")  # fmt: skip
 REPEATS = ("the same picture", "keep the picture")  # what the base is taught to do with a reference
 NOVELTIES = ("combination", "wording", "both")
 
@@ -159,6 +165,27 @@ def render(scene: Scene, style: str | None = None) -> np.ndarray:
         if style not in STYLES:
             raise unknown_name("style", style, STYLES)
         grid = STYLES[style](grid)
+    return _enlarge(grid)
+
+
+def render_outline(scene: Scene) -> np.ndarray:
+    """Draw a scene's objects as lines, black on white: (64, 64, 3) uint8. What a line encloses is left empty."""
+    grid = np.tile(np.array(BACKGROUNDS["white"], dtype=np.float64), (GRID, GRID, 1))
+    for thing in scene.things:
+        row, col = (CELL * place for place in POSITIONS[thing.position])
+        grid[row : row + 3, col : col + 3][_border(SHAPES[thing.shape])] = BACKGROUNDS["black"]
+    return _enlarge(grid)
+
+
+def _border(shape: np.ndarray) -> np.ndarray:
+    """The pixels of a shape (3, 3) that have a neighbour above, below, left or right outside of it."""
+    around = np.pad(shape, 1)
+    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    return shape & ~inside
+
+
+def _enlarge(grid: np.ndarray) -> np.ndarray:
+    """The picture of a grid (8, 8, 3) of colors in [0, 255]: (64, 64, 3) uint8."""
     pixels = np.clip(np.floor(grid + 0.5), 0, 255).astype(np.uint8)
     return pixels.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
@@ -230,8 +257,12 @@ def _record(task: str, split: str, index: int, seed: int) -> Record:
         prompt = _wording(rng, WORDINGS["style"], new_wording).format(style=style)
         source, target = render(scene), render(scene, style)
         facts |= {"scene": scene.to_json(), "style": style}
+    elif task == "outline":
+        scene = random_scene(rng, novel=new_combination)
+        prompt, source, target = _wording(rng, OUTLINE_WORDINGS, new_wording), render(scene), render_outline(scene)
+        facts["scene"] = scene.to_json()
     else:
-        raise unknown_name("task of the small world", task, TASKS)
+        raise unknown_name("task of the small world", task, (*TASKS, *LATER_TASKS))
     return Record(
         id=f"world-{task}-{split}-{index:06d}",
         task=task,
@@ -247,7 +278,7 @@ def world_records(sizes: dict[str, dict[str, int]], seed: int = 0) -> Iterator[R
     """Yield the world's records: `sizes[task][split]` of each, in a fixed order.
 
     Raises:
-        UserError: if a task is not one of `TASKS`.
+        UserError: if a task is neither in `TASKS` nor in `LATER_TASKS`.
     """
     for task, splits in sizes.items():
         for split, count in splits.items():

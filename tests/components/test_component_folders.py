@@ -15,7 +15,7 @@ from components.image import IMAGE
 
 ROOT = Path(components.__file__).parent
 STEPS = sorted(p.name for p in ROOT.iterdir() if (p / "component.py").is_file())
-WITHOUT_DATA = {"check_recipe"}
+WITHOUT_DATA = {"check_recipe", "move_champion"}
 LOGIC = (ast.If, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.Raise)
 
 
@@ -30,7 +30,7 @@ def component_of(step: str):
 
 def test_the_chain_is_complete():
     chain = {"build_data", "check_recipe", "distill", "evaluate", "finetune", "register", "resolve_base", "summarize"}
-    assert chain == set(STEPS)
+    assert chain | {"move_champion"} == set(STEPS)
 
 
 def test_folder_holds_the_same_files(step):

@@ -107,5 +107,37 @@ def test_pictures_are_large_enough_for_the_stock_pipeline(records):
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="'cubism' is not known; choose one of: grayscale, negative, night, sepia"):
         world.render(world.random_scene(random.Random(0)), "cubism")
-    with pytest.raises(UserError, match="'outline' is not known; choose one of"):
-        list(world.world_records({"outline": {"train": 1}}))
+    with pytest.raises(UserError, match="'sketch' is not known; choose one of: global_style, local_edit, outline"):
+        list(world.world_records({"sketch": {"train": 1}}))
+
+
+def test_an_outline_is_a_line_drawing_of_the_source():
+    found = list(world.world_records({"outline": {"train": 60, "test": 30}}))
+    ink, paper = (np.array(world.BACKGROUNDS[name]) for name in ("black", "white"))
+    for record in found:
+        scene = world.Scene.from_json(record.facts()["scene"])
+        drawn = decode_image(record.target, "")[::8, ::8]
+        inked = (drawn == ink).all(-1)
+        assert np.array_equal(decode_image(record.source, ""), world.render(scene))
+        assert ((drawn == paper).all(-1) | inked).all()
+        for position in world.POSITIONS:
+            thing, lines = scene.at(position), inked[world.cell_slice(position, scale=1)]
+            row, col = world.POSITIONS[position]
+            shape = np.zeros((4, 4), bool)
+            if thing is not None:
+                shape[row : row + 3, col : col + 3] = world.SHAPES["ring" if thing.shape == "square" else thing.shape]
+                shape[row + 1, col + 1] &= thing.shape != "cross"  # the one other pixel with all neighbours inside
+            assert np.array_equal(lines, shape)
+
+
+def test_the_outlines_last_wording_is_held_out():
+    held_out = world.OUTLINE_WORDINGS[-1]
+    for record in world.world_records({"outline": {"train": 40, "test": 30}}):
+        assert (record.prompt == held_out) == (record.facts()["novelty"] in ("wording", "both"))
+    assert set(held_out.split()) <= set(" ".join((*world.OUTLINE_WORDINGS[:-1], *world.WORDINGS["style"])).split())
+
+
+def test_a_later_task_changes_nothing_of_the_others(records):
+    more = world.world_records({**SIZES, "outline": {"train": 2}})
+    assert [r for r in more if r.task != "outline"] == records
+    assert not {word for text in world.corpus() for word in text.split()} & {"outline", "outlines"}

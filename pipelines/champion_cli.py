@@ -1,0 +1,66 @@
+"""`danceopd pipeline champion ...`: promote or roll back as a pipeline's step, here or compiled for a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.image import IMAGE
+from danceopd.recipe import load_recipe
+from pipelines.one_line import one_line_errors
+
+STEP_FAILED = 1
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
+SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
+WorkspaceOption = Annotated[Path | None, typer.Option(help="where the store lies; default: runs/<recipe name>")]
+
+app = typer.Typer(no_args_is_help=True, help="The pipeline that promotes a registered version, or rolls back.")
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="number or alias")] = "challenger",
+    force: Annotated[bool, typer.Option("--force", help="though it is worse than the champion")] = False,
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006 (typer's way)
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Make a version the champion if it holds its gates and is no worse."""
+    _run(recipe, overrides, workspace, "promote", version, force)
+
+
+@app.command()
+def rollback(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006
+    """Make the previous champion champion again."""
+    _run(recipe, overrides, workspace, "rollback")
+
+
+def _run(recipe: str, overrides: list[str], workspace: Path | None, action: str, *more: str | bool) -> None:
+    from pipelines.champion import run_champion
+    from pipelines.local import StepFailed
+
+    with one_line_errors():
+        loaded = load_recipe(recipe, overrides)
+        try:
+            typer.echo(run_champion(loaded, workspace or Path("runs") / loaded.name, action, *more))
+        except StepFailed as error:
+            typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
+            raise typer.Exit(STEP_FAILED) from error
+
+
+@app.command("compile")
+def compile_(
+    out: Annotated[Path, typer.Option(help="YAML file to write")] = Path("danceopd-champion.yaml"),
+    image: Annotated[str, typer.Option(help="container image of the step; best with its digest")] = IMAGE,
+    claim: Annotated[str, typer.Option(help="persistent volume claim that holds the workspace")] = "danceopd-workspace",
+) -> None:
+    """Compile the pipeline to YAML for a Kubeflow cluster."""
+    from pipelines.champion import build_champion_pipeline
+    from pipelines.compile import compile_pipeline
+    from pipelines.options import PipelineOptions
+
+    with one_line_errors():
+        options = PipelineOptions(image=image, workspace_claim=claim)
+        typer.echo(compile_pipeline(out, options, build_champion_pipeline))
