@@ -31,9 +31,10 @@ FILE_ROWS, GROUP_ROWS = 1000, 100
 HOW = (
     "Synthetic rows in OmniEdit's layout (Parquet files of {file_rows} rows, row groups of {group_rows}; source and "
     "target JPEGs of {side} px, every twentieth row damaged), imported by `danceopd data import` in a process of its "
-    "own with {workers} thread(s): decode, check, hash perceptually, resize to buckets, write PNG. Peak resident memory "
-    "is polled every 20 ms. A tenth of the rows shows what the process needs anyway. The killed run is ended by SIGKILL "
-    "once a third of its shards is done and started again; all shards must have the bytes of the run that was left alone."
+    "own with {workers} thread(s): decode, check, hash perceptually, resize to buckets, write PNG. Peak resident "
+    "memory is polled every 20 ms. A tenth of the rows shows what the process needs anyway. The killed run is ended by "
+    "SIGKILL once a third of its shards is done and started again; all shards must have the bytes of the run that was "
+    "left alone."
 )
 COLUMNS = ["run", "rows", "read (MB)", "seconds", "rows/s", "peak memory (MiB)"]
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -71,7 +72,7 @@ def omniedit_row(number: int, side: int = 256, seed: int = 0) -> dict:
     width, height = Image.open(io.BytesIO(source)).size
     return {
         "omni_edit_id": f"task_{kind}_{number}", "task": kind, "src_img": {"bytes": source, "path": None},
-        "edited_img": {"bytes": target, "path": None}, "edited_prompt_list": [f"change part {number}", f"edit {number}"],
+        "edited_img": {"bytes": target, "path": None}, "edited_prompt_list": [f"change {number}", f"edit {number}"],
         "width": width, "height": height, "sc_score_1": 9, "sc_score_2": 8, "pq_score": 7,
         "o_score": float(np.sqrt(8 * 7)), "sc_reasoning": "", "pq_reasoning": "",
     }  # fmt: skip
@@ -125,7 +126,9 @@ def measure(options: argparse.Namespace) -> list[Report]:
     rows, workers, side = options.rows, options.workers, options.side
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
-        size = {name: write_omniedit(home / name, count, side) for name, count in (("tenth", rows // 10), ("all", rows))}
+        size = {
+            name: write_omniedit(home / name, count, side) for name, count in (("tenth", rows // 10), ("all", rows))
+        }
         table, peaks = [], {}
         for name, count in (("tenth", rows // 10), ("all", rows)):
             seconds, peaks[name], _ = watched(start_import(home / name, home / f"{name}-out", workers, side))

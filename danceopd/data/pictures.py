@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from danceopd.errors import UserError
 
 # Raster formats that decode without another program; Pillow would hand others (EPS) to one.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
 WHITE = (255, 255, 255)
 _SRGB = ImageCms.createProfile("sRGB")
@@ -64,6 +64,7 @@ def read_picture(data: bytes, where: str, matte: tuple[int, int, int] = WHITE, m
     """
     if not data:
         raise Refused("picture-empty", f"{where}: not a readable image (it has no bytes); export it again")
+    Image.init()  # where formats are named, Pillow does not look for their plugins by itself
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` says what is too large
@@ -97,7 +98,7 @@ def _decode(image: Image.Image, where: str, matte: tuple[int, int, int], max_pix
     width, height = image.size
     if width * height > max_pixels:
         raise _too_large(where, f"{height}x{width} pixels", max_pixels)
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # an MPO's first frame is the photograph
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with previews behind the photograph
         raise Refused("picture-animated", f"{where}: has {image.n_frames} frames; take one of them as the picture")
     image.load()
     plain = image.mode == "RGB" and "transparency" not in image.info

@@ -146,9 +146,7 @@ def _parquet_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tupl
             yield from _batches(spec, table, wanted, kind, skip)
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
-        raise UserError(
-            f"{file.path}: not a readable Parquet file ({text}); fetch it again, then import goes on"
-        ) from error
+        raise UserError(f"{file.path}: not a readable Parquet file ({text}); fetch it again and go on") from error
 
 
 def _wanted(spec: ImportSpec, file: InputFile, there: list[str]) -> list[str]:
