@@ -176,6 +176,13 @@ class DatasetFolder:
                     return found
         return found
 
+    def stream(self, split: str, tasks: tuple[str, ...]) -> Iterator[Record]:
+        """Records of a split, task after task and each in id order, a few in memory at a time."""
+        for task in tasks:
+            for name in sorted(self.manifest["files"]):
+                if name.startswith(f"{split}-"):
+                    yield from (record for record in read_parquet(self.folder / name) if record.task == task)
+
 
 def open_dataset(folder: Path) -> DatasetFolder:
     """Open a dataset folder.

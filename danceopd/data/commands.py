@@ -1,4 +1,4 @@
-"""`danceopd data import`: other people's data sets, from the command line."""
+"""`danceopd data import` and `danceopd data cache`: other people's data sets, and encodings to share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from danceopd.errors import UserError
+from danceopd.recipe import load_recipe
 
 
 def data_import(
@@ -39,3 +42,34 @@ def _tell_import(report: dict, out: Path) -> None:
             for label, entry in sorted(entries.items()):
                 lost.add_row(fate, label, str(entry["count"]), entry["examples"][0])
         console.print(lost)
+
+
+def data_cache(
+    out: Annotated[Path, typer.Option(help="folder of the cache; what is there already is kept")] = ...,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")] = "world",
+    overrides: Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")] = [],  # noqa: B006
+    workspace: Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="K/N: this is worker K (from 0) of N, each started by itself")
+    ] = None,
+) -> None:
+    """Encode what the recipe's training reads, shard by shard; run it again after an interruption and it goes on."""
+    from danceopd import steps
+
+    loaded = load_recipe(recipe, overrides)
+    place = workspace or Path("runs") / loaded.name
+    share = _share(worker)
+    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
+    rows = steps.cache_encodings(loaded, base, data, out, share)
+    if os.environ.get("RANK", "0") == "0":
+        for group, count in rows.items():
+            typer.echo(f"{out / group}: {count} rows")
+
+
+def _share(worker: str | None) -> tuple[int, int] | None:
+    if worker is None:
+        return None
+    number, _, count = worker.partition("/")
+    if not number.isdigit() or not count.isdigit() or int(number) >= int(count):
+        raise UserError(f"--worker {worker!r}: write K/N with 0 <= K < N, for example 0/4")
+    return int(number), int(count)

@@ -23,6 +23,7 @@ from danceopd.errors import UserError
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 SHARD_ROWS = 8192
+READ_ROWS = 64  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
     if missing:
         raise UserError(f"{path}: column(s) missing: {', '.join(sorted(missing))}; found {', '.join(sorted(names))}")
     row = 0
-    for batch in file.iter_batches(batch_size=512):
+    for batch in file.iter_batches(batch_size=READ_ROWS):
         for data in batch.to_pylist():
             yield record_from(data, f"{path}, row {row}")
             row += 1
