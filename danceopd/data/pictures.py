@@ -8,7 +8,6 @@ wide-gamut RGB with an ICC profile. Refused, each with its own reason: empty, tr
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,13 +65,11 @@ def read_picture(data: bytes, where: str, matte: tuple[int, int, int] = WHITE, m
         raise Refused("picture-empty", f"{where}: not a readable image (it has no bytes); export it again")
     Image.init()  # where formats are named, Pillow does not look for their plugins by itself
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` says what is too large
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, where, matte, max_pixels)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _decode(image, where, matte, max_pixels)
     except Refused:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(where, "far too many pixels", max_pixels) from error
     except UnidentifiedImageError as error:
         raise Refused(

@@ -177,6 +177,7 @@ def run_command(monkeypatch, *arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_a_cache_made_by_the_command(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = [f"model.base={tiny_base}", "data.world={t2i: {train: 6, val: 2}, local_edit: {train: 6, val: 2}}",
