@@ -6,6 +6,7 @@ picture goes to the bucket whose ratio is nearest its own, so that little is cro
 
 from __future__ import annotations
 
+import functools
 import math
 
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from danceopd.data.pictures import Refused
 
 
+@functools.cache
 def bucket_sizes(area: int, step: int, max_ratio: float) -> tuple[tuple[int, int], ...]:
     """All bucket sizes, from the widest to the tallest.
 

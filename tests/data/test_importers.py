@@ -264,10 +264,11 @@ def test_nothing_kept_is_an_error_that_says_why(tmp_path):
 
 def test_scores_licence_and_origin_go_along_and_scores_can_be_asked_for(tmp_path):
     rows = [omniedit_row(n, SIDE) for n in range(3)]
-    rows[1]["o_score"] = 2.0
+    rows[1]["o_score"], rows[2]["pq_score"] = 2.0, 10
     path = write_rows(tmp_path / "r.parquet", rows)
-    report = run_import(settings("omniedit", [path], "min_scores.o_score=5", "license=mit"), tmp_path / "out")
-    assert report["dropped"]["below score"]["o_score"]["count"] == 1
+    spec = settings("omniedit", [path], "min_scores.o_score=5", "max_scores.pq_score=9", "license=mit")
+    report = run_import(spec, tmp_path / "out")
+    assert {name: e["count"] for name, e in report["dropped"]["score"].items()} == {"o_score": 1, "pq_score": 1}
     facts = records_of(tmp_path / "out")[0].facts()
     assert (facts["license"], facts["pq_score"], facts["row"], facts["edit_type"]) == ("mit", 7, 0, "swap")
 
@@ -424,7 +425,8 @@ def test_webdataset_shards_of_captions_and_of_pairs(tmp_path):
         (["omniedit", "{here}", "--set", "sizes=3"], "sizes: no such field; here are: choose_prompt"),
         (["omniedit"], "inputs: Field required"),
         (["magicbrush", "{file}"], "no column for the prompt (instruction); found omni_edit_id"),
-        (["omniedit", "{file}", "--set", "min_scores.beauty=3"], "min_scores names beauty, not a column"),
+        (["omniedit", "{file}", "--set", "min_scores.beauty=3"], "max_scores names beauty, not a column"),
+        (["omniedit", "{file}", "{here}"], "reads .parquet, and there is none"),
     ],
 )
 def test_bad_settings_get_one_line(tmp_path, monkeypatch, capsys, arguments, message):

@@ -34,7 +34,7 @@ REASONS = {
     "prompt-not-utf8": "the instruction was written in another encoding: it holds bytes that are no UTF-8",
     "prompt-control": "the instruction holds control characters",
     "prompt-too-long": "the instruction is longer than max_prompt",
-    "score-not-a-number": "a score that min_scores asks for is missing or no number",
+    "score-not-a-number": "a score that min_scores or max_scores asks for is missing or no number",
     "source-missing": "an edit without the picture to edit",
     "target-missing": "no wanted picture",
     "several-pictures": "a list of pictures where one is taken",
@@ -55,7 +55,7 @@ REASONS = {
     "pair-shapes-differ": "source and target have different ratios: no crop aligns them",
     "pair-unchanged": "source and target are the same picture",
 }
-Fate = Literal["kept", "refused", "unmapped", "left out", "below score"]
+Fate = Literal["kept", "refused", "unmapped", "left out", "score"]
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,10 @@ def convert(row: RawRow, spec: ImportSpec, file: InputFile) -> Outcome:
             decided = spec.has_rule(kind)
             message = f"{row.where}: kind of edit {kind!r} " + ("is left out" if decided else "has no task")
             return Outcome(row, "left out" if decided else "unmapped", kind, message)
-        for name, least in spec.min_scores.items():
-            if (score := _score(row, name)) < least:
-                return Outcome(row, "below score", name, f"{row.where}: {name} is {score:g}, below {least:g}")
+        for name in spec.scores:
+            low, high = spec.min_scores.get(name, -math.inf), spec.max_scores.get(name, math.inf)
+            if not low <= (score := _score(row, name)) <= high:
+                return Outcome(row, "score", name, f"{row.where}: {name} is {score:g}, wanted {low:g} to {high:g}")
         return _record(row, spec, file, kind, task)
     except Refused as refused:
         return Outcome(row, "refused", refused.reason, str(refused))
@@ -105,9 +106,7 @@ def _score(row: RawRow, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise Refused(
-            "score-not-a-number", f"{row.where}: score '{name}' is {value!r}; min_scores needs a number there"
-        )
+        raise Refused("score-not-a-number", f"{row.where}: score '{name}' is {value!r}; a number is needed there")
     return number
 
 
@@ -159,7 +158,7 @@ def _id(row: RawRow, spec: ImportSpec) -> str | None:
     """The row's own id; None where the data set has none."""
     value = row.values["id"]
     text = "" if value is None else str(value).strip()
-    if not text and spec.layout == "omniedit":
+    if not text and spec.form.numbered:
         raise Refused("id-missing", f"{row.where}: has no id ({spec.column('id')[0]}); the file is damaged there")
     return text or None
 

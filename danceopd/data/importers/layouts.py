@@ -26,6 +26,7 @@ class Layout:
         rules: kind of edit -> task.
         kind_from_file: the file's name tells the kind (`remove_part3.parquet`).
         pairs: whether rows without a source are refused.
+        numbered: whether every row has an id; one without is damaged.
         about: where the layout is described.
     """
 
@@ -36,6 +37,7 @@ class Layout:
     rules: dict[str, str] = field(default_factory=dict)
     kind_from_file: bool = False
     pairs: bool = True
+    numbered: bool = False
     about: str = ""
 
 
@@ -51,6 +53,7 @@ _LAYOUTS = (
         carried=("sc_score_1", "sc_score_2", "pq_score", "o_score"),
         rules={"swap": LOCAL, "removal": LOCAL, "addition": LOCAL, "attribute_modification": LOCAL, "style": GLOBAL,
                "env": GLOBAL},
+        numbered=True,
         about="TIGER-Lab/OmniEdit-Filtered-1.2M",
     ),
     Layout(

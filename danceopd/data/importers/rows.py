@@ -82,12 +82,13 @@ def find_inputs(spec: ImportSpec) -> list[InputFile]:
     for location in spec.inputs:
         try:
             system, path = fsspec.core.url_to_fs(location)
-            found += _list(system, path, spec.form.reads)
+            here = _list(system, path, spec.form.reads)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
                 f"input {location}: cannot be read ({error}); check path, credentials and network"
             ) from error
-        if not found:
+        found += here
+        if not here:
             kinds = " or ".join(SUFFIX.get(spec.form.reads, ("a folder",)))
             raise UserError(f"input {location}: layout {spec.layout} reads {kinds}, and there is none")
     return found
@@ -128,7 +129,7 @@ def _roles(spec: ImportSpec, values: dict[str, Any]) -> dict[str, Any]:
     roles: dict[str, Any] = {}
     for role in ("id", "prompt", "source", "target", "kind"):
         roles[role] = next((values[name] for name in spec.column(role) if values.get(name) is not None), None)
-    names = (*spec.form.carried, *COMMON, *spec.min_scores)
+    names = (*spec.form.carried, *COMMON, *spec.scores)
     roles["carried"] = {name: values[name] for name in names if values.get(name) is not None}
     return roles
 
@@ -150,19 +151,19 @@ def _parquet_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tupl
 
 
 def _wanted(spec: ImportSpec, file: InputFile, there: list[str]) -> list[str]:
-    needed = ("prompt", "target", *(("source",) if spec.form.pairs else ()))
-    needed += ("id",) if spec.form.columns["id"] and "id" not in spec.columns and spec.layout == "omniedit" else ()
+    needed = ["prompt", "target"] + ["source"] * spec.form.pairs + ["id"] * spec.form.numbered
     for role in dict.fromkeys((*needed, *spec.columns)):
         if not set(spec.column(role)) & set(there):
             raise UserError(
                 f"{file.path}: no column for the {role} ({' or '.join(spec.column(role))}); found {', '.join(there)}; "
                 f"name it under 'columns', or choose another layout than {spec.layout}"
             )
-    lost = sorted(set(spec.min_scores) - set(there))
-    if lost:
-        raise UserError(f"{file.path}: min_scores names {', '.join(lost)}, not a column; found {', '.join(there)}")
+    if lost := sorted(set(spec.scores) - set(there)):
+        raise UserError(
+            f"{file.path}: min_scores or max_scores names {', '.join(lost)}, not a column; found {', '.join(there)}"
+        )
     roles = {name for role in spec.form.columns for name in spec.column(role)}
-    return [name for name in there if name in roles | {*spec.form.carried, *COMMON, *spec.min_scores}]
+    return [name for name in there if name in roles | {*spec.form.carried, *COMMON, *spec.scores}]
 
 
 def _batches(

@@ -52,6 +52,7 @@ class ImportSpec(_Part):
     )
     license: str | None = Field(None, description="of rows that name none")
     min_scores: dict[str, float] = Field({}, description="score column -> least value a row must have")
+    max_scores: dict[str, float] = Field({}, description="score column -> greatest value (`nsfw: 0` for flags)")
     choose_prompt: Literal["first", "last", "longest"] = Field("first", description="of a row with several wordings")
     max_prompt: int = Field(2000, gt=0, description="characters of a prompt")
     resize: Buckets | FixedSize | None = Field(None, description="none: pictures keep their size")
@@ -77,6 +78,11 @@ class ImportSpec(_Part):
     def form(self) -> Layout:
         """The layout."""
         return LAYOUTS[self.layout]
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The score columns that rows are chosen by."""
+        return tuple(dict.fromkeys((*self.min_scores, *self.max_scores)))
 
     @property
     def label(self) -> str:
