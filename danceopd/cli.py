@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from danceopd import __version__
+from danceopd.data.commands import data_cache, data_import
 from danceopd.errors import Interrupted, UserError
 from danceopd.recipe import Recipe, load_recipe
 
@@ -28,6 +29,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
 world_app = typer.Typer(no_args_is_help=True, help="The small world that ships with the project.")
 app.add_typer(data_app, name="data")
+data_app.command("import")(data_import)
+data_app.command("cache")(data_cache)
 app.add_typer(world_app, name="world")
 registry_app = typer.Typer(no_args_is_help=True, help="The registered students of a recipe, and which of them serves.")
 app.add_typer(registry_app, name="registry")

@@ -344,6 +344,10 @@ class Recipe(_Part):
     distill: DistillRecipe
     evaluate: EvaluateRecipe = EvaluateRecipe()
     register_as: RegisterRecipe
+    cache: str | None = Field(
+        None,
+        description="folder or object-store URI of a cache of encodings (`danceopd data cache`); none: the workspace",
+    )
 
     @model_validator(mode="after")
     def _names_fit(self):

@@ -275,6 +275,57 @@ def _encode(
     return records, encoded
 
 
+def _encode_train(
+    recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, targets: bool,
+    tasks: tuple[str, ...],
+) -> EncodedRecords:  # fmt: skip
+    """The training records of some tasks, encoded; through the recipe's cache if it names one."""
+    if recipe.cache is None:
+        return _encode(recipe, backbone, base, data, workspace, "train", targets, tasks)[1]
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache
+    from danceopd.processes import this_process
+
+    with _main_first():
+        cache = EncodingCache(fetch_cache(recipe.cache, workspace))
+    dataset, model, processes = open_dataset(Path(data.facts["dataset"])), recipe.model, this_process()
+    return encode_cached(
+        backbone, lambda: dataset.stream("train", tasks), model.height, model.width, cache,
+        _encoding_key(recipe, base), targets, (processes.rank, processes.count), processes.wait,
+    )  # fmt: skip
+
+
+def cache_encodings(
+    recipe: Recipe, base: Product, data: Product, folder: Path, share: tuple[int, int] | None = None
+) -> dict[str, int]:
+    """Encode what a recipe's training reads into a cache; returns the rows there by group.
+
+    Args:
+        recipe: whose training records, tasks and picture size.
+        base: whose encoders.
+        data: the dataset.
+        folder: the cache; what is there is kept and used.
+        share: this worker's number and how many there are; default: those of the processes started together.
+    """
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.cache import EncodingCache, fill_cache, wanted_by
+    from danceopd.distill import method_of
+    from danceopd.processes import this_process
+
+    backbone, processes, model = _open_backbone(recipe, base), this_process(), recipe.model
+    dataset, cache = open_dataset(Path(data.facts["dataset"])), EncodingCache(folder)
+    taught = {t.task for t in recipe.teachers.values() if isinstance(t, FinetunedTeacher)}
+    with_targets = tuple(recipe.tasks) if method_of(recipe.distill).needs_targets else tuple(sorted(taught))
+    for tasks, targets in ((tuple(recipe.tasks), False), (with_targets, True)):
+        stream = functools.partial(dataset.stream, "train", tasks)
+        fill_cache(
+            backbone, wanted_by(stream(), targets), stream, model.height, model.width, cache,
+            _encoding_key(recipe, base), targets, share or (processes.rank, processes.count),
+        )  # fmt: skip
+    processes.wait()
+    return cache.write_index()
+
+
 def _encoding_key(recipe: Recipe, base: Product) -> str:
     model = recipe.model
     return content_key(base.digest, model.max_sequence_length, model.text_encoder_out_layers)
@@ -371,7 +422,7 @@ def _build_teacher(
         from danceopd.finetune import finetune
         from danceopd.resume import Checkpoints
 
-        _, encoded = _encode(recipe, backbone, base, data, workspace, "train", True, (spec.task,))
+        encoded = _encode_train(recipe, backbone, base, data, workspace, True, (spec.task,))
         _require_targets(encoded, spec.task)
         saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
         field, history = finetune(backbone, teacher, encoded, spec.train, saves)
@@ -492,7 +543,7 @@ def open_training(
     backbone = _open_backbone(recipe, base)
     tasks = tuple(recipe.tasks)
     targets = method_of(recipe.distill).needs_targets
-    _, encoded = _encode(recipe, backbone, base, data, workspace, "train", targets, tasks)
+    encoded = _encode_train(recipe, backbone, base, data, workspace, targets, tasks)
     if targets:
         for task in tasks:
             _require_targets(encoded, task)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from danceopd.data.records import (
     MANIFEST,
@@ -27,6 +29,8 @@ from danceopd.files import atomic_folder, hash_file, read_json, write_json
 from danceopd.recipe import DataRecipe
 
 METADATA = "metadata.jsonl"
+SHARD_BYTES = 1 << 28  # of a shard's pictures; `SHARD_ROWS` is reached first where they are small
+SPOOL_BYTES = 1 << 29  # of pictures kept in memory while a dataset is sorted; more wait on disk
 
 
 def read_image_folder(folder: Path) -> Iterator[Record]:
@@ -105,22 +109,83 @@ def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bo
     """
     seen: set[str] = set()
     kept: list[Record] = []
+    with atomic_folder(folder) as scratch, _Spool(scratch) as spool:
+        for record in records:
+            where = f"record {record.id!r}"
+            check_record(record, where)
+            check_images(record, where)
+            if record.id in seen:
+                raise UserError(f"{where}: the id occurs twice; ids must be unique across all inputs")
+            if needs_source is not None:
+                _check_task(record, needs_source, where)
+            seen.add(record.id)
+            kept.append(spool.put(record))
+        if not kept:
+            raise UserError(f"dataset {folder}: no records; check the recipe's data section")
+        kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
+        return _write(kept, spool, scratch)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a picture's bytes wait."""
+
+    start: int
+    length: int
+
+
+class _Spool:
+    """Holds the pictures of records that are being sorted: in memory up to `SPOOL_BYTES`, else in a file."""
+
+    def __init__(self, folder: Path):
+        # Without a name where the system allows it: nothing is left in the folder, even by a kill.
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, dir=folder)  # noqa: SIM115 (closed below)
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, record: Record) -> Record:
+        """The record with places where its pictures were."""
+        return _with_pictures(record, bytes, self._keep)
+
+    def get(self, record: Record) -> Record:
+        """The record as it was put."""
+        return _with_pictures(record, _Place, self._read)
+
+    @staticmethod
+    def size(record: Record) -> int:
+        """Bytes of the pictures of a record that was put."""
+        return sum(v.length for v in (getattr(record, f.name) for f in fields(Record)) if isinstance(v, _Place))
+
+    def _keep(self, data: bytes) -> _Place:
+        start = self._file.seek(0, 2)
+        self._file.write(data)
+        return _Place(start, len(data))
+
+    def _read(self, place: _Place) -> bytes:
+        self._file.seek(place.start)
+        return self._file.read(place.length)
+
+
+def _with_pictures(record: Record, kind: type, change: Callable) -> Record:
+    values: dict[str, Any] = {f.name: getattr(record, f.name) for f in fields(Record)}
+    return replace(record, **{name: change(value) for name, value in values.items() if isinstance(value, kind)})
+
+
+def _shards(records: list[Record]) -> list[list[Record]]:
+    """Cut records into shards by rows, and by bytes of their pictures."""
+    shards: list[list[Record]] = []
+    size = 0
     for record in records:
-        where = f"record {record.id!r}"
-        check_record(record, where)
-        check_images(record, where)
-        if record.id in seen:
-            raise UserError(f"{where}: the id occurs twice; ids must be unique across all inputs")
-        if needs_source is not None:
-            _check_task(record, needs_source, where)
-        seen.add(record.id)
-        kept.append(record)
-    if not kept:
-        raise UserError(f"dataset {folder}: no records; check the recipe's data section")
-    kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
-    with atomic_folder(folder) as scratch:
-        manifest = _write(kept, scratch)
-    return manifest
+        size += _Spool.size(record)
+        if not shards or len(shards[-1]) == SHARD_ROWS or size > SHARD_BYTES:
+            shards.append([])
+            size = _Spool.size(record)
+        shards[-1].append(record)
+    return shards
 
 
 def _check_task(record: Record, needs_source: dict[str, bool], where: str) -> None:
@@ -130,19 +195,18 @@ def _check_task(record: Record, needs_source: dict[str, bool], where: str) -> No
         raise UserError(f"{where}: task {record.task!r} edits a source image and the record has none")
 
 
-def _write(records: list[Record], folder: Path) -> dict:
+def _write(records: list[Record], spool: _Spool, folder: Path) -> dict:
     files = {}
     for split in SPLITS:
-        part = [r for r in records if r.split == split]
-        shards = [part[i : i + SHARD_ROWS] for i in range(0, len(part), SHARD_ROWS)]
+        shards = _shards([r for r in records if r.split == split])
         for number, shard in enumerate(shards):
             name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-            write_shard(shard, folder / name)
+            write_shard([spool.get(record) for record in shard], folder / name)
             files[name] = {"sha256": hash_file(folder / name), "rows": len(shard)}
     counts = Counter((r.task, r.split) for r in records)
     tasks = sorted({r.task for r in records})
     manifest = {
-        "content": content_hash(records),
+        "content": content_hash(map(spool.get, records)),
         "counts": {task: {split: counts[task, split] for split in SPLITS} for task in tasks},
         "files": files,
         "schema": 1,
@@ -175,6 +239,13 @@ class DatasetFolder:
                 if limit is not None and len(found) == limit:
                     return found
         return found
+
+    def stream(self, split: str, tasks: tuple[str, ...]) -> Iterator[Record]:
+        """Records of a split, task after task and each in id order, a few in memory at a time."""
+        for task in tasks:
+            for name in sorted(self.manifest["files"]):
+                if name.startswith(f"{split}-"):
+                    yield from (record for record in read_parquet(self.folder / name) if record.task == task)
 
 
 def open_dataset(folder: Path) -> DatasetFolder:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ from danceopd.data.records import Record, content_hash, decode_image
 from danceopd.errors import UserError
 from danceopd.files import content_key
 
+if TYPE_CHECKING:
+    from danceopd.data.cache import CachedRows
+
 log = logging.getLogger(__name__)
-BATCH = 128
+BATCH = 16
+BATCH_PIXELS = BATCH * 256 * 256
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class EncodedRecords:
 
     Attributes:
         tasks: task of each record, length N.
-        prompts: embeddings of the distinct prompts, (U, L, D).
+        prompts: embeddings of the distinct prompts, (U, L, D); they and the latents may lie in a cache on disk.
         prompt_row: row in `prompts` of each record, (N,).
         sources: latents of the source images, (S, T, C).
         source_row: row in `sources`, or -1, (N,).
@@ -41,11 +46,11 @@ class EncodedRecords:
     """
 
     tasks: list[str]
-    prompts: Tensor
+    prompts: Tensor | CachedRows
     prompt_row: Tensor
-    sources: Tensor
+    sources: Tensor | CachedRows
     source_row: Tensor
-    targets: Tensor
+    targets: Tensor | CachedRows
     target_row: Tensor
     height: int
     width: int
@@ -92,14 +97,41 @@ def load_pixels(data: bytes, height: int, width: int, where: str) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def encode_in_batches(encode: Callable[[list], Tensor], items: list, size: int) -> Iterator[Tensor]:
+    """Encode items in batches of exactly `size`, the last one filled up with its last item.
+
+    Kernels are chosen by a batch's shape, so that an item's encoding hangs on the item alone, to the bit, whatever it
+    is encoded together with: what a cache gives back is what would be encoded now.
+
+    Yields:
+        The encodings of `size` items (of what is left at the end), float32, on the CPU.
+    """
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        yield encode(part + part[-1:] * (size - len(part)))[: len(part)].float().cpu()
+
+
+def picture_batch(height: int, width: int) -> int:
+    """How many pictures of this size are encoded at once."""
+    return max(1, min(BATCH, BATCH_PIXELS // (height * width)))
+
+
+def picture_encoder(backbone: Backbone, height: int, width: int) -> Callable[[list], Tensor]:
+    """Encodes (bytes, where) pairs at one size."""
+
+    def encode(pictures: list[tuple[bytes, str]]) -> Tensor:
+        return backbone.encode_images(
+            torch.stack([load_pixels(data, height, width, where) for data, where in pictures])
+        )
+
+    return encode
+
+
 def _encode_pictures(backbone: Backbone, pictures: list[tuple[bytes, str]], height: int, width: int) -> Tensor:
     if not pictures:
         return torch.empty(0, *backbone.latent_shape(height, width))
-    parts = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = [load_pixels(data, height, width, where) for data, where in pictures[start : start + BATCH]]
-        parts.append(backbone.encode_images(torch.stack(pixels)).float().cpu())
-    return torch.cat(parts)
+    encode = picture_encoder(backbone, height, width)
+    return torch.cat(list(encode_in_batches(encode, pictures, picture_batch(height, width))))
 
 
 def _distinct(values: list) -> tuple[list, Tensor]:
@@ -162,9 +194,8 @@ def encode_records(
 
     def encode() -> dict[str, Tensor]:
         log.info("encoding %d prompts, %d sources, %d targets", len(prompts), len(sources), len(pictures))
-        parts = [backbone.encode_prompts(prompts[i : i + BATCH]).cpu() for i in range(0, len(prompts), BATCH)]
         return {
-            "prompts": torch.cat(parts),
+            "prompts": torch.cat(list(encode_in_batches(backbone.encode_prompts, prompts, BATCH))),
             "sources": _encode_pictures(backbone, [(s, "source image") for s in sources], height, width),
             "targets": _encode_pictures(backbone, [(p, "target image") for p in pictures], height, width),
         }

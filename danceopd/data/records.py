@@ -8,7 +8,6 @@ and a content hash. Distillation reads prompts and sources only; targets serve t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -17,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
+from danceopd.data.pictures import read_picture
 from danceopd.errors import UserError
 
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 SHARD_ROWS = 8192
+READ_ROWS = 64  # in memory at once
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,12 @@ SCHEMA = pa.schema(
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
-    """Decode picture bytes to (H, W, 3) uint8, upright (EXIF orientation applied).
+    """Decode picture bytes to (H, W, 3) uint8, upright, on white where they are transparent (see `pictures`).
 
     Raises:
         UserError: naming `where`, if the bytes are no picture.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{where}: not a readable image ({error}); re-export it as PNG or JPEG") from error
+    return np.asarray(read_picture(data, where).image)
 
 
 def check_record(record: Record, where: str) -> None:
@@ -173,7 +169,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
     if missing:
         raise UserError(f"{path}: column(s) missing: {', '.join(sorted(missing))}; found {', '.join(sorted(names))}")
     row = 0
-    for batch in file.iter_batches(batch_size=512):
+    for batch in file.iter_batches(batch_size=READ_ROWS):
         for data in batch.to_pylist():
             yield record_from(data, f"{path}, row {row}")
             row += 1

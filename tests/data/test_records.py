@@ -189,3 +189,20 @@ def test_damage_on_disk_is_found(tmp_path):
         open_dataset(tmp_path / "d")
     with pytest.raises(UserError, match=r"no manifest\.json"):
         open_dataset(tmp_path)
+
+
+def test_large_pictures_make_more_shards_and_wait_on_disk(tmp_path, monkeypatch):
+    records = list(world.world_records({"local_edit": {"train": 9, "val": 2}}))
+    plain = assemble(records, tmp_path / "plain")
+    monkeypatch.setattr("danceopd.data.assemble.SPOOL_BYTES", 1)
+    limit = 3 * max(len(r.source + r.target) for r in records)
+    monkeypatch.setattr("danceopd.data.assemble.SHARD_BYTES", limit)
+    cut = assemble(records, tmp_path / "cut")
+    assert cut["content"] == plain["content"]
+    assert len(cut["files"]) > 3 > len(plain["files"])
+    for name in cut["files"]:
+        assert sum(len(r.source + r.target) for r in read_parquet(tmp_path / "cut" / name)) <= limit
+    dataset = open_dataset(tmp_path / "cut")
+    assert dataset.records("train") == open_dataset(tmp_path / "plain").records("train")
+    assert list(dataset.stream("train", ("local_edit",))) == dataset.records("train")
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == sorted([*cut["files"], "manifest.json"])

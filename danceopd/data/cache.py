@@ -1,0 +1,345 @@
+"""A cache of encodings that many workers fill and many runs share: a plain folder of safetensors shards.
+
+    <cache>/index.json                         shards, their keys and sizes
+    <cache>/pictures-<group>/<keys>.safetensors   latents, one row a picture
+    <cache>/prompts-<group>/<keys>.safetensors    prompt embeddings, one row a prompt
+
+A group names the encoder and the resolution, a key the content (SHA-256 of the prompt or of the picture's bytes); so a
+grown dataset, another recipe and another machine find what fits them and add what is missing. A shard appears whole, by
+rename: a worker that was killed loses the shard it was at. Rows are float32, or bfloat16 where that loses nothing.
+Put the folder under DVC or copy it to an object store as it is; a recipe's `cache` may be such a URI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from danceopd.backbones.base import Backbone
+from danceopd.data.encoded import BATCH, EncodedRecords, encode_in_batches, picture_batch, picture_encoder
+from danceopd.data.records import Record
+from danceopd.errors import UserError
+from danceopd.files import content_key, read_json, write_json
+
+log = logging.getLogger(__name__)
+INDEX = "index.json"
+SHARD_BYTES = 1 << 27
+MOST_ROWS = 1024
+TELL_EVERY = 30.0  # seconds
+
+
+def key_of(content: str | bytes) -> str:
+    """The name of a prompt or a picture's bytes."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
+
+
+@dataclass
+class CachedRows:
+    """Rows that lie in a cache; indexed like the tensor (N, ...) they would be, and read when they are asked for.
+
+    Attributes:
+        places: file and row in it of each of the N rows.
+        shape: (N, ...).
+    """
+
+    places: list[tuple[Path, int]]
+    shape: tuple[int, ...]
+    _open: dict[Path, object] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, index: Tensor | tuple[slice, ...]) -> Tensor:
+        """Rows by number, (B,), as float32 (B, ...); or a part of each row by slices, the first over the rows."""
+        if isinstance(index, tuple):
+            return torch.stack([self._row(*place)[index[1:]] for place in self.places[index[0]]])
+        return torch.stack([self._row(*self.places[row]) for row in index.tolist()])
+
+    def _row(self, path: Path, row: int) -> Tensor:
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt").get_slice("rows")
+        return self._open[path][row].float()
+
+
+class EncodingCache:
+    """The folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    def places(self, group: str) -> dict[str, tuple[Path, int]]:
+        """Where each key of a group lies.
+
+        Raises:
+            UserError: if a shard is damaged.
+        """
+        return {key: (path, row) for path, keys in self._shards(group) for row, key in enumerate(keys)}
+
+    def _shards(self, group: str) -> Iterator[tuple[Path, list[str]]]:
+        index = read_json(self.folder / INDEX) if (self.folder / INDEX).is_file() else {}
+        for path in sorted((self.folder / group).glob("*.safetensors")):
+            known = index.get(f"{group}/{path.name}")
+            if known is None:
+                yield path, self._keys(path)
+            elif known["bytes"] == path.stat().st_size:
+                yield path, known["keys"]
+            else:
+                raise _damaged(path, f"{path.stat().st_size} bytes, the index says {known['bytes']}")
+
+    @staticmethod
+    def _keys(path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return json.loads(file.metadata()["keys"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, str(error)) from error
+
+    def write(self, group: str, keys: list[str], rows: Tensor) -> Path:
+        """Add one shard: rows (n, ...) float32 with their keys."""
+        folder = self.folder / group
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{content_key(keys)}.safetensors"
+        scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        save_file({"rows": _narrow(rows).contiguous()}, scratch, metadata={"keys": json.dumps(keys)})
+        scratch.replace(path)
+        return path
+
+    def write_index(self) -> dict[str, int]:
+        """Write `index.json` anew from the shards; returns the number of rows by group."""
+        found, rows = {}, {}
+        for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+            for path, keys in self._shards(folder.name):
+                found[f"{folder.name}/{path.name}"] = {"keys": keys, "bytes": path.stat().st_size}
+                rows[folder.name] = rows.get(folder.name, 0) + len(keys)
+        write_json(self.folder / INDEX, found)
+        return rows
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: damaged ({' '.join(why.split())}); delete it, and what it held is encoded again")
+
+
+def _narrow(rows: Tensor) -> Tensor:
+    """The same values in half the bytes, if bfloat16 holds them exactly (a text encoder in bfloat16 gives such)."""
+    half = rows.bfloat16()
+    return half if torch.equal(half.float(), rows) else rows
+
+
+def fetch_cache(location: str, workspace: Path) -> Path:
+    """The cache's folder here; shards of one in an object store are downloaded unless they are there already.
+
+    Raises:
+        UserError: if the store cannot be read.
+    """
+    if "://" not in location:
+        return Path(location)
+    import fsspec
+
+    folder = Path(workspace) / "downloads" / f"cache-{content_key(location)}"
+    try:
+        system, root = fsspec.core.url_to_fs(location)
+        root = root.rstrip("/")
+        for name, facts in sorted(system.find(root, detail=True).items()):
+            path = folder / name[len(root) :].lstrip("/")
+            if path.name == INDEX or not path.is_file() or path.stat().st_size != facts["size"]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+                system.get_file(name, str(scratch))
+                scratch.replace(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cache {location!r}: cannot be read ({error}); check the URI, credentials and network"
+        ) from error
+    return folder
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a set of records needs, in the order it is met; the pictures themselves are not kept.
+
+    Attributes:
+        tasks: of each record.
+        prompts: key -> prompt.
+        pictures: keys of sources and targets.
+        prompt_row: each record's row in `prompts`; `source_row` and `target_row` in `pictures`, or -1.
+    """
+
+    tasks: list[str]
+    prompts: dict[str, str]
+    pictures: dict[str, int]
+    prompt_row: list[int]
+    source_row: list[int]
+    target_row: list[int]
+
+
+def wanted_by(records: Iterable[Record], targets: bool) -> Wanted:
+    """Read records once and note what they need encoded."""
+    found = Wanted([], {}, {}, [], [], [])
+    rows: dict[str, int] = {}
+    for record in records:
+        key = key_of(record.prompt)
+        found.prompts.setdefault(key, record.prompt)
+        found.tasks.append(record.task)
+        found.prompt_row.append(rows.setdefault(key, len(rows)))
+        for picture, where in (
+            (record.source, found.source_row),
+            (record.target if targets else None, found.target_row),
+        ):
+            place = -1 if picture is None else found.pictures.setdefault(key_of(picture), len(found.pictures))
+            where.append(place)
+    return found
+
+
+def _pictures(records: Iterable[Record], targets: bool) -> Iterator[tuple[str, tuple[bytes, str]]]:
+    for record in records:
+        for name in ("source", "target") if targets else ("source",):
+            data = getattr(record, name)
+            if data is not None:
+                yield key_of(data), (data, f"record {record.id!r}, {name}")
+
+
+def encode_cached(
+    backbone: Backbone,
+    stream: Callable[[], Iterable[Record]],
+    height: int,
+    width: int,
+    cache: EncodingCache,
+    base_key: str,
+    targets: bool,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> EncodedRecords:
+    """Encode records through a cache: what it lacks is encoded and added, by several workers together if there are.
+
+    The result equals `encode_records` of the same records to the bit; rows stay on disk until they are asked for.
+
+    Args:
+        backbone: the model family whose encoders are used; not called if nothing is missing.
+        stream: gives the records anew each time, in one order; no more than a shard's pictures are kept.
+        height: of the pictures; must suit the back end.
+        width: of the pictures.
+        cache: where encodings lie.
+        base_key: identity of the base (its encoders).
+        targets: whether target images are encoded too.
+        share: this worker's number and how many there are.
+        wait: returns once every worker is done.
+
+    Raises:
+        UserError: if there are no records, a picture cannot be read, or a shard is damaged.
+    """
+    wanted = wanted_by(stream(), targets)
+    if not wanted.tasks:
+        raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
+    groups = fill_cache(backbone, wanted, stream, height, width, cache, base_key, targets, share)
+    wait()
+    prompts = _rows(cache.places(groups[0]), list(wanted.prompts), cache.folder)
+    shape = tuple(backbone.latent_shape(height, width))
+    pictures = _rows(cache.places(groups[1]), list(wanted.pictures), cache.folder, shape)
+    return EncodedRecords(
+        wanted.tasks, prompts, torch.tensor(wanted.prompt_row), pictures, torch.tensor(wanted.source_row),
+        pictures, torch.tensor(wanted.target_row), height, width,
+    )  # fmt: skip
+
+
+def fill_cache(
+    backbone: Backbone,
+    wanted: Wanted,
+    stream: Callable[[], Iterable[Record]],
+    height: int,
+    width: int,
+    cache: EncodingCache,
+    base_key: str,
+    targets: bool,
+    share: tuple[int, int],
+) -> tuple[str, str]:
+    """Encode this worker's share of what a cache lacks; returns the groups of prompts and pictures."""
+    prompts = f"prompts-{content_key(base_key)}"
+    pictures = f"pictures-{content_key(base_key, height, width)}"
+    _fill(
+        cache,
+        prompts,
+        list(wanted.prompts),
+        lambda: iter(wanted.prompts.items()),
+        backbone.encode_prompts,
+        BATCH,
+        share,
+    )
+    _fill(
+        cache, pictures, list(wanted.pictures), lambda: _pictures(stream(), targets),
+        picture_encoder(backbone, height, width), picture_batch(height, width), share,
+    )  # fmt: skip
+    return prompts, pictures
+
+
+def _rows(
+    places: dict[str, tuple[Path, int]], keys: list[str], folder: Path, shape: tuple[int, ...] | None = None
+) -> CachedRows:
+    missing = sum(key not in places for key in keys)
+    if missing:
+        raise UserError(f"{folder}: {missing} of {len(keys)} encodings are missing; did a worker fail? Run it again")
+    if shape is None:
+        with safe_open(places[keys[0]][0], framework="pt") as file:
+            shape = tuple(file.get_slice("rows").get_shape()[1:])
+    return CachedRows([places[key] for key in keys], (len(keys), *shape))
+
+
+def _fill(
+    cache: EncodingCache,
+    group: str,
+    keys: list[str],
+    items: Callable[[], Iterator[tuple[str, object]]],
+    encode: Callable[[list], Tensor],
+    batch: int,
+    share: tuple[int, int],
+) -> None:
+    """Encode what a group lacks of `keys`, shard by shard.
+
+    All workers cut all keys into the same shards, whatever is there already, and each takes every n-th.
+    """
+    worker, workers = share
+    there = cache.places(group)
+    if all(key in there for key in keys):
+        return
+    size = _shard_rows(encode, items, batch)
+    shard_of = {key: number // size for number, key in enumerate(keys)}
+    mine = {key: n for key, n in shard_of.items() if n % workers == worker and key not in there}
+    left = _counts(mine.values())
+    waiting: dict[int, dict[str, object]] = {}
+    done, told = 0, time.monotonic()
+    log.info("%s: encoding %d of %d in %d shards", group, len(mine), len(keys), len(left))
+    for key, item in items():
+        number = mine.pop(key, None)
+        if number is None:
+            continue
+        shard = waiting.setdefault(number, {})
+        shard[key] = item
+        if len(shard) == left[number]:
+            del waiting[number]
+            cache.write(group, list(shard), torch.cat(list(encode_in_batches(encode, list(shard.values()), batch))))
+            done += len(shard)
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                log.info("%s: %d encoded, %d left", group, done, len(mine))
+
+
+def _counts(values: Iterable[int]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _shard_rows(encode: Callable[[list], Tensor], items: Callable[[], Iterator], batch: int) -> int:
+    """Rows of a shard: whole batches, so many that it is about `SHARD_BYTES` large."""
+    _, first = next(items())
+    row = next(encode_in_batches(encode, [first], batch))[0]
+    most = min(MOST_ROWS, SHARD_BYTES // (row.numel() * row.element_size()))
+    return max(1, most // batch) * batch

@@ -1,0 +1,204 @@
+"""The shared cache of encodings: bit for bit what encoding gives, filled by several, never half, found by content."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from danceopd import cli, steps
+from danceopd.data import cache as cache_module
+from danceopd.data.assemble import open_dataset
+from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache, fill_cache, wanted_by
+from danceopd.data.encoded import encode_records
+from danceopd.errors import UserError
+from danceopd.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def records(small_data):
+    return open_dataset(small_data).records("train")
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of one batch each, so that a few records make several."""
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1)
+
+
+class Deaf:
+    """A back end that cannot encode: only the cache can answer."""
+
+    encode_prompts = None
+
+    def latent_shape(self, height, width):
+        return (64, 48)
+
+
+def through(folder, backbone, records, targets=True, share=(0, 1), key="k", size=64):
+    return encode_cached(backbone, lambda: iter(records), size, size, EncodingCache(folder), key, targets, share)
+
+
+def all_of(encoded, name):
+    rows = getattr(encoded, f"{name}_row")
+    return getattr(encoded, f"{name}s")[rows[rows >= 0]]
+
+
+def test_a_cache_gives_what_encoding_gives_to_the_bit(backbone, records, tmp_path, small_shards):
+    plain = encode_records(backbone, records, 64, 64, None, "k", targets=True)
+    cached = through(tmp_path, backbone, records)
+    assert cached.tasks == plain.tasks
+    assert cached.targets.shape[1:] == tuple(plain.targets.shape[1:])
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 4
+    for name in ("prompt", "source", "target"):
+        assert torch.equal(all_of(cached, name), all_of(plain, name))
+        assert torch.equal(getattr(cached, f"{name}_row") >= 0, getattr(plain, f"{name}_row") >= 0)
+    edit = [row for row in range(len(records)) if plain.source_row[row] >= 0][3:7]
+    one, other = cached.condition(edit), plain.condition(edit)
+    assert torch.equal(one.prompt, other.prompt)
+    assert torch.equal(one.source, other.source)
+    assert torch.equal(cached.subset(edit).target([1, 2]), plain.subset(edit).target([1, 2]))
+    assert torch.equal(cached.prompts[:, :1, :2], plain.prompts[:, :1, :2])
+
+
+def test_what_was_encoded_in_other_company_is_the_same(backbone, records, tmp_path):
+    through(tmp_path, backbone, records[5:9])
+    plain = encode_records(backbone, records, 64, 64, None, "k", targets=True)
+    cached = through(tmp_path, backbone, records)
+    for name in ("prompt", "source", "target"):
+        assert torch.equal(all_of(cached, name), all_of(plain, name))
+
+
+def test_it_is_read_without_an_encoder_and_hangs_on_content_model_and_size(backbone, records, tmp_path):
+    through(tmp_path, backbone, records)
+    again = through(tmp_path, Deaf(), list(reversed(records))[:7])
+    assert again.tasks == [r.task for r in reversed(records)][:7]
+    changed = [replace(records[0], prompt="another wish"), *records[1:]]
+    for other, options in ((changed, {}), (records, {"key": "another base"}), (records, {"size": 32})):
+        with pytest.raises((TypeError, AttributeError)):
+            through(tmp_path, Deaf(), other, **options)
+
+
+def test_workers_share_the_work_and_make_one_cache(backbone, records, tmp_path, small_shards):
+    wanted = wanted_by(records, True)
+    made = []
+    for worker in (1, 0, 2):
+        before = set(tmp_path.rglob("*.safetensors"))
+        groups = fill_cache(backbone, wanted, lambda: iter(records), 64, 64, EncodingCache(tmp_path), "k", True,
+                            (worker, 3))  # fmt: skip
+        made.append(len(set(tmp_path.rglob("*.safetensors")) - before))
+        if worker != 2:
+            assert not set(wanted.pictures) <= set(EncodingCache(tmp_path).places(groups[1]))
+    assert min(made) > 0
+    through(tmp_path, Deaf(), records)
+    alone = tmp_path / "alone"
+    fill_cache(backbone, wanted, lambda: iter(records), 64, 64, EncodingCache(alone), "k", True, (0, 1))
+    names = sorted(p.relative_to(alone) for p in alone.rglob("*.safetensors"))
+    assert all((tmp_path / name).read_bytes() == (alone / name).read_bytes() for name in names)
+
+
+def test_work_that_was_stopped_is_gone_on_with(backbone, records, tmp_path, small_shards, monkeypatch):
+    class Tired:
+        """Encodes two batches of pictures."""
+
+        calls = 0
+
+        def __getattr__(self, name):
+            return getattr(backbone, name)
+
+        def encode_images(self, pixels):
+            self.calls += 1
+            if self.calls > 3:
+                raise KeyboardInterrupt
+            return backbone.encode_images(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        through(tmp_path, Tired(), records)
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert any("pictures" in str(path) for path in done)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    through(tmp_path, backbone, records)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+def test_a_damaged_shard_is_named_and_its_loss_mended(backbone, records, tmp_path):
+    through(tmp_path, backbone, records)
+    rows = EncodingCache(tmp_path).write_index()
+    assert sum(rows.values()) == len(wanted_by(records, True).prompts) + len(wanted_by(records, True).pictures)
+    shard = next(tmp_path.glob("pictures-*/*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"damaged \(.* the index says .*delete it"):
+        through(tmp_path, backbone, records)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        through(tmp_path, backbone, records)
+    shard.unlink()
+    through(tmp_path, backbone, records)
+    assert shard.is_file()
+
+
+def test_a_worker_that_is_missing_is_noticed(backbone, records, tmp_path, small_shards):
+    with pytest.raises(UserError, match="encodings are missing; did a worker fail"):
+        through(tmp_path, backbone, records, share=(0, 2))
+    with pytest.raises(UserError, match="no records to encode"):
+        through(tmp_path, backbone, [])
+
+
+def test_values_that_bfloat16_holds_take_half_the_bytes(tmp_path):
+    cache = EncodingCache(tmp_path)
+    exact, fine = torch.randn(4, 8).bfloat16().float(), torch.randn(4, 8)
+    for name, rows, dtype in (("exact", exact, "BF16"), ("fine", fine, "F32")):
+        path = cache.write(name, list("abcd"), rows)
+        with safe_open(path, framework="pt") as file:
+            assert file.get_slice("rows").get_dtype() == dtype
+        places = list(cache.places(name).values())
+        assert torch.equal(cache_module.CachedRows(places, (4, 8))[torch.arange(4)], rows)
+
+
+def test_a_cache_in_an_object_store_is_brought_here(backbone, records, tmp_path):
+    import fsspec
+
+    through(tmp_path / "made", backbone, records)
+    EncodingCache(tmp_path / "made").write_index()
+    fsspec.filesystem("memory").put(str(tmp_path / "made"), "/shared", recursive=True)
+    folder = fetch_cache("memory://shared", tmp_path / "work")
+    through(folder, Deaf(), records)
+    assert fetch_cache("memory://shared", tmp_path / "work") == folder
+    assert fetch_cache(str(tmp_path), tmp_path / "work") == tmp_path
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["danceopd", "data", "cache", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.slow
+def test_training_is_the_same_with_a_cache_made_by_the_command(tiny_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [f"model.base={tiny_base}", "data.world={t2i: {train: 6, val: 2}, local_edit: {train: 6, val: 2}}",
+                "tasks={t2i: {teacher: base, needs_source: false, metrics: [psnr]}, "
+                "local_edit: {teacher: base, needs_source: true, metrics: [psnr]}}",
+                "teachers={base: {kind: base}}", "distill.steps=2", "distill.batch=4", "distill.rollout_steps=2",
+                "distill.select=null", "distill.start=base"]  # fmt: skip
+    options = [option for setting in settings for option in ("--set", setting)]
+    for worker in ("0/2", "1/2"):
+        assert run_command(monkeypatch, "--out", "shared", "--worker", worker, "--workspace", "w", *options) == 0
+    assert "rows" in capsys.readouterr().out
+    made = sorted(p.name for p in (tmp_path / "shared").rglob("*.safetensors"))
+    losses = []
+    for more in ([], [f"cache={tmp_path / 'shared'}"]):
+        recipe = load_recipe("world", settings + more)
+        base, data = steps.resolve_base(recipe, tmp_path / "w"), steps.build_data(recipe, tmp_path / "w")
+        teachers = {"base": steps.finetune_teacher(recipe, "base", base, data, tmp_path / "w")}
+        place = tmp_path / f"w{len(losses)}"
+        student = steps.distill_student(recipe, base, data, teachers, place)
+        losses.append((student.facts["loss"], student.digest))
+    assert losses[0] == losses[1]
+    assert sorted(p.name for p in (tmp_path / "shared").rglob("*.safetensors")) == made  # nothing was missing
+    assert run_command(monkeypatch, "--out", "x", "--worker", "2/2") == 2
+    assert "write K/N with 0 <= K < N" in capsys.readouterr().err
