@@ -10,7 +10,7 @@ from danceopd.errors import UserError
 
 
 def set_attention(network: nn.Module, backend: str) -> None:
-    """Let a diffusers transformer use this attention backend; diffusers makes it the whole process's, teachers included.
+    """Let a diffusers transformer use this attention backend; diffusers makes it the process's, teachers included.
 
     Raises:
         UserError: for a name diffusers does not know, or a backend whose packages are not here.
