@@ -372,6 +372,7 @@ def test_a_folder_of_captioned_pictures(tmp_path):
     (record,) = records_of(tmp_path / "out")
     assert (record.task, record.prompt, record.source) == ("t2i", "a calm sea", None)
     assert set(report["dropped"]["refused"]) == {"prompt-missing", "prompt-not-utf8"}
+    assert "(two.png): has no prompt" in report["dropped"]["refused"]["prompt-missing"]["examples"][0]
 
 
 def test_a_folder_with_metadata_and_an_object_store(tmp_path):
@@ -406,7 +407,7 @@ def test_webdataset_shards_of_captions_and_of_pairs(tmp_path):
     path = write_tar(tmp_path / "shard-0.tar", files)
     report = run_import(settings("webdataset", [path], tasks=["style=global_edit"]), tmp_path / "out")
     drawing, edit = records_of(tmp_path / "out")
-    assert (drawing.task, drawing.target) == ("t2i", source)
+    assert (drawing.task, drawing.target, drawing.facts()["__key__"]) == ("t2i", source, "000")
     assert (edit.task, edit.prompt, edit.source, edit.target) == ("global_edit", "as an etching", source, target)
     assert set(report["dropped"]["refused"]) == {"line-not-json"}
     data = path.read_bytes()

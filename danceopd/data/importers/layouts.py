@@ -21,7 +21,8 @@ class Layout:
         name: as the command line calls it.
         reads: what holds the rows: Parquet files, folders of pictures, or tar files.
         columns: for each of id, prompt, source, target and kind the columns it may have, the first that is there
-            counts. `kind` is the kind of edit; without one every row is of the kind "(none)".
+            counts. Ids must be unique over all files; where there is none the content makes one. `kind` is the kind of
+            edit; without one every row is of the kind "(none)".
         carried: columns kept in the provenance where they are there: scores, licences, safety.
         rules: kind of edit -> task.
         kind_from_file: the file's name tells the kind (`remove_part3.parquet`).
@@ -59,7 +60,7 @@ _LAYOUTS = (
     Layout(
         "ultraedit",
         "parquet",
-        {"id": ("id", "idx"), "kind": ("edit_type", "edit_task", "task"), "prompt": ("edit_prompt",),
+        {"id": (), "kind": ("edit_type", "edit_task", "task"), "prompt": ("edit_prompt",),
          "source": ("source_image",), "target": ("edited_image",)},
         carried=("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image", "dinov2_sim", "ssim",
                  "source_caption", "target_caption"),
@@ -104,12 +105,12 @@ _LAYOUTS = (
     Layout(
         "webdataset",
         "tar",
-        {"id": ("id", "key", "__key__"), "kind": ("kind", "edit_type", "task"),
+        {"id": (), "kind": ("kind", "edit_type", "task"),
          "prompt": ("edited_prompt_list", "instruction", "edit_prompt", "prompt", "caption", "text", "txt"),
          "source": ("src_img", "source_image", "source_img", "source", "input", "original_image"),
          "target": ("edited_img", "edited_image", "target_image", "target_img", "target", "output", "jpg", "jpeg",
                     "png", "webp")},
-        carried=("sc_score_1", "sc_score_2", "pq_score", "o_score"),
+        carried=("__key__", "id", "sc_score_1", "sc_score_2", "pq_score", "o_score"),
         rules={CAPTION: DRAW},
         pairs=False,
         about="tar shards of files that share a stem, as WebDataset writes them",

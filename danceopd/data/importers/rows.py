@@ -120,8 +120,10 @@ def read_rows(spec: ImportSpec, files: list[InputFile], start: tuple[int, int] =
             where = f"{files[number].name}, row {row}"
             if isinstance(values, Refused):
                 yield RawRow(number, row, where, {}, values)
-            else:
-                yield RawRow(number, row, where, values)
+                continue
+            if isinstance(values["target"], str):
+                where += f" ({values['target']})"
+            yield RawRow(number, row, where, values)
 
 
 def _roles(spec: ImportSpec, values: dict[str, Any]) -> dict[str, Any]:

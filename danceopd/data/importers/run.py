@@ -31,7 +31,7 @@ from danceopd.files import hash_file, read_json, write_json
 
 log = logging.getLogger(__name__)
 JOURNAL, REPORT = "journal.jsonl", "import.json"
-GROUP_ROWS = 32  # of a row group: what the writer keeps in memory
+GROUP_ROWS, GROUP_BYTES = 32, 16_000_000  # of a row group, whichever comes first: what the writer keeps in memory
 TELL_EVERY = 30.0  # seconds
 
 
@@ -139,7 +139,7 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path = path.with_name(path.name + ".new")
-        self.rows = self.bytes = 0
+        self.rows = self.bytes = self._written = 0
         self._waiting: list[Record] = []
         # As `write_shard` does: no codec, so that equal records give equal bytes.
         self._writer = pq.ParquetWriter(
@@ -151,13 +151,13 @@ class ShardWriter:
         self._waiting.append(record)
         self.rows += 1
         self.bytes += sum(len(picture) for picture in (record.source, record.target) if picture)
-        if len(self._waiting) == GROUP_ROWS:
+        if len(self._waiting) == GROUP_ROWS or self.bytes - self._written >= GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._waiting:
             self._writer.write_table(to_table(self._waiting), row_group_size=GROUP_ROWS)
-            self._waiting = []
+            self._waiting, self._written = [], self.bytes
 
     def close(self) -> None:
         """Write what is left and the file's end."""
@@ -198,8 +198,8 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
         raise UserError(f"{out}: none of {journal.tally.rows} rows was kept ({_counts(reasons)}); {said}")
     report = _report(spec, journal, header)
     write_json(journal.folder / REPORT, report)
-    (journal.folder / JOURNAL).unlink()
     journal.folder.replace(out)
+    (out / JOURNAL).unlink()
     return report
 
 
