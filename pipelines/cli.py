@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,10 @@ import typer
 from rich.console import Console
 
 from components.image import IMAGE
+from danceopd.errors import UserError
 from danceopd.recipe import load_recipe
+from danceopd.tracking import ENVIRONMENT
+from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
 from pipelines.one_line import one_line_errors
 
@@ -19,6 +23,9 @@ PLAIN_WIDTH = 110  # of a table that goes to a file
 
 app = typer.Typer(no_args_is_help=True, help="The whole chain as one Kubeflow pipeline.")
 app.add_typer(champion_app, name="champion")
+app.command()(server.upload)
+app.command()(server.changed)
+app.add_typer(server.schedule_app, name="schedule")
 
 
 @app.command()
@@ -27,8 +34,28 @@ def run(
     overrides: Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")] = [],  # noqa: B006
     workspace: Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget earlier products and run every step")] = False,
+    if_changed: Annotated[
+        bool, typer.Option("--if-changed", help="only if recipe, code or data changed since the champion")
+    ] = False,
+    data: server.DataOption = None,
+    tracking_uri: server.StoreOption = None,
+    host: Annotated[str | None, typer.Option(help="run there: address of a Kubeflow Pipelines server")] = None,
+    namespace: server.NamespaceOption = None,
+    experiment: server.ExperimentOption = None,
+    name: Annotated[str | None, typer.Option(help="of the run there; default: recipe and time")] = None,
+    package: server.PackageOption = None,
+    pipeline: server.PipelineOption = None,
+    image: server.ImageOption = None,
+    params: server.ParamOption = [],  # noqa: B006
+    service_account: server.AccountOption = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="show its steps to the end; exit code says how it ended")
+    ] = False,
 ) -> None:
-    """Run the chain here, from data to a registered student; what is unchanged is not run again."""
+    """Run the chain, here or with --host on a cluster; what is unchanged is not run again.
+
+    Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 75: the followed server went away.
+    """
     from pipelines.compile import compile_pipeline
     from pipelines.local import StepFailed, run_local
     from pipelines.options import PipelineOptions
@@ -36,7 +63,21 @@ def run(
 
     with one_line_errors():
         loaded = load_recipe(recipe, overrides)
+        told = server.Submission(
+            namespace, experiment, name, package, pipeline, image, service_account, tuple(params), follow
+        )
+        if host is not None:
+            if workspace is not None or fresh:
+                raise UserError("--workspace, --fresh: only for a run here; with --host use --param workspace=...")
+            raise typer.Exit(server.run_on_server(host, loaded, told, data, tracking_uri, if_changed))
+        told.refuse_without_host()
+        if data is not None and not if_changed:
+            raise UserError("--data: only with --host or --if-changed; a run here reads the repository's data.dvc")
+        if tracking_uri:
+            os.environ[ENVIRONMENT] = tracking_uri  # the steps of a run here take it from there
         place = workspace or Path("runs") / loaded.name
+        if if_changed and server.unchanged_here(loaded, place, data, tracking_uri):
+            return
         try:
             outcome = run_local(loaded, place, fresh)
         except StepFailed as error:
