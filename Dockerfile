@@ -1,5 +1,6 @@
-# The image every step runs in. The base must bring Python 3.11 with its venv module:
-#   docker build --build-arg BASE_IMAGE=... --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+# The image every step runs in, for CUDA as it stands, for CPU by an argument:
+#   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
+# Another base (BASE_IMAGE) must bring Python 3.11 with its venv module.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
@@ -17,7 +18,9 @@ WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN python3 -m venv /opt/danceopd \
     && python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
-    && /opt/danceopd/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -c constraints.txt -r requirements.txt
+    && /opt/danceopd/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -c constraints.txt -r requirements.txt \
+    && find /opt/danceopd/lib -type d \( -name tests -o -path '*/torch/test' -o -path '*/torch/include' \) -prune \
+        -exec rm -r {} +
 
 COPY LICENSE README.md ./
 COPY danceopd danceopd
@@ -31,10 +34,12 @@ RUN /opt/danceopd/bin/pip install --no-deps --no-build-isolation . \
 
 FROM ${BASE_IMAGE}
 
+ARG BASE_IMAGE
 ARG REVISION=""
 LABEL org.opencontainers.image.title="danceopd" \
       org.opencontainers.image.description="On-policy distillation of several image models into one student" \
       org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.revision="${REVISION}"
 
 # Group 0 may write the workspace, so that a platform that picks the user id itself works too.
@@ -59,5 +64,7 @@ ENV PATH=/opt/danceopd/bin:${PATH} \
     PYTHONUNBUFFERED=1
 WORKDIR /workspace
 USER 1000:0
+# For Docker and its like; Kubernetes has probes of its own, and a job's pod needs none.
+HEALTHCHECK --interval=5m --timeout=60s CMD ["danceopd", "--version"]
 ENTRYPOINT ["danceopd"]
 CMD ["--help"]
