@@ -506,9 +506,7 @@ def distill_student(
     return _make(workspace, STUDENTS, recipe.name, inputs, build, together=True)
 
 
-def student_folder(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
-) -> Path:
+def student_folder(recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path) -> Path:
     """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
 
     Raises:
