@@ -59,6 +59,11 @@ def write_checked(
     write_json(Path(pod_nodes), found.pod["nodes"])
 
 
+def of_each_teacher(recipe: Recipe, found: Checked) -> list[dict[str, str]]:
+    """What the step that makes a teacher is given, a teacher each."""
+    return [{"teacher": name, "recipe": found.recipe, "revision": found.revision} for name in recipe.teachers]
+
+
 def inputs_revision(recipe: Recipe, workspace: Path | None = None, tracking_uri: str = "") -> str:
     """A name for all that a run reads: its data, a base and teachers that lie in folders here, a registered champion.
 

@@ -76,8 +76,9 @@ def build_pipeline(options: PipelineOptions) -> Callable:
             base = place(resolve_base(recipe=settled, **common)).outputs["base"]
             data = place(build_data(recipe=settled, **common)).outputs["data"]
             start = {"recipe": settled, "base": base, "data": data, **common}
-            with dsl.ParallelFor(check.outputs["Output"]) as teacher:
-                field = place(finetune(teacher=teacher, tracking_uri=tracking_uri, **start)).outputs["field"]
+            with dsl.ParallelFor(check.outputs["Output"]) as each:
+                of_it = {"teacher": each.teacher, "recipe": each.recipe, "data_revision": each.revision}
+                field = place(finetune(tracking_uri=tracking_uri, **start | of_it)).outputs["field"]
             # a Collected is used up by its one consumer, so each gets its own
             training = place(distill(teachers=dsl.Collected(field), job=_job(own, options), **way, **start))
             _size(training, check, own)

@@ -2,7 +2,7 @@
 
 kfp reads the annotations themselves and pastes the function's source into the pipeline: no postponed annotations
 here, and every import the body needs inside it. The teachers are the step's plain output because kfp's local runner
-loops over no other.
+loops over no other, and each brings recipe and revision along because that runner hands a loop nothing else of a step.
 """
 
 from kfp import dsl
@@ -50,12 +50,12 @@ def check_recipe(
         pod_nodes: labels of the nodes it may run on.
 
     Returns:
-        Names of the teachers.
+        For each teacher its name (`teacher`) with `recipe` and `revision`, as settled.
     """
-    from components.checking import check, write_checked
+    from components.checking import check, of_each_teacher, write_checked
     from components.running import running
 
     with running("check-recipe", recipe, workspace, overrides=overrides) as step:
         found = check(step, data_revision, tracking_uri, distill_on, nodes, gpus, placement)
         write_checked(found, resolved, revision, pod_gpus, pod_cpu, pod_memory, pod_nodes)
-        return list(step.recipe.teachers)
+        return of_each_teacher(step.recipe, found)

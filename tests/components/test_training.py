@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components import training
-from components.checking import check, inputs_revision, write_checked
+from components.checking import check, inputs_revision, of_each_teacher, write_checked
 from components.running import RUN_ID, Step
 from components.training import Way, job_commands, job_name, own_pod_command, pod_of, train_student
 from danceopd import steps
@@ -74,12 +74,15 @@ def test_wishes_that_do_not_fit(way, message):
 
 def test_the_check_settles_recipe_revision_and_pod(step, tmp_path):
     names = ("resolved", "revision", "gpus", "cpu", "memory", "nodes")
-    write_checked(check(step, "", "step", 1, 8, GPUS), *(str(tmp_path / "out" / name) for name in names))
+    found = check(step, "", "step", 1, 8, GPUS)
+    write_checked(found, *(str(tmp_path / "out" / name) for name in names))
     written = {name: (tmp_path / "out" / name).read_text() for name in names}
     assert written["resolved"] == RECIPE.model_dump_json()
     assert written["revision"] == inputs_revision(RECIPE) == step.results["data_revision"]
     assert (written["gpus"], written["cpu"], written["memory"]) == ("8", "96", "800Gi")
     assert read_json(tmp_path / "out" / "nodes") == {"pool": "a"}
+    each = [{"teacher": name, "recipe": found.recipe, "revision": found.revision} for name in RECIPE.teachers]
+    assert of_each_teacher(RECIPE, found) == each
     assert check(step, "given", "step", 1, 0, CPUS).revision == "given"
 
 

@@ -111,6 +111,9 @@ def test_teachers_fan_out_and_are_collected(plain):
     [fan] = [task for name, task in chain.items() if name.startswith("for-loop")]
     item = fan["inputs"]["parameters"]["pipelinechannel--check-recipe-Output"]["taskOutputParameter"]
     assert item["producerTask"] == "check-recipe"
+    given = loop["finetune"]["inputs"]["parameters"]
+    for name, part in {"teacher": "teacher", "recipe": "recipe", "data_revision": "revision"}.items():
+        assert f'["{part}"]' in given[name]["parameterExpressionSelector"], "a loop gets nothing else of a step"
     for step in ("distill", "evaluate", "register"):
         teachers = chain[step]["inputs"]["artifacts"]["teachers"]["taskOutputArtifact"]
         assert teachers["producerTask"].startswith("for-loop")
