@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,12 +17,13 @@ AGAIN = 75
 PYTHON = (sys.executable, "-m")
 
 
-def hand_over(what: str, arguments: Sequence[str]) -> None:
+def hand_over(what: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
     """Run `python -m ...` and wait for it; SIGTERM and SIGINT to this process go to it.
 
     Args:
         what: it does, for messages.
         arguments: module and its arguments.
+        variables: of its environment, beside this process's own.
 
     Raises:
         UserError: if it ended with 2: it has said why.
@@ -29,7 +31,11 @@ def hand_over(what: str, arguments: Sequence[str]) -> None:
         RuntimeError: if it ended in any other way but well.
     """
     # A session of its own: whoever signals the whole group of this process is heard once, through us.
-    with subprocess.Popen([*PYTHON, *arguments], start_new_session=True) as child, _passing_signals(child):
+    environment = {**os.environ, **(variables or {})}
+    with (
+        subprocess.Popen([*PYTHON, *arguments], env=environment, start_new_session=True) as child,
+        _passing_signals(child),
+    ):
         code = child.wait()
     if code == BAD_INPUT:
         raise UserError(f"{what}: bad input; the line above says what and how to mend it")

@@ -20,6 +20,7 @@ import yaml
 from components.commands import hand_over
 from components.running import RUN_ID, Step
 from danceopd import steps
+from danceopd.devices import usable_cores
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import write_atomic
 from danceopd.steps import Product
@@ -104,7 +105,8 @@ def train_student(
     if not (folder / steps.STEP).is_file():
         recipe = _recipe_file(step)
         if way.on == STEP:
-            hand_over(f"training on {way.gpus} GPUs", own_pod_command(way, recipe, step.workspace))
+            threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // way.gpus))}
+            hand_over(f"training on {way.gpus} GPUs", own_pod_command(way, recipe, step.workspace), threads)
         else:
             _train_by_job(step, way, job, recipe)
     return steps.open_product(folder)

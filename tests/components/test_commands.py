@@ -43,8 +43,8 @@ def test_the_end_of_the_command_is_the_steps(code, error, message):
     assert code != 75 or caught.value.code == 75
 
 
-def test_a_command_that_ends_well_says_nothing():
-    assert hand_over("training", ["pass"]) is None
+def test_a_command_that_ends_well_says_nothing_and_has_its_variables():
+    assert hand_over("training", ["import os; assert os.environ['HERE'] == '1'"], {"HERE": "1"}) is None
 
 
 def test_a_signal_to_the_step_goes_to_the_command_and_handlers_are_put_back(tmp_path):

@@ -39,8 +39,8 @@ def handed(monkeypatch, step, products) -> list[list[str]]:
     """What a step would run, which then makes the student."""
     commands: list[list[str]] = []
 
-    def make(what: str, command: list[str]) -> None:
-        commands.append(command)
+    def make(what: str, command: list[str], variables: dict[str, str] | None = None) -> None:
+        commands.append([*(f"{name}={value}" for name, value in (variables or {}).items()), *command])
         folder = steps.student_folder(RECIPE, *products, step.workspace)
         write_json(folder / steps.STEP, {"digest": "made", "facts": {}})
 
@@ -86,9 +86,11 @@ def test_the_check_settles_recipe_revision_and_pod(step, tmp_path):
     assert check(step, "given", "step", 1, 0, CPUS).revision == "given"
 
 
-def test_several_gpus_of_the_pod_get_a_process_each(step, products, handed):
+def test_several_gpus_of_the_pod_get_a_process_each_and_share_its_cores(step, products, handed, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "10")
     assert train_student(step, *products, Way(gpus=4), {}).digest == "made"
-    [command] = handed
+    [[threads, *command]] = handed
+    assert threads == "OMP_NUM_THREADS=2"
     recipe = Path(command[command.index("--recipe") + 1])
     assert command == own_pod_command(Way(gpus=4), recipe, step.workspace)
     assert command[:6] == ["danceopd.launch", "--standalone", "--nproc-per-node", "4", "-m", "danceopd"]
@@ -130,6 +132,6 @@ def test_a_job_is_named_after_its_run(monkeypatch):
 
 
 def test_a_training_that_left_no_student_is_said(step, products, monkeypatch):
-    monkeypatch.setattr(training, "hand_over", lambda what, command: None)
+    monkeypatch.setattr(training, "hand_over", lambda *_: None)
     with pytest.raises(UserError, match="no finished step there"):
         train_student(step, *products, Way(gpus=2), {})
