@@ -16,6 +16,7 @@ from danceopd.errors import UserError, unknown_name
 
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous
+LAUNCHER = ("python", "-m", "danceopd.launch", "-m", "danceopd")  # torchrun with the workers' exit codes
 RUNTIME = "danceopd"  # the TrainingRuntime of manifests/base
 CONTAINER, TRAINER = "danceopd", "node"  # the second is what Kubeflow Trainer looks for
 RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -104,7 +105,7 @@ class JobPlan:
 
     @property
     def together(self) -> bool:
-        """Whether several processes train it, so that torchrun starts them."""
+        """Whether several processes train it, so that a launcher starts them."""
         return self.nodes * self.processes > 1 or self.kind == "TrainJob"
 
 
@@ -127,7 +128,7 @@ def command(plan: JobPlan) -> dict[str, list[str]]:
     """The container's `args`, with a `command` where the image's own (`danceopd`) does not do."""
     args = [plan.step, *filter(None, [plan.teacher]), "--recipe", plan.recipe, "--workspace", plan.workspace]
     args += [word for setting in plan.overrides for word in ("--set", setting)]
-    return {"command": ["torchrun", "-m", "danceopd"], "args": args} if plan.together else {"args": args}
+    return {"command": list(LAUNCHER), "args": args} if plan.together else {"args": args}
 
 
 def job(plan: JobPlan) -> dict:
