@@ -24,6 +24,7 @@ from danceopd.devices import usable_cores
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import write_atomic
 from danceopd.steps import Product
+from danceopd.tracking import ENVIRONMENT
 
 STEP, JOB, TRAIN_JOB = "step", "Job", "TrainJob"
 WAYS = (STEP, JOB, TRAIN_JOB)
@@ -81,8 +82,9 @@ def pod_of(way: Way, placement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_student(
-    step: Step, base: Product, data: Product, teachers: dict[str, Product], way: Way, job: Mapping[str, Any]
-) -> Product:
+    step: Step, base: Product, data: Product, teachers: dict[str, Product], way: Way, job: Mapping[str, Any],
+    tracking_uri: str = "",
+) -> Product:  # fmt: skip
     """The student: found, or trained where the run says.
 
     Args:
@@ -92,6 +94,8 @@ def train_student(
         teachers: by name.
         way: how the run distills.
         job: options of `danceopd job render` that say what a job's pods are and take.
+        tracking_uri: where other processes of this pod find a champion; a job's pods know from the ConfigMap
+            `danceopd-tracking`; empty: as this process does.
 
     Raises:
         UserError: for bad input.
@@ -105,8 +109,9 @@ def train_student(
     if not (folder / steps.STEP).is_file():
         recipe = _recipe_file(step)
         if way.on == STEP:
-            threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // way.gpus))}
-            hand_over(f"training on {way.gpus} GPUs", own_pod_command(way, recipe, step.workspace), threads)
+            variables = {"OMP_NUM_THREADS": str(max(1, usable_cores() // way.gpus))}
+            variables |= {ENVIRONMENT: tracking_uri} if tracking_uri else {}
+            hand_over(f"training on {way.gpus} GPUs", own_pod_command(way, recipe, step.workspace), variables)
         else:
             _train_by_job(step, way, job, recipe)
     return steps.open_product(folder)

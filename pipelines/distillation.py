@@ -80,7 +80,8 @@ def build_pipeline(options: PipelineOptions) -> Callable:
                 of_it = {"teacher": each.teacher, "recipe": each.recipe, "data_revision": each.revision}
                 field = place(finetune(tracking_uri=tracking_uri, **start | of_it)).outputs["field"]
             # a Collected is used up by its one consumer, so each gets its own
-            training = place(distill(teachers=dsl.Collected(field), job=_job(own, options), **way, **start))
+            wanted = {"job": _job(own, options), "tracking_uri": tracking_uri, **way}
+            training = place(distill(teachers=dsl.Collected(field), **wanted, **start))
             _size(training, check, own)
             made = {"student": training.outputs["student"], **start}
             evaluation = place(evaluate(teachers=dsl.Collected(field), **made)).outputs["evaluation"]

@@ -20,6 +20,7 @@ def distill(
     gpus: int,
     job: dict,
     workspace: str,
+    tracking_uri: str,
     data_revision: str,
     code_revision: str,
     student: dsl.Output[dsl.Model],
@@ -36,6 +37,7 @@ def distill(
         gpus: of each of them; 0: CPU.
         job: options of `danceopd job render`: what a job's pods are and take.
         workspace: folder all steps share.
+        tracking_uri: MLflow tracking server that may hold a champion; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         student: card of the student.
@@ -46,4 +48,4 @@ def distill(
 
     with running("distill", recipe, workspace) as step:
         given, way = (read_card(base), read_card(data), read_cards(teachers)), Way(distill_on, nodes, gpus)
-        write_card(student, train_student(step, *given, way, job))
+        write_card(student, train_student(step, *given, way, job, tracking_uri))

@@ -74,7 +74,7 @@ def test_wishes_that_do_not_fit(way, message):
 
 def test_the_check_settles_recipe_revision_and_pod(step, tmp_path):
     names = ("resolved", "revision", "gpus", "cpu", "memory", "nodes")
-    found = check(step, "", "step", 1, 8, GPUS)
+    found = check(step, "", "", "step", 1, 8, GPUS)
     write_checked(found, *(str(tmp_path / "out" / name) for name in names))
     written = {name: (tmp_path / "out" / name).read_text() for name in names}
     assert written["resolved"] == RECIPE.model_dump_json()
@@ -83,14 +83,14 @@ def test_the_check_settles_recipe_revision_and_pod(step, tmp_path):
     assert read_json(tmp_path / "out" / "nodes") == {"pool": "a"}
     each = [{"teacher": name, "recipe": found.recipe, "revision": found.revision} for name in RECIPE.teachers]
     assert of_each_teacher(RECIPE, found) == each
-    assert check(step, "given", "step", 1, 0, CPUS).revision == "given"
+    assert check(step, "given", "", "step", 1, 0, CPUS).revision == "given"
 
 
 def test_several_gpus_of_the_pod_get_a_process_each_and_share_its_cores(step, products, handed, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "10")
-    assert train_student(step, *products, Way(gpus=4), {}).digest == "made"
-    [[threads, *command]] = handed
-    assert threads == "OMP_NUM_THREADS=2"
+    assert train_student(step, *products, Way(gpus=4), {}, "http://mlflow").digest == "made"
+    [[threads, store, *command]] = handed
+    assert (threads, store) == ("OMP_NUM_THREADS=2", "MLFLOW_TRACKING_URI=http://mlflow")
     recipe = Path(command[command.index("--recipe") + 1])
     assert command == own_pod_command(Way(gpus=4), recipe, step.workspace)
     assert command[:6] == ["danceopd.launch", "--standalone", "--nproc-per-node", "4", "-m", "danceopd"]
