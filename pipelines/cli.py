@@ -114,6 +114,6 @@ def compile_(
             raise UserError("--namespace and --version are the objects' own; add --kubernetes-manifests")
         options = PipelineOptions(image, load_placement(placement) if placement else Placement())
         objects = Manifests(namespace, version) if manifests else None
-        typer.echo(compile_pipeline(out, options, objects))
+        typer.echo(compile_pipeline(out, options, manifests=objects))
     if not options.by_digest:
         typer.echo(f"danceopd: image {image}: a tag can be moved to another image; best name its digest", err=True)

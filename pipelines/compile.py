@@ -17,7 +17,6 @@ from danceopd.files import content_key, write_atomic
 from pipelines.distillation import build_pipeline
 from pipelines.options import PipelineOptions
 
-PIPELINE = "danceopd"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
 
@@ -74,8 +73,9 @@ def compile_pipeline(
 
 def _names(pipeline: BaseComponent, manifests: Manifests) -> KubernetesManifestOptions:
     specs = [MessageToDict(spec) for spec in (pipeline.pipeline_spec, pipeline.platform_spec)]
-    version = manifests.version or f"{PIPELINE}-{content_key(*specs)}"
+    name = pipeline.pipeline_spec.pipeline_info.name
+    version = manifests.version or f"{name}-{content_key(*specs)}"
     return KubernetesManifestOptions(
-        pipeline_name=PIPELINE, pipeline_version_name=version, pipeline_version_display_name=version,
+        pipeline_name=name, pipeline_version_name=version, pipeline_version_display_name=version,
         namespace=manifests.namespace or None, include_pipeline_manifest=True,
     )  # fmt: skip

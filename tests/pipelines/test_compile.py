@@ -16,7 +16,7 @@ from components.image import IMAGE
 from components.running import RUN_ID
 from danceopd.errors import UserError
 from pipelines.cluster.cli import WORKFLOW
-from pipelines.compile import PIPELINE, Manifests, compile_pipeline
+from pipelines.compile import Manifests, compile_pipeline
 from pipelines.options import MOUNT, PipelineOptions, Threads
 from pipelines.placement import NEEDS, Placement, load_placement
 
@@ -219,13 +219,13 @@ def test_secrets_and_pulls(bare, with_gpu):
 
 def test_objects_for_kubectl_hold_the_same_pipeline(plain, tmp_path):
     def objects(**names) -> tuple[dict, dict]:
-        path = compile_pipeline(tmp_path / "objects.yaml", PipelineOptions(), Manifests(**names))
+        path = compile_pipeline(tmp_path / "objects.yaml", PipelineOptions(), manifests=Manifests(**names))
         return tuple(yaml.safe_load_all(path.read_text()))
 
     pipeline, version = objects(namespace="kubeflow")
     assert {o["apiVersion"] for o in (pipeline, version)} == {"pipelines.kubeflow.org/v2beta1"}
     assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
-    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == PIPELINE
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "danceopd"
     assert version["spec"]["pipelineSpec"] == plain[0]
     platform = version["spec"]["platformSpec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert platform == plain[1] and pipeline["metadata"]["namespace"] == "kubeflow"
