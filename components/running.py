@@ -7,15 +7,17 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import read_json, write_atomic, write_json
-from danceopd.recipe import Recipe, parse_recipe
+from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 
 RUN_ID = "KFP_RUN_ID"
 BAD_INPUT = 2
@@ -45,7 +47,7 @@ def notes_folder(workspace: Path, run: str | None = None) -> Path:
 
 
 @contextmanager
-def running(step: str, recipe: str, workspace: str, part: str = "") -> Iterator[Step]:
+def running(step: str, recipe: str, workspace: str, part: str = "", overrides: Sequence[str] = ()) -> Iterator[Step]:
     """Run a step's body.
 
     A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
@@ -53,16 +55,17 @@ def running(step: str, recipe: str, workspace: str, part: str = "") -> Iterator[
 
     Args:
         step: its name.
-        recipe: as JSON text.
+        recipe: as `read_recipe` takes it.
         workspace: the folder all steps share.
         part: which of several, for a step that runs once per teacher.
+        overrides: of the recipe, each `key.sub=value`.
     """
     label = f"{step} {part}".strip()
     _log_as(label)
     with _one_line_errors():
         folder = _writable(Path(workspace))
         with _noted(label, folder) as results:
-            yield Step(parse_recipe(_load(recipe), "recipe"), folder, results)
+            yield Step(read_recipe(recipe, overrides), folder, results)
 
 
 @contextmanager
@@ -107,11 +110,28 @@ def _log_as(label: str) -> None:
         logger.setLevel(logging.INFO)
 
 
-def _load(recipe: str) -> Any:
+def read_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe as people and steps give it: a shipped one's name, a YAML file, or its text as YAML or JSON.
+
+    Raises:
+        UserError: if it cannot be found or read, or does not fit the models.
+    """
+    if not any(sign in text for sign in "\n:{["):
+        return load_recipe(text.strip(), overrides)
     try:
-        return json.loads(recipe)
-    except json.JSONDecodeError as error:
-        raise UserError(f"recipe: not valid JSON ({error}); give a recipe as JSON text") from error
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        data = _yaml(text)
+    return parse_recipe(apply_overrides(data, overrides), "recipe")
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
+                        ) from error  # fmt: skip
 
 
 def _writable(workspace: Path) -> Path:
@@ -143,9 +163,11 @@ def write_summary(workspace: str, state: str, path: str, **revisions: str) -> No
         workspace: of the run.
         state: how the pipeline ended, in its own words.
         path: of the file; a copy lies beside the run's notes.
-        revisions: code and data revision, by name.
+        revisions: code and data revision, by name; one that is empty is what a step noted.
     """
-    text = summary_markdown(read_notes(Path(workspace)), state, revisions)
+    notes = read_notes(Path(workspace))
+    noted = {name: note[name] for note in notes for name in revisions if name in note}
+    text = summary_markdown(notes, state, noted | {name: value for name, value in revisions.items() if value})
     write_atomic(notes_folder(Path(workspace)) / "summary.md", text)
     write_atomic(Path(path), text)
 

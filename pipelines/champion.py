@@ -18,6 +18,7 @@ from danceopd.tracking import ENVIRONMENT
 from pipelines.distillation import place_task
 from pipelines.local import run_here
 from pipelines.options import MOUNT, PipelineOptions
+from pipelines.placement import Placement
 
 
 def build_champion_pipeline(options: PipelineOptions) -> Callable:
@@ -67,5 +68,5 @@ def run_champion(recipe: Recipe, workspace: Path, action: str, version: str = "c
         "workspace": str(workspace),
         "tracking_uri": os.environ.get(ENVIRONMENT, ""),
     }
-    run_here(build_champion_pipeline(PipelineOptions(retries=0)), arguments, workspace, run)
+    run_here(build_champion_pipeline(PipelineOptions(placement=Placement(retries=0))), arguments, workspace, run)
     return read_notes(workspace, run)[-1]["said"]

@@ -60,7 +60,8 @@ def compile_(
     from pipelines.champion import build_champion_pipeline
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
+    from pipelines.placement import Placement
 
     with one_line_errors():
-        options = PipelineOptions(image=image, workspace_claim=claim)
+        options = PipelineOptions(image, Placement(claim=claim))
         typer.echo(compile_pipeline(out, options, build_champion_pipeline))

@@ -95,14 +95,25 @@ def run(
 def compile_(
     out: Annotated[Path, typer.Option(help="YAML file to write")] = Path("danceopd-pipeline.yaml"),
     image: Annotated[str, typer.Option(help="container image of every step; best with its digest")] = IMAGE,
-    gpu: Annotated[str | None, typer.Option(help="accelerator resource, for example nvidia.com/gpu")] = None,
-    gpu_count: Annotated[int, typer.Option(help="accelerators of each step that trains or draws")] = 1,
-    claim: Annotated[str, typer.Option(help="persistent volume claim that holds the workspace")] = "danceopd-workspace",
+    placement: Annotated[
+        str, typer.Option(help="YAML file, or a shipped one: GPUs, nodes, volume, secrets of the steps; default: CPU")
+    ] = "",
+    manifests: Annotated[
+        bool, typer.Option("--kubernetes-manifests", help="write Pipeline and PipelineVersion objects, for kubectl")
+    ] = False,
+    namespace: Annotated[str, typer.Option(help="of these objects; default: where they are applied")] = "",
+    version: Annotated[str, typer.Option(help="name of the PipelineVersion; default: from its content")] = "",
 ) -> None:
     """Compile the chain to YAML for a Kubeflow cluster."""
-    from pipelines.compile import compile_pipeline
+    from pipelines.compile import Manifests, compile_pipeline
     from pipelines.options import PipelineOptions
+    from pipelines.placement import Placement, load_placement
 
     with one_line_errors():
-        options = PipelineOptions(image=image, gpu=gpu, gpu_count=gpu_count, workspace_claim=claim)
-        typer.echo(compile_pipeline(out, options))
+        if not manifests and (namespace or version):
+            raise UserError("--namespace and --version are the objects' own; add --kubernetes-manifests")
+        options = PipelineOptions(image, load_placement(placement) if placement else Placement())
+        objects = Manifests(namespace, version) if manifests else None
+        typer.echo(compile_pipeline(out, options, manifests=objects))
+    if not options.by_digest:
+        typer.echo(f"danceopd: image {image}: a tag can be moved to another image; best name its digest", err=True)

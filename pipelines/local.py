@@ -9,22 +9,22 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kfp import local
 
 from components.cards import card_problem
+from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd import steps
-from danceopd.champion import find_champion, needs_champion
 from danceopd.devices import usable_cores
-from danceopd.files import content_key, read_json
-from danceopd.recipe import CheckpointTeacher, FinetunedTeacher, Recipe
-from danceopd.tracking import default_tracking_uri
+from danceopd.files import read_json
+from danceopd.recipe import FinetunedTeacher, Recipe
 from pipelines.distillation import build_pipeline
 from pipelines.options import PipelineOptions, Threads
+from pipelines.placement import Placement
 from pipelines.steplog import readable_steps
 
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
@@ -71,7 +71,8 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
     if fresh:
         forget_products(workspace)
     drop_stale_entries(cache)
-    options = PipelineOptions(retries=0, threads=share_cores(recipe))  # an unchanged machine fails the same way again
+    once = Placement(retries=0)  # an unchanged machine fails the same way again
+    options = PipelineOptions(placement=once, threads=share_cores(recipe))
     arguments = {
         "recipe": recipe.model_dump_json(),
         "data_revision": inputs_revision(recipe, workspace),
@@ -107,33 +108,6 @@ def share_cores(recipe: Recipe) -> Threads:
     cores = usable_cores()
     trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
-
-
-def inputs_revision(recipe: Recipe, workspace: Path | None = None) -> str:
-    """A name for all that a run reads: its data, a base and teachers that lie in folders here, a registered champion.
-
-    A recipe's text stays the same when the weights behind a path are replaced; sizes and times of the files do not.
-    A base from a hub is named by the recipe's own `model.revision`.
-
-    Args:
-        recipe: what would run.
-        workspace: whose store may hold the champion; default: the recipe's own.
-
-    Raises:
-        UserError: if the recipe starts from a champion and there is none.
-    """
-    teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
-    states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
-    if needs_champion(recipe):
-        store = default_tracking_uri(workspace or Path("runs") / recipe.name)
-        states.append(asdict(find_champion(recipe, store)))
-    data = steps.data_revision(recipe)
-    return content_key(data, states) if states else data
-
-
-def _files(path: Path) -> list:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return [(p.as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
 def forget_products(workspace: Path) -> None:

@@ -15,7 +15,12 @@ def distill(
     base: dsl.Input[dsl.Model],
     data: dsl.Input[dsl.Dataset],
     teachers: dsl.Input[list[dsl.Model]],
+    distill_on: str,
+    nodes: int,
+    gpus: int,
+    job: dict,
     workspace: str,
+    tracking_uri: str,
     data_revision: str,
     code_revision: str,
     student: dsl.Output[dsl.Model],
@@ -27,16 +32,20 @@ def distill(
         base: card of the base.
         data: card of the dataset.
         teachers: cards of the teachers.
+        distill_on: step (the step's own pod), Job or TrainJob.
+        nodes: that train together.
+        gpus: of each of them; 0: CPU.
+        job: options of `danceopd job render`: what a job's pods are and take.
         workspace: folder all steps share.
+        tracking_uri: MLflow tracking server that may hold a champion; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         student: card of the student.
     """
     from components.cards import read_card, read_cards, write_card
     from components.running import running
-    from danceopd import steps
+    from components.training import Way, train_student
 
     with running("distill", recipe, workspace) as step:
-        fields = read_cards(teachers)
-        product = steps.distill_student(step.recipe, read_card(base), read_card(data), fields, step.workspace)
-        write_card(student, product)
+        given, way = (read_card(base), read_card(data), read_cards(teachers)), Way(distill_on, nodes, gpus)
+        write_card(student, train_student(step, *given, way, job, tracking_uri))

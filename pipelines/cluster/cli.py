@@ -50,6 +50,7 @@ def render(
     hours: Annotated[int, typer.Option(help="it is ended after this long")] = 48,
     retries: Annotated[int, typer.Option(help="failures to make good; interruptions do not count")] = 3,
     claim: Annotated[str, typer.Option(help="persistent volume claim with the workspace")] = "danceopd-workspace",
+    workspace: Annotated[str, typer.Option(help="folder on it; it is mounted at /workspace")] = "/workspace",
     queue: Annotated[str, typer.Option(help="Kueue's LocalQueue that admits it")] = "",
     selector: Annotated[list[str], typer.Option("--node-selector", help="label=value, repeatable")] = [],  # noqa: B006
     tolerations: Annotated[list[str], typer.Option("--toleration", help="key of a taint, repeatable")] = [],  # noqa: B006
@@ -63,7 +64,7 @@ def render(
         plan = JobPlan(
             step=step, teacher=teacher, recipe=recipe, overrides=tuple(overrides), name=name, kind=kind, image=image,
             nodes=nodes, gpus=gpus, gpu=gpu, cpu=cpu, memory=memory, hours=hours, retries=retries, claim=claim,
-            queue=queue, node_selector=_labels(selector), tolerations=tuple(tolerations),
+            workspace=workspace, queue=queue, node_selector=_labels(selector), tolerations=tuple(tolerations),
         )  # fmt: skip
         text = to_yaml(manifests(plan))
         typer.echo(write_atomic(out, text) if out else text, nl=out is not None)

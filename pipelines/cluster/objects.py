@@ -16,6 +16,7 @@ from danceopd.errors import UserError, unknown_name
 
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous
+LAUNCHER = ("python", "-m", "danceopd.launch", "-m", "danceopd")  # torchrun with the workers' exit codes
 RUNTIME = "danceopd"  # the TrainingRuntime of manifests/base
 CONTAINER, TRAINER = "danceopd", "node"  # the second is what Kubeflow Trainer looks for
 RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -43,6 +44,7 @@ class JobPlan:
         hours: it is ended after this long.
         retries: failures that are made good by starting again; interruptions do not count.
         claim: persistent volume claim with the workspace.
+        workspace: folder on that volume, which is mounted at /workspace.
         queue: Kueue's LocalQueue that admits it; empty: none.
         node_selector: labels of the nodes it may run on.
         tolerations: keys of taints it tolerates.
@@ -63,6 +65,7 @@ class JobPlan:
     hours: int = 48
     retries: int = 3
     claim: str = "danceopd-workspace"
+    workspace: str = MOUNT
     queue: str = ""
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: tuple[str, ...] = ()
@@ -81,6 +84,8 @@ class JobPlan:
                 raise UserError(f"job {what} {value}: at least 1")
         if min(self.gpus, self.retries) < 0:
             raise UserError(f"job gpus {self.gpus}, retries {self.retries}: 0 or more")
+        if not (f"{self.workspace}/").startswith(f"{MOUNT}/"):
+            raise UserError(f"job workspace {self.workspace}: the volume is mounted at {MOUNT}; name a folder there")
         if not _NAME.fullmatch(self.title):
             raise UserError(
                 f"job name {self.title!r}: lower case letters, digits and -, at most 52; give one by --name"
@@ -100,7 +105,7 @@ class JobPlan:
 
     @property
     def together(self) -> bool:
-        """Whether several processes train it, so that torchrun starts them."""
+        """Whether several processes train it, so that a launcher starts them."""
         return self.nodes * self.processes > 1 or self.kind == "TrainJob"
 
 
@@ -121,9 +126,9 @@ def to_yaml(documents: list[dict]) -> str:
 
 def command(plan: JobPlan) -> dict[str, list[str]]:
     """The container's `args`, with a `command` where the image's own (`danceopd`) does not do."""
-    args = [plan.step, *filter(None, [plan.teacher]), "--recipe", plan.recipe, "--workspace", MOUNT]
+    args = [plan.step, *filter(None, [plan.teacher]), "--recipe", plan.recipe, "--workspace", plan.workspace]
     args += [word for setting in plan.overrides for word in ("--set", setting)]
-    return {"command": ["torchrun", "-m", "danceopd"], "args": args} if plan.together else {"args": args}
+    return {"command": list(LAUNCHER), "args": args} if plan.together else {"args": args}
 
 
 def job(plan: JobPlan) -> dict:

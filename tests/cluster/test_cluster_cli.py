@@ -197,6 +197,7 @@ def test_a_folder_without_a_kustomization_or_a_tool_to_build_it(tmp_path, monkey
         (["evaluate", "--nodes", "2"], "evaluate runs on one node"),
         (["distill", "--nodes", "0"], "job nodes 0: at least 1"),
         (["distill", "--gpus", "-1"], "job gpus -1, retries 3: 0 or more"),
+        (["distill", "--workspace", "/tmp/x"], "job workspace /tmp/x: the volume is mounted at /workspace"),
         (["distill", "--name", "No_Good"], "job name 'No_Good': lower case letters"),
         (["distill", "--node-selector", "pool"], "--node-selector 'pool': write it as label=value"),
         (

@@ -214,7 +214,7 @@ def test_the_namespace_the_claim_and_the_names_fit():
     [namespace] = of_kind("base", "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     [claim] = of_kind("base", "PersistentVolumeClaim")
-    assert claim["metadata"]["name"] == PipelineOptions().workspace_claim
+    assert claim["metadata"]["name"] == PipelineOptions().placement.claim
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     made = {(d["kind"], d["metadata"]["name"]) for d in built("base")}
     for folder in ("base", *(f for f in FOLDERS if f.startswith("jobs"))):

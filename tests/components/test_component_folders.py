@@ -15,7 +15,7 @@ from components.image import IMAGE
 
 ROOT = Path(components.__file__).parent
 STEPS = sorted(p.name for p in ROOT.iterdir() if (p / "component.py").is_file())
-WITHOUT_DATA = {"check_recipe", "move_champion"}
+WITHOUT_DATA = {"move_champion"}
 LOGIC = (ast.If, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.Raise)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import yaml
 
 from components.running import (
     NO_LAST_WORD,
@@ -12,12 +13,13 @@ from components.running import (
     failures,
     notes_folder,
     read_notes,
+    read_recipe,
     running,
     summary_markdown,
     write_summary,
 )
 from danceopd.errors import Interrupted, UserError
-from danceopd.files import write_json
+from danceopd.files import write_atomic, write_json
 from danceopd.recipe import load_recipe
 
 RECIPE = load_recipe("world")
@@ -63,7 +65,8 @@ def test_any_other_error_goes_through_and_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("{", "recipe: not valid JSON"),
+        ("{", "recipe: neither valid YAML nor JSON"),
+        ("wrold", "recipe 'wrold': neither a file nor a shipped recipe; shipped: "),
         ("[]", "recipe: a recipe is a YAML mapping, this is list"),
         ('{"nme": 1}', "recipe: "),
     ],
@@ -72,6 +75,13 @@ def test_a_bad_recipe(tmp_path, capsys, recipe, message):
     with pytest.raises(SystemExit), running("check-recipe", recipe, str(tmp_path)):
         pytest.fail("the body must not run")
     assert f"check-recipe | failed: {message}" in capsys.readouterr().err
+
+
+def test_a_recipe_is_given_by_name_file_or_text(tmp_path):
+    path = write_atomic(tmp_path / "mine.yaml", yaml.safe_dump(RECIPE.model_dump(mode="json")))
+    for given in ("world", str(path), path.read_text(), RECIPE.model_dump_json(), " world\t"):
+        assert read_recipe(given) == RECIPE
+        assert read_recipe(given, ["seed=5"]).seed == 5
 
 
 def test_a_workspace_that_cannot_be_made(tmp_path, capsys):
@@ -141,6 +151,14 @@ def test_the_summary_of_a_good_run_has_the_registration_and_the_report(tmp_path)
     assert "- alias: challenger, champion\n- champion_before: none\n" in text
     assert text.endswith("# World: figures\n") and "What failed" not in text
     assert (notes_folder(tmp_path) / "summary.md").read_text() == text
+
+
+def test_the_summary_names_the_revision_a_step_found_unless_it_was_given(tmp_path):
+    write_json(notes_folder(tmp_path) / "check.json", {"step": "check-recipe", "state": "done", "seconds": 1,
+                                                       "data_revision": "found"})  # fmt: skip
+    for given, shown in {"": "found", "given": "given"}.items():
+        write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision=given)
+        assert f"- data revision: `{shown}`\n" in (tmp_path / "out").read_text()
 
 
 def test_a_summary_without_any_note_is_still_written(tmp_path):

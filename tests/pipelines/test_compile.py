@@ -15,11 +15,14 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from components.image import IMAGE
 from components.running import RUN_ID
 from danceopd.errors import UserError
-from pipelines.compile import compile_pipeline
-from pipelines.options import MOUNT, NEEDS, PipelineOptions, Threads
+from pipelines.cluster.cli import WORKFLOW
+from pipelines.compile import Manifests, compile_pipeline
+from pipelines.options import MOUNT, PipelineOptions, Threads
+from pipelines.placement import NEEDS, Placement, load_placement
 
 GPU_STEPS = {"finetune", "distill", "evaluate"}
-UNCACHED = {"register", "summarize"}
+UNCACHED = {"check_recipe", "register", "summarize"}
+SETTLED = "{{$.inputs.parameters['pipelinechannel--check-recipe-%s']}}"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -43,13 +46,18 @@ def plain(plain_folder) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def with_gpu(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("gpu")
-    return compiled(folder, gpu="nvidia.com/gpu", gpu_count=2, image="registry.example.com/d@sha256:1", retries=3)
+    return compiled(folder, placement=load_placement("gke-h100"), image="registry.example.com/d@sha256:1")
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("bare")
-    return compiled(folder, retries=0, workspace_claim=None, threads=Threads(finetune=3, others=6))
+    placement = Placement(
+        retries=0, claim=None, image_pull_policy="Always", image_pull_secrets=("registry",),
+        secrets=({"name": "store", "env": {"KEY": "key"}}, {"name": "hub", "env": {"HF_TOKEN": "token"},
+                  "steps": ("resolve_base",), "optional": False}),
+    )  # fmt: skip
+    return compiled(folder, placement=placement, threads=Threads(finetune=3, others=6))
 
 
 def containers(pipeline: dict) -> dict[str, dict]:
@@ -70,13 +78,17 @@ def test_it_is_a_pipeline_spec_of_all_steps(plain):
     assert set(containers(plain[0])) == set(tasks(plain[0])) == set(NEEDS)
 
 
-def test_parameters_are_typed_and_described(plain):
-    parameters = plain[0]["root"]["inputDefinitions"]["parameters"]
-    assert set(parameters) == {"recipe", "data_revision", "code_revision", "workspace", "tracking_uri"}
-    assert all(p["parameterType"] == "STRING" and p["description"] for p in parameters.values())
-    assert not any("defaultValue" in parameters[name] for name in ("recipe", "data_revision"))
-    assert parameters["code_revision"]["defaultValue"] == IMAGE
-    assert parameters["workspace"]["defaultValue"] == MOUNT
+def parameters(pipeline: dict) -> dict[str, dict]:
+    return pipeline["root"]["inputDefinitions"]["parameters"]
+
+
+def test_a_run_needs_no_typing_and_every_parameter_is_described(plain, with_gpu):
+    defaults = {"recipe": "world", "overrides": [], "data_revision": "", "distill_on": "step", "gpus": 0, "nodes": 1,
+                "code_revision": IMAGE, "workspace": MOUNT, "tracking_uri": ""}  # fmt: skip
+    found = parameters(plain[0])
+    assert {name: parameter["defaultValue"] for name, parameter in found.items()} == defaults
+    assert all(parameter["description"] for parameter in found.values())
+    assert parameters(with_gpu[0])["gpus"]["defaultValue"] == 8
 
 
 def test_two_compiles_give_the_same_bytes(plain, plain_folder, tmp_path):
@@ -99,6 +111,9 @@ def test_teachers_fan_out_and_are_collected(plain):
     [fan] = [task for name, task in chain.items() if name.startswith("for-loop")]
     item = fan["inputs"]["parameters"]["pipelinechannel--check-recipe-Output"]["taskOutputParameter"]
     assert item["producerTask"] == "check-recipe"
+    given = loop["finetune"]["inputs"]["parameters"]
+    for name, part in {"teacher": "teacher", "recipe": "recipe", "data_revision": "revision"}.items():
+        assert f'["{part}"]' in given[name]["parameterExpressionSelector"], "a loop gets nothing else of a step"
     for step in ("distill", "evaluate", "register"):
         teachers = chain[step]["inputs"]["artifacts"]["teachers"]["taskOutputArtifact"]
         assert teachers["producerTask"].startswith("for-loop")
@@ -119,16 +134,103 @@ def test_caching_a_step(plain):
 def test_every_step_reads_the_revisions_of_the_run(plain):
     for name, task in tasks(plain[0]).items():
         inputs = task["inputs"]["parameters"]
-        for revision in {"code_revision", "data_revision"} & set(inputs):
-            assert inputs[revision]["componentInputParameter"].endswith(revision), name
-        assert "code_revision" in inputs
+        assert inputs["code_revision"]["componentInputParameter"].endswith("code_revision"), name
+        if name in ("check_recipe", "summarize"):
+            assert inputs["data_revision"]["componentInputParameter"].endswith("data_revision")
+        else:
+            assert "revision" in str(inputs["data_revision"])
+            assert "check-recipe" in str(inputs["data_revision"]), "the one that the check found"
 
 
-def test_accelerators_on_exactly_the_steps_that_use_one(with_gpu):
-    accelerated = {n: c["resources"].get("accelerator") for n, c in containers(with_gpu[0]).items()}
-    wanted = {"resourceType": "nvidia.com/gpu", "resourceCount": "2"}
-    for name, accelerator in accelerated.items():
-        assert (wanted.items() <= accelerator.items()) if name in GPU_STEPS else accelerator is None, name
+def before(pipeline: dict, step: str) -> set[str]:
+    """All tasks that must be over before a step starts, those of an inner level with those of its own."""
+    levels = {name: spec["dag"]["tasks"] for name, spec in pipeline["components"].items() if "dag" in spec}
+    for level, members in levels.items():
+        if step in members:
+            direct = set(members[step].get("dependentTasks", []))
+            outer = next((task for inner in levels.values() for task, spec in inner.items()
+                          if spec["componentRef"]["name"] == level), None)  # fmt: skip
+            direct |= {outer} if outer else set()
+            return direct.union(*(before(pipeline, name) for name in direct))
+    return set()
+
+
+def test_nothing_on_a_gpu_starts_before_recipe_and_data_are_checked(plain, with_gpu):
+    for pipeline in (plain[0], with_gpu[0]):
+        for step in GPU_STEPS:
+            assert {"check-recipe", "build-data", "resolve-base"} <= before(pipeline, step), step
+    cpu_only = {name for name, c in containers(with_gpu[0]).items() if "accelerator" not in c["resources"]}
+    assert {"check_recipe", "build_data", "resolve_base"} <= cpu_only
+
+
+def test_every_gpu_step_carries_accelerator_selector_toleration_memory_retry_and_timeout(with_gpu):
+    pipeline, platform = with_gpu
+    labels = {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    for step, container in containers(pipeline).items():
+        pod = platform[f"exec-{step.replace('_', '-')}"]
+        assert int(pod["activeDeadlineSeconds"]) > 0
+        if step not in GPU_STEPS:
+            assert "accelerator" not in container["resources"] and not {"nodeSelector", "tolerations"} & set(pod), step
+            continue
+        assert container["resources"]["accelerator"]["resourceType"] == "nvidia.com/gpu"
+        assert pod["nodeSelector"]["labels"] == labels and pod["tolerations"] == [taint]
+        [memory] = pod["emptyDirMounts"]
+        assert (memory["mountPath"], memory["medium"]) == ("/dev/shm", "Memory")
+        policy = tasks(pipeline)[step]["retryPolicy"]
+        assert policy["maxRetryCount"] == 2 and policy["backoffFactor"] > 1
+
+
+def test_one_gpu_a_step_and_the_student_as_many_as_the_run_says(with_gpu):
+    counts = {s: c["resources"]["accelerator"]["resourceCount"] for s, c in containers(with_gpu[0]).items()
+              if s in GPU_STEPS}  # fmt: skip
+    assert counts == {"finetune": "1", "evaluate": "1", "distill": SETTLED % "pod_gpus"}
+    selector = with_gpu[1]["exec-distill"]["nodeSelector"]["nodeSelectorJson"]
+    assert selector == {"taskOutputParameter": {"producerTask": "check-recipe", "outputParameterKey": "pod_nodes"}}
+
+
+def constant(pipeline: dict, step: str, name: str):
+    return tasks(pipeline)[step]["inputs"]["parameters"][name]["runtimeValue"]["constant"]
+
+
+def test_the_check_knows_what_the_pod_would_take_and_the_job_takes_the_same(with_gpu):
+    assert constant(with_gpu[0], "check_recipe", "placement") == {
+        "accelerator": "nvidia.com/gpu", "cpu": "96", "memory": "800Gi",
+        "node_selector": {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
+    }  # fmt: skip
+    assert constant(with_gpu[0], "distill", "job") == {
+        "image": "registry.example.com/d@sha256:1", "cpu": 96, "memory": 800, "hours": 96, "retries": 2,
+        "gpu": "nvidia.com/gpu", "claim": "danceopd-workspace", "toleration": ["nvidia.com/gpu"],
+        "node-selector": ["cloud.google.com/gke-accelerator=nvidia-h100-80gb"],
+    }  # fmt: skip
+
+
+def test_secrets_and_pulls(bare, with_gpu):
+    for name, pod in bare[1].items():
+        assert pod["imagePullPolicy"] == "Always"
+        assert [secret["secretName"] for secret in pod["imagePullSecret"]] == ["registry"]
+        found = {secret["secretName"]: secret for secret in pod["secretAsEnv"]}
+        assert set(found) == ({"store", "hub"} if name == "exec-resolve-base" else {"store"})
+        assert found["store"]["keyToEnv"] == [{"secretKey": "key", "envVar": "KEY"}] and found["store"]["optional"]
+    assert not bare[1]["exec-resolve-base"]["secretAsEnv"][1]["optional"]
+    holders = {name for name, pod in with_gpu[1].items() if "secretAsEnv" in pod}
+    assert holders == {"exec-resolve-base"}, "a token is for the step that needs it"
+
+
+def test_objects_for_kubectl_hold_the_same_pipeline(plain, tmp_path):
+    def objects(**names) -> tuple[dict, dict]:
+        path = compile_pipeline(tmp_path / "objects.yaml", PipelineOptions(), manifests=Manifests(**names))
+        return tuple(yaml.safe_load_all(path.read_text()))
+
+    pipeline, version = objects(namespace="kubeflow")
+    assert {o["apiVersion"] for o in (pipeline, version)} == {"pipelines.kubeflow.org/v2beta1"}
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "danceopd"
+    assert version["spec"]["pipelineSpec"] == plain[0]
+    platform = version["spec"]["platformSpec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert platform == plain[1] and pipeline["metadata"]["namespace"] == "kubeflow"
+    _, same = objects()
+    assert same["metadata"] == {"name": version["metadata"]["name"]}, "the same content, the same version"
 
 
 def test_no_accelerators_unless_asked_for(plain):
@@ -145,16 +247,19 @@ def test_the_image_is_the_same_everywhere(plain, with_gpu):
 def test_requests_and_limits(plain):
     for name, container in containers(plain[0]).items():
         resources, needs = container["resources"], NEEDS[name]
-        assert (resources["resourceCpuRequest"], resources["resourceCpuLimit"]) == tuple(map(str, needs.cpu))
-        assert resources["resourceMemoryRequest"] == f"{needs.memory[0]}Gi"
-        assert resources["resourceMemoryLimit"] == f"{needs.memory[1]}Gi"
+        asked = (str(needs.cpu[0]), f"{needs.memory[0]}Gi")
+        if name == "distill":
+            asked = (SETTLED % "pod_cpu", SETTLED % "pod_memory")
+        assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == asked
+        assert (resources["resourceCpuLimit"], resources["resourceMemoryLimit"]) == (
+            str(needs.cpu[1]), f"{needs.memory[1]}Gi",
+        )  # fmt: skip
 
 
-def test_retries_back_off_and_spare_the_recipe_check(plain, with_gpu):
-    for pipeline, count in ((plain[0], 2), (with_gpu[0], 3)):
-        policies = {name: task.get("retryPolicy") for name, task in tasks(pipeline).items()}
-        assert policies.pop("check_recipe") is None
-        assert all(p["maxRetryCount"] == count and p["backoffFactor"] > 1 for p in policies.values())
+def test_retries_back_off_and_spare_the_recipe_check(plain):
+    policies = {name: task.get("retryPolicy") for name, task in tasks(plain[0]).items()}
+    assert policies.pop("check_recipe") is None
+    assert all(p["maxRetryCount"] == 2 and p["backoffFactor"] > 1 for p in policies.values())
 
 
 def test_no_retries_if_none_are_wanted(bare):
@@ -170,7 +275,9 @@ def test_volume_time_limit_and_user_of_every_step(plain):
             int(executor["activeDeadlineSeconds"]) == 3600 * NEEDS[name.removeprefix("exec-").replace("-", "_")].hours
         )
         assert executor["securityContext"] == {"runAsNonRoot": True}
-        assert executor["fieldPathAsEnv"] == [{"name": RUN_ID, "fieldPath": "metadata.labels['pipeline/runid']"}]
+        run = {"name": RUN_ID, "fieldPath": "metadata.labels['pipeline/runid']"}
+        workflow = {"name": WORKFLOW, "fieldPath": "metadata.labels['workflows.argoproj.io/workflow']"}
+        assert executor["fieldPathAsEnv"] == ([run, workflow] if name == "exec-distill" else [run])
 
 
 def test_no_volume_without_a_claim(bare):
@@ -192,19 +299,6 @@ def test_no_progress_bars_in_logs(plain):
 def test_threads_follow_the_limits_on_a_cluster_and_the_cores_on_one_machine(plain, bare):
     assert threads(plain[0]) == {name: needs.cpu[1] for name, needs in NEEDS.items()}
     assert threads(bare[0]) == {name: 3 if name == "finetune" else 6 for name in NEEDS}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image": " "}, "pipeline image: empty"),
-        ({"gpu_count": 0}, "pipeline gpu count 0: at least 1"),
-        ({"retries": -1}, "pipeline retries -1: 0 or more"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(UserError, match=message):
-        PipelineOptions(**options)
 
 
 def test_a_file_that_is_not_named_as_yaml(tmp_path):

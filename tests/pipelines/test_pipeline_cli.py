@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -117,15 +118,37 @@ def test_a_run_ends_with_the_table_and_where_the_report_lies(monkeypatch, tmp_pa
 
 
 def test_compile_writes_the_yaml(tmp_path):
-    out = tmp_path / "sub" / "p.yaml"
-    arguments = ("--image", "example.com/d:1", "--gpu", "amd.com/gpu", "--gpu-count", "4", "--claim", "volume")
-    assert invoke("compile", "--out", str(out), *arguments).exit_code == 0
+    out, placement = tmp_path / "sub" / "p.yaml", tmp_path / "placement.yaml"
+    placement.write_text("claim: volume\ngpus: 4\ngpu: {accelerator: amd.com/gpu}\n")
+    result = invoke("compile", "--out", str(out), "--image", "example.com/d:1", "--placement", str(placement))
+    assert result.exit_code == 0
+    assert result.stderr.count("\n") == 1 and "image example.com/d:1: a tag can be moved" in result.stderr
     text = out.read_text()
     assert "image: example.com/d:1" in text and "constant: volume" in text
-    assert text.count("resourceType: amd.com/gpu") == 3 and text.count("resourceCount: '4'") == 3
+    assert text.count("resourceType: amd.com/gpu") == 3
 
 
-@pytest.mark.parametrize(("option", "value"), [("--gpu-count", "0"), ("--image", ""), ("--out", "p.txt")])
-def test_compile_refuses_bad_options(option, value):
-    result = invoke("compile", option, value)
+def test_compile_writes_objects_for_kubectl(tmp_path):
+    arguments = ("compile", "--out", str(tmp_path / "p.yaml"), "--kubernetes-manifests", "--namespace", "team")
+    assert invoke(*arguments, "--version", "v1").exit_code == 0
+    pipeline, version = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
+    assert pipeline["metadata"] == {"name": "danceopd", "namespace": "team"}
+    assert version["metadata"] == {"name": "v1", "namespace": "team"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", ""], "pipeline image: empty"),
+        (["--image", "example.com:5000/d:latest"], "'latest' is another image tomorrow"),
+        (["--image", "example.com:5000/d"], "'latest' is another image tomorrow"),
+        (["--out", "p.txt"], "a compiled pipeline is a .yaml file"),
+        (["--placement", "nowhere"], "placement 'nowhere': neither a file nor a shipped placement; shipped: gke-h100"),
+        (["--namespace", "a"], "add --kubernetes-manifests"),
+        (["--kubernetes-manifests", "--version", "V 1"], "version 'V 1': lower case letters"),
+    ],
+)
+def test_compile_refuses_bad_options(arguments, message):
+    result = invoke("compile", *arguments)
     assert result.exit_code == 2 and result.stderr.startswith("danceopd: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr

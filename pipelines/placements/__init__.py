@@ -1,0 +1,1 @@
+"""Placements that ship with the package, as YAML; see `pipelines.placement`."""
