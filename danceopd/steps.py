@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
 
 log = logging.getLogger(__name__)
 STEP = "step.json"
+STUDENTS = "students"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _make(
     product's key and removed once the product is there. Of several processes the main one makes the product; the
     others wait for it, or take part in a build that is done `together` (training) and leave the writing to it.
     """
-    key = content_key(step, name, inputs, code_revision())
+    key = _key(step, name, inputs)
     folder = Path(workspace) / step / f"{name}-{key}"
     checkpoints = Path(workspace) / "checkpoints" / f"{step}-{name}-{key}"
     there = (folder / STEP).is_file()
@@ -108,6 +109,10 @@ def _make(
     if processes is not None:
         processes.wait()
     return open_product(folder)
+
+
+def _key(step: str, name: str, inputs: Any) -> str:
+    return content_key(step, name, inputs, code_revision())
 
 
 def _build(
@@ -493,6 +498,30 @@ def distill_student(
     Raises:
         UserError: if a teacher's product or a task's training records are missing.
     """
+    used, inputs = _student_inputs(recipe, base, data, teachers)
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
+
+    return _make(workspace, STUDENTS, recipe.name, inputs, build, together=True)
+
+
+def student_folder(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
+) -> Path:
+    """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
+
+    Raises:
+        UserError: if a teacher's product is missing.
+    """
+    _, inputs = _student_inputs(recipe, base, data, teachers)
+    return Path(workspace) / STUDENTS / f"{recipe.name}-{_key(STUDENTS, recipe.name, inputs)}"
+
+
+def _student_inputs(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product]
+) -> tuple[dict[str, Product], list]:
+    """The teachers a student needs, and all that decides what it becomes."""
     wanted = {task: spec.teacher for task, spec in recipe.tasks.items()}
     needed = set(wanted.values()) | ({recipe.distill.start} - {"base"})  # the start may teach no task
     missing = sorted(needed - set(teachers))
@@ -504,11 +533,7 @@ def distill_student(
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,
               {task: spec["weight"] for task, spec in tasks.items()}, judged,
               recipe.model.decisive(), recipe.distill.decisive()]  # fmt: skip
-
-    def build(scratch: Path, checkpoints: Path) -> dict:
-        return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
-
-    return _make(workspace, "students", recipe.name, inputs, build, together=True)
+    return used, inputs
 
 
 @dataclass(frozen=True)
