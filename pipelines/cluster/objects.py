@@ -17,6 +17,7 @@ from danceopd.errors import UserError, unknown_name
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous
 RUNTIME = "danceopd"  # the TrainingRuntime of manifests/base
+LAUNCH = ("python", "-m", "danceopd.launch")  # torchrun that ends with its workers' exit code, for failure_policy
 CONTAINER, TRAINER = "danceopd", "node"  # the second is what Kubeflow Trainer looks for
 RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -100,7 +101,7 @@ class JobPlan:
 
     @property
     def together(self) -> bool:
-        """Whether several processes train it, so that torchrun starts them."""
+        """Whether several processes train it, so that the launcher starts them."""
         return self.nodes * self.processes > 1 or self.kind == "TrainJob"
 
 
@@ -123,7 +124,7 @@ def command(plan: JobPlan) -> dict[str, list[str]]:
     """The container's `args`, with a `command` where the image's own (`danceopd`) does not do."""
     args = [plan.step, *filter(None, [plan.teacher]), "--recipe", plan.recipe, "--workspace", MOUNT]
     args += [word for setting in plan.overrides for word in ("--set", setting)]
-    return {"command": ["torchrun", "-m", "danceopd"], "args": args} if plan.together else {"args": args}
+    return {"command": [*LAUNCH, "-m", "danceopd"], "args": args} if plan.together else {"args": args}
 
 
 def job(plan: JobPlan) -> dict:
@@ -267,7 +268,7 @@ def environment(threads: int) -> list[dict]:
 
 
 def _rendezvous(plan: JobPlan) -> list[dict]:
-    """What torchrun reads when no argument says otherwise; Kubeflow Trainer sets the same for a TrainJob."""
+    """What the launcher reads when no argument says otherwise; Kubeflow Trainer sets the same for a TrainJob."""
     if not plan.together:
         return []
     values = {"PET_NNODES": plan.nodes, "PET_NPROC_PER_NODE": plan.processes}
