@@ -20,12 +20,30 @@ import yaml
 MANIFESTS = Path(__file__).resolve().parent
 CHAIN = ["danceopd-finetune-local-edit", "danceopd-distill", "danceopd-evaluate"]
 BYTES = {"Gi": 2**30, "Mi": 2**20}
+# What becomes an option, or has no meaning for one container without a cluster; any other field is refused.
+POD = {"serviceAccountName", "automountServiceAccountToken", "priorityClassName", "restartPolicy", "containers",
+       "terminationGracePeriodSeconds", "securityContext", "volumes", "nodeSelector", "tolerations"}  # fmt: skip
+CONTAINER = {"name", "image", "command", "args", "env", "resources", "imagePullPolicy", "terminationMessagePolicy",
+             "securityContext", "volumeMounts"}  # fmt: skip
+RIGHTS = {"readOnlyRootFilesystem", "allowPrivilegeEscalation", "capabilities"}
+USER = {"runAsNonRoot", "runAsUser", "fsGroup", "fsGroupChangePolicy", "seccompProfile"}
 
 
 def build(folder: Path) -> list[dict]:
     """The documents that kustomize makes of a folder."""
     tool = ["kustomize", "build"] if shutil.which("kustomize") else ["kubectl", "kustomize"]
     return [d for d in yaml.safe_load_all(subprocess.check_output([*tool, str(folder)], text=True)) if d]
+
+
+def known(what: str, given: dict, fields: set[str]) -> dict:
+    """The same, if nothing in it would be passed over.
+
+    Raises:
+        ValueError: naming the fields that would be.
+    """
+    if passed_over := sorted(set(given) - fields):
+        raise ValueError(f"{what}: no option of the container engine stands for {', '.join(passed_over)}")
+    return given
 
 
 def container_command(job: dict, maps: dict[str, dict], workspace: Path, scratch: Path, args: argparse.Namespace):
@@ -37,11 +55,15 @@ def container_command(job: dict, maps: dict[str, dict], workspace: Path, scratch
         workspace: folder that stands for the claim.
         scratch: folder for the files of ConfigMaps.
         args: engine and its options, image, and more arguments of the job.
+
+    Raises:
+        ValueError: for a field of the pod that would be passed over.
     """
-    pod = job["spec"]["template"]["spec"]
+    pod = known("pod", job["spec"]["template"]["spec"], POD)
     [container] = pod["containers"]
-    rights = container["securityContext"]
-    user = pod["securityContext"]
+    known("container", container, CONTAINER)
+    rights = known("rights", container["securityContext"], RIGHTS)
+    user = known("user", pod["securityContext"], USER)
     command = [*shlex.split(args.engine), "run", "--rm", "--network", "host", "--pull", "never", *args.run_option]
     command += ["--user", f"{user['runAsUser']}:0"]
     command += ["--read-only"] * rights["readOnlyRootFilesystem"]
@@ -62,9 +84,11 @@ def container_command(job: dict, maps: dict[str, dict], workspace: Path, scratch
                 (folder / name).write_text(text)
             command += ["--volume", f"{folder}:{where}:ro"]
         else:
-            size = volume["emptyDir"]["sizeLimit"]
+            size = known("volume", volume, {"name", "emptyDir"})["emptyDir"]["sizeLimit"]
             command += ["--tmpfs", f"{where}:size={int(size[:-2]) * BYTES[size[-2:]]},mode=1777"]
-    return [*command, args.image or container["image"], *container["args"], *args.job_args]
+    first, *rest = container.get("command", [""])  # the image's own, if the pod names none
+    command += ["--entrypoint", first] * bool(first)
+    return [*command, args.image or container["image"], *rest, *container["args"], *args.job_args]
 
 
 def main() -> int:

@@ -1,0 +1,52 @@
+"""The operator's page says what the program says: its messages, its folders, its figures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from danceopd.backbones.sd3 import SD3
+from danceopd.preflight import trained_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "operator.md").read_text()
+FAILURES = PAGE.split("## When something fails")[1].split("How a job ends")[0]
+
+
+def test_every_message_is_one_that_the_code_prints():
+    code = "\n".join(p.read_text() for room in ("danceopd", "pipelines") for p in (ROOT / room).rglob("*.py"))
+    firsts = [row.split(" | ")[0] for row in FAILURES.splitlines() if row.startswith("| `")]
+    said = [message for first in firsts for message in re.findall(r"`([^`]+)`", first)]
+    assert len(said) > 20 and [message for message in said if message not in code] == []
+
+
+def test_every_folder_and_file_it_names_is_there():
+    named = set(
+        re.findall(r"(?:manifests|danceopd|benchmarks)/[\w./-]+\w", PAGE.replace("registry.example.com/danceopd", ""))
+    )
+    assert len(named) > 8 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_a_row_of_the_sizes_is_what_the_preflight_counts():
+    with torch.device("meta"):
+        network = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, num_attention_heads=24,
+            attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        )  # fmt: skip
+    every = trained_parameters(network, SimpleNamespace(trainable="full"), "")
+    spec = SimpleNamespace(trainable="lora", lora=SimpleNamespace(rank=128, targets=None))
+    adapters = trained_parameters(network, spec, SD3.lora_targets)
+    row = next(line for line in PAGE.splitlines() if line.startswith("| Stable Diffusion 3.5 medium"))
+    weights, base, lora, full, sharded, small = [cell.strip() for cell in row.split("|")[2:8]]
+    gib = 2**30
+    assert (weights, base) == (f"{every / 1e9:.2f} G", f"{2 * every / gib:.1f}")
+    assert lora == f"{16 * adapters / gib:.1f} ({adapters / 1e6:.0f} M)"
+    assert [float(full), float(sharded), float(small)] == pytest.approx(
+        [16 * every / gib, 2 * every / gib, 10 * every / gib], abs=0.05
+    )
