@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from typer.testing import CliRunner
+
+from pipelines.cli import app
 
 ROOT = "/apis/v2beta1/"
 DROP, PAGE = "drop", "page"
@@ -30,6 +33,7 @@ class KfpServer:
         namespaces: of its users; empty: a server with one user.
         kept: by kind, what was made, in order.
         progress: what a run's state and tasks are, one entry a look; the last stays.
+        act: what happens in a run, before each look.
         faults: by (method, kind): what the next such requests meet, a status with a message, DROP or PAGE.
         calls: (verb, kind) of every request.
         headers: of the last request.
@@ -39,6 +43,7 @@ class KfpServer:
         self.namespaces = namespaces
         self.kept: dict[str, list[dict]] = {kind: [] for kind in IDS}
         self.progress: list[tuple[str, dict[str, str]]] = [("SUCCEEDED", {})]
+        self.act: Callable[[], object] = lambda: None
         self.faults: dict[tuple[str, str], list] = {}
         self.calls: list[tuple[str, str]] = []
         self.headers: dict[str, str] = {}
@@ -54,6 +59,7 @@ class KfpServer:
 
     def look(self, run: dict) -> dict:
         """A run as it is now."""
+        self.act()
         state, tasks = self.progress.pop(0) if len(self.progress) > 1 else self.progress[0]
         details = [{"run_id": run["run_id"], "task_id": f"{n}", "display_name": name, "state": task.split(": ")[0],
                     **({"error": {"code": 2, "message": task.split(": ")[1]}} if ": " in task else {})}
@@ -204,3 +210,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.close_connection = True
+
+
+# ---------------------------------------------------------------------------------------------------------- by command
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def good(*arguments: str) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: str, code: int = 2) -> str:
+    """The one line on stderr of a command that ends so."""
+    result = invoke(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("danceopd: ") and result.stderr.count("\n") == 1
+    return result.stderr

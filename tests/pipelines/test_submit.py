@@ -9,58 +9,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kfp_server import DROP, PAGE, KfpServer, serve
-from typer.testing import CliRunner
+from kfp_server import DROP, PAGE, KfpServer, good, invoke, refused, serve
 
 from danceopd.errors import UserError
 from danceopd.recipe import load_recipe
 from pipelines import compile, submit
-from pipelines.cli import app
-from pipelines.options import PipelineOptions
 from pipelines.schedules import check_cron
 
+pytestmark = pytest.mark.usefixtures("no_settings")
 RUN, UPLOAD = ("run", "--host"), ("upload", "--host")
 SECRET = "t0ken-of-mine"
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch, tmp_path):
-    """None of the machine's own: its variables, its kfp context, a data.dvc around the working directory."""
-    for name in (submit.HOST_ENV, submit.TOKEN_ENV, submit.COOKIE_ENV, submit.CA_ENV, "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(submit.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-    monkeypatch.setattr(submit, "PAUSE", 0.01)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def kfp():
-    state = KfpServer()
-    with serve(state) as state.address:
-        yield state
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory) -> str:
-    return str(compile.compile_pipeline(tmp_path_factory.mktemp("package") / "pipeline.yaml", PipelineOptions()))
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
-
-
-def good(*arguments: str) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*arguments: str, code: int = 2) -> str:
-    """The one line on stderr of a command that ends so."""
-    result = invoke(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stderr.startswith("danceopd: ") and result.stderr.count("\n") == 1
-    return result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
