@@ -29,7 +29,9 @@ def environment() -> dict[str, str]:
 
 
 def test_the_base_is_pinned_by_tag():
-    bases = [rest.partition("=")[2] for word, rest in instructions() if word == "ARG" and rest.startswith("BASE_IMAGE=")]
+    bases = [
+        rest.partition("=")[2] for word, rest in instructions() if word == "ARG" and rest.startswith("BASE_IMAGE=")
+    ]
     assert len(bases) == 1
     assert re.fullmatch(r"[\w./-]+:[\w.-]+", bases[0]) and not bases[0].endswith(":latest")
     froms = [rest for word, rest in instructions() if word == "FROM"]
