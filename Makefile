@@ -5,6 +5,7 @@
 #   make unit                     the inner loop: what takes no more than a few seconds a test
 #   make bench                    the CPU benchmarks, as a Markdown block for benchmarks/RESULTS.md
 #   make image                    the container image
+#   make image-jobs               the Jobs of manifests/overlays/local in it, as their pods say; ENGINE=docker
 #
 #   PYTHON=python3.12             the interpreter .venv is made from
 #   TORCH_INDEX=URL               one more package index, for another build of torch than the default's;
@@ -16,6 +17,7 @@ TORCH_INDEX ?=
 IMAGE       ?= danceopd:dev
 BASE_IMAGE  ?=
 BUILDER     ?= docker
+ENGINE      ?= podman
 
 BIN   := .venv/bin
 READY := .venv/.ready
@@ -24,7 +26,7 @@ READY := .venv/.ready
 # compile 22,000 files of which a run imports 6,000, so the first run does, and only the first.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test unit bench image
+.PHONY: run test unit bench image image-jobs
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -44,7 +46,11 @@ bench: $(READY)
 
 image:
 	$(BUILDER) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
-		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) .
+
+image-jobs: $(READY)
+	$(BIN)/python manifests/run_jobs.py --overlay local --workspace runs/image-jobs --image $(IMAGE) --engine "$(ENGINE)"
 
 $(READY): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
