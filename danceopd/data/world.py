@@ -10,7 +10,7 @@ three tasks, written as the same records a user would bring:
 - `global_style`: the whole picture in one of the styles.
 
 A fourth, `outline`, is kept for a student that has learned these and is taught one more (recipe `world_outline`): every
-object as a line drawing in black ink on white paper, moved to the upper left of its place.
+object as a line drawing in black ink on white paper.
 
 The grammar is held out on purpose: one in ten (color, shape, position) combinations and one wording of every
 kind of instruction occur in the test split only. Every draw comes from `random.Random` seeded by the record's own
@@ -169,14 +169,10 @@ def render(scene: Scene, style: str | None = None) -> np.ndarray:
 
 
 def render_outline(scene: Scene) -> np.ndarray:
-    """Draw a scene's objects as lines, black on white: (64, 64, 3) uint8.
-
-    What a line encloses is left empty, and each drawing lies in the upper left of its object's place: the source's
-    objects keep to the board's outer corners, so those on the right or below move by one grid pixel.
-    """
+    """Draw a scene's objects as lines, black on white: (64, 64, 3) uint8. What a line encloses is left empty."""
     grid = np.tile(np.array(BACKGROUNDS["white"], dtype=np.float64), (GRID, GRID, 1))
     for thing in scene.things:
-        row, col = (CELL * place for place in POSITIONS[thing.position])
+        row, col = (CELL * place + place for place in POSITIONS[thing.position])  # at the outer corner of its place
         grid[row : row + 3, col : col + 3][_border(SHAPES[thing.shape])] = BACKGROUNDS["black"]
     return _enlarge(grid)
 

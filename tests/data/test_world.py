@@ -124,8 +124,10 @@ def test_an_outline_is_a_line_drawing_of_the_source():
             thing, lines = scene.at(position), inked[world.cell_slice(position, scale=1)]
             shape = np.zeros((4, 4), bool)
             if thing is not None:
-                shape[:3, :3] = world.SHAPES["ring" if thing.shape == "square" else thing.shape]
-                shape[1, 1] &= thing.shape != "cross"  # the one other pixel with all neighbours inside
+                row, col = world.POSITIONS[position]
+                place = shape[row : row + 3, col : col + 3]
+                place[:] = world.SHAPES["ring" if thing.shape == "square" else thing.shape]
+                place[1, 1] &= thing.shape != "cross"  # the one other pixel with all neighbours inside
             assert np.array_equal(lines, shape)
 
 
