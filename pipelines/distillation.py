@@ -23,7 +23,7 @@ from components.running import RUN_ID
 from components.summarize import summarize
 from pipelines.cluster.cli import WORKFLOW
 from pipelines.options import MOUNT, PipelineOptions
-from pipelines.placement import NEEDS, Needs
+from pipelines.placement import Needs
 
 
 def build_pipeline(options: PipelineOptions) -> Callable:
@@ -126,7 +126,7 @@ def _place_pod(task: dsl.PipelineTask, step: str, needs: Needs, options: Pipelin
     if placement.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(placement.image_pull_secrets))
     for secret in placement.secrets:
-        if step in (secret.steps or NEEDS):
+        if not secret.steps or step in secret.steps:
             keys = {key: variable for variable, key in secret.env.items()}
             kubernetes.use_secret_as_env(task, secret.name, keys, optional=secret.optional)
 
