@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import time
 import warnings
@@ -88,6 +89,7 @@ def open_server(host: str | None, namespace: str | None = None) -> Server:
         raise UserError(f"--host {redact(host)!r}: name the server as https://..., here or in {HOST_ENV}")
     if redact(host) != host:
         raise UserError(f"--host {redact(host)}: no password and no query here. {_HOW_TO_LOG_IN}")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what it tries again ends in our one line
     token_file = Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
     with answers(host, "connect"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

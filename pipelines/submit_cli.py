@@ -134,8 +134,8 @@ def run_on_server(
         if not found.changed:
             return 0
     ours = _ours(recipe, data_file, tracking_uri)
+    server = submit.open_server(host, told.namespace)
     with _package(told.package, told.pipeline, told.image) as package:
-        server = submit.open_server(host, told.namespace)
         source, parameters = submit.source_of(server, package, told.pipeline)
         arguments = submit.fill_in(parameters, ours, told.params)
         experiment = submit.open_experiment(server, told.experiment or NAME)
@@ -243,25 +243,29 @@ def schedule_create(
     overrides: SetOption = [],  # noqa: B006
     name: Annotated[str | None, typer.Option(help="of the schedule; default: the recipe's")] = None,
     package: PackageOption = None,
-    pipeline: PipelineOption = None,
     image: ImageOption = None,
     params: ParamOption = [],  # noqa: B006
     experiment: ExperimentOption = None,
     service_account: AccountOption = None,
     tracking_uri: StoreOption = None,
 ) -> None:
-    """Run the pipeline again and again, with the arguments it has now; one at a time, without catching up."""
+    """Run the pipeline again and again, with the arguments it has now; one at a time, without catching up.
+
+    Nothing is taken from Kubeflow's cache: each step looks itself whether its inputs changed.
+    """
     from pipelines import schedules, submit
 
-    with one_line_errors(), _package(package, pipeline, image) as file:
+    with one_line_errors(), _package(package, None, image) as file:
         loaded = load_recipe(recipe, overrides)
         cron = schedules.check_cron(cron)
         server = submit.open_server(host, namespace)
-        source, parameters = submit.source_of(server, file, pipeline)
+        parameters = submit.declared(submit.load_package(file))
         arguments = submit.fill_in(parameters, _ours(loaded, None, tracking_uri), params)
         where = submit.open_experiment(server, experiment or NAME)
         title = name or loaded.name
-        made = schedules.create(server, title, cron, source, arguments, where, service_account)
+        with tempfile.TemporaryDirectory() as scratch:
+            plain = schedules.without_cache(file, Path(scratch) / "pipeline.yaml")
+            made = schedules.create(server, title, cron, plain, arguments, where, service_account)
         typer.echo(f"schedule {title}: {cron}, {server.host}/#/recurringrun/details/{made}")
 
 

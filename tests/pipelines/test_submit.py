@@ -119,11 +119,12 @@ def test_what_is_no_pipeline_is_not_sent(kfp, tmp_path):
 def test_a_schedule_is_made_listed_paused_resumed_and_deleted(kfp, package):
     there = ("--host", kfp.address)
     create = ("schedule", "create", *there, "--package", package, "--cron", "0 3 * * 1", "--name", "weekly")
-    good(*create, "--param", "data_revision=[[ScheduledTime]]")
+    good(*create, "--param", "workspace=/elsewhere")
     [made] = kfp.kept["recurringruns"]
     assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1"
     assert (made["mode"], made["max_concurrency"], made["no_catchup"]) == ("ENABLE", 1, True)
-    assert made["runtime_config"]["parameters"]["data_revision"] == "[[ScheduledTime]]"
+    assert made["runtime_config"]["parameters"]["workspace"] == "/elsewhere"
+    assert "enableCache" in Path(package).read_text() and "enableCache" not in json.dumps(made["pipeline_spec"])
     assert load_recipe("world").model_dump_json() == made["runtime_config"]["parameters"]["recipe"]
     assert "'weekly' is there already" in refused(*create)
     assert good("schedule", "list", *there).splitlines()[1].split()[:2] == ["weekly", "on"]
@@ -184,11 +185,12 @@ def test_a_server_that_does_not_let_us_in(kfp, fault, said):
     assert said in refused("schedule", "list", "--host", kfp.address)
 
 
-def test_a_server_that_is_not_there():
+def test_a_server_that_is_not_there(caplog):
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         line = refused("schedule", "list", "--host", f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert "not reachable (" in line and "Connection refused" in line
+    assert not caplog.records
 
 
 def test_a_dropped_answer_is_told_from_a_refusal(kfp, package):
