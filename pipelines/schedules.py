@@ -1,20 +1,15 @@
 """Recurring runs of a Kubeflow Pipelines server: made, listed, paused, resumed and deleted by name.
 
-Every run of a schedule has the same arguments, and the server does not fill in the time
-(https://github.com/kubeflow/pipelines/issues/12494). With its cache it would take every step from the first run;
-without, each step looks itself whether its inputs changed, and reuses its product in the workspace if they did not.
+Every run of a schedule has the same arguments: the server fills in no time
+(https://github.com/kubeflow/pipelines/issues/12494). What changed in the data, the pipeline's own first step finds out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from danceopd.errors import UserError, unknown_name
-from danceopd.files import write_atomic
 from pipelines.submit import PAGE, Server, answers
 
 FIELDS = 6  # Kubeflow's cron begins with seconds
@@ -52,16 +47,7 @@ def check_cron(text: str) -> str:
     return " ".join(fields)
 
 
-def without_cache(package: Path, out: Path) -> Path:
-    """Write a compiled pipeline again, with no step taken from Kubeflow's cache."""
-    spec, *more = yaml.safe_load_all(Path(package).read_text(encoding="utf-8"))
-    for part in (spec["root"], *spec.get("components", {}).values()):
-        for task in part.get("dag", {}).get("tasks", {}).values():
-            task["cachingOptions"] = {}
-    return write_atomic(out, yaml.safe_dump_all([spec, *more], sort_keys=False))
-
-
-def create(server: Server, name: str, cron: str, package: Path, arguments: dict[str, Any], experiment: str,
+def create(server: Server, name: str, cron: str, source: dict[str, Any], arguments: dict[str, Any], experiment: str,
            service_account: str | None = None) -> str:  # fmt: skip
     """Make a recurring run, one at a time and without catching up, and return its id.
 
@@ -73,7 +59,7 @@ def create(server: Server, name: str, cron: str, package: Path, arguments: dict[
     with answers(server.host, f"make schedule {name!r}"):
         made = server.client.create_recurring_run(
             experiment, name, cron_expression=check_cron(cron), max_concurrency=1, no_catchup=True, params=arguments,
-            service_account=service_account, pipeline_package_path=str(package),
+            service_account=service_account, **source,
         )  # fmt: skip
         return made.recurring_run_id
 

@@ -315,11 +315,11 @@ def start_run(server: Server, source: dict[str, Any], arguments: dict[str, Any],
         return made.run_id
 
 
-def find_running(server: Server, experiment: str, name: str) -> str | None:
-    """The id of a run of this name that is under way, or None."""
+def find_run(server: Server, experiment: str, name: str) -> tuple[str, str] | None:
+    """The id and the state of the newest run of this name, or None."""
     with answers(server.host, "list runs"):
-        page = server.client.list_runs(page_size=PAGE, experiment_id=experiment, filter=_named(name))
-    return next((run.run_id for run in page.runs or [] if run.state not in OVER), None)
+        found = server.client.list_runs("", 1, "created_at desc", experiment_id=experiment, filter=_named(name)).runs
+    return (found[0].run_id, found[0].state) if found else None
 
 
 @dataclass(frozen=True)
