@@ -46,6 +46,7 @@ def run(
     package: server.PackageOption = None,
     pipeline: server.PipelineOption = None,
     image: server.ImageOption = None,
+    placement: server.PlacementOption = None,
     params: server.ParamOption = [],  # noqa: B006
     service_account: server.AccountOption = None,
     follow: Annotated[
@@ -64,15 +65,15 @@ def run(
     with one_line_errors():
         loaded = load_recipe(recipe, overrides)
         told = server.Submission(
-            namespace, experiment, name, package, pipeline, image, service_account, tuple(params), follow
+            namespace, experiment, name, package, pipeline, image, placement, service_account, tuple(params), follow
         )
+        if data is not None and not if_changed:
+            raise UserError("--data: says what --if-changed compares; add that")
         if host is not None:
             if workspace is not None or fresh:
                 raise UserError("--workspace, --fresh: only for a run here; with --host use --param workspace=...")
             raise typer.Exit(server.run_on_server(host, loaded, told, data, tracking_uri, if_changed))
         told.refuse_without_host()
-        if data is not None and not if_changed:
-            raise UserError("--data: only with --host or --if-changed; a run here reads the repository's data.dvc")
         if tracking_uri:
             os.environ[ENVIRONMENT] = tracking_uri  # the steps of a run here take it from there
         place = workspace or Path("runs") / loaded.name

@@ -34,6 +34,11 @@ class Inputs:
     data: tuple[str, str] | None
 
     @property
+    def known(self) -> bool:
+        """Whether the data has a name, so that equal inputs are equal."""
+        return self.data is None or self.data[1] != UNKNOWN
+
+    @property
     def key(self) -> str:
         """A 16-digit name of all of it."""
         return content_key(self.recipe, self.code, self.data)
@@ -153,8 +158,7 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
     champion = registry.current_champion(client, model)
     versions = registry.list_versions(client, model) if champion is not None or _knows(client, model) else []
     wanted = inputs.tags()
-    tried = next((v.version for v in versions if UNKNOWN not in wanted.values() and wanted.items() <= v.tags.items()),
-                 None)  # fmt: skip
+    tried = next((v.version for v in versions if inputs.known and wanted.items() <= v.tags.items()), None)
     differences = [] if champion is None else _differences(wanted, champion.tags)
     number = None if champion is None else str(champion.version)
     return Comparison(model, number, differences, tried, int(versions[0].version) if versions else 0)

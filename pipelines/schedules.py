@@ -1,4 +1,8 @@
-"""Recurring runs of a Kubeflow Pipelines server: made, listed, paused, resumed and deleted by name."""
+"""Recurring runs of a Kubeflow Pipelines server: made, listed, paused, resumed and deleted by name.
+
+Every run of a schedule has the same arguments: the server fills in no time
+(https://github.com/kubeflow/pipelines/issues/12494). What changed in the data, the pipeline's own first step finds out.
+"""
 
 from __future__ import annotations
 

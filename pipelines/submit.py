@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import time
 import warnings
@@ -88,6 +89,7 @@ def open_server(host: str | None, namespace: str | None = None) -> Server:
         raise UserError(f"--host {redact(host)!r}: name the server as https://..., here or in {HOST_ENV}")
     if redact(host) != host:
         raise UserError(f"--host {redact(host)}: no password and no query here. {_HOW_TO_LOG_IN}")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what it tries again ends in our one line
     token_file = Path(os.environ.get(KF_PIPELINES_SA_TOKEN_ENV) or KF_PIPELINES_SA_TOKEN_PATH)
     with answers(host, "connect"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -313,11 +315,11 @@ def start_run(server: Server, source: dict[str, Any], arguments: dict[str, Any],
         return made.run_id
 
 
-def find_running(server: Server, experiment: str, name: str) -> str | None:
-    """The id of a run of this name that is under way, or None."""
+def find_run(server: Server, experiment: str, name: str) -> tuple[str, str] | None:
+    """The id and the state of the newest run of this name, or None."""
     with answers(server.host, "list runs"):
-        page = server.client.list_runs(page_size=PAGE, experiment_id=experiment, filter=_named(name))
-    return next((run.run_id for run in page.runs or [] if run.state not in OVER), None)
+        found = server.client.list_runs("", 1, "created_at desc", experiment_id=experiment, filter=_named(name)).runs
+    return (found[0].run_id, found[0].state) if found else None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ PipelineOption = Annotated[
 ImageOption = Annotated[
     str | None, typer.Option(help="container image of every step when it is compiled now; best with its digest")
 ]
+PlacementOption = Annotated[
+    str | None,
+    typer.Option(help="GPUs, nodes, volume of the steps when it is compiled now: a YAML file or a shipped one"),
+]
 ParamOption = Annotated[
     list[str], typer.Option("--param", help="one more argument of the pipeline: name=value, repeatable")
 ]
@@ -68,6 +72,7 @@ class Submission:
     package: Path | None = None
     pipeline: str | None = None
     image: str | None = None
+    placement: str | None = None
     service_account: str | None = None
     params: tuple[str, ...] = ()
     follow: bool = False
@@ -81,33 +86,30 @@ class Submission:
 
 
 @contextmanager
-def _package(given: Path | None, pipeline: str | None, image: str | None) -> Iterator[Path | None]:
+def _package(
+    given: Path | None, pipeline: str | None, image: str | None, placement: str | None
+) -> Iterator[Path | None]:
     """The compiled file to send: the one that was given, one compiled now, or none for an uploaded pipeline."""
-    chosen = {"--pipeline": pipeline, "--package": given, "--image": image}
-    several = [option for option, value in chosen.items() if value is not None]
-    if len(several) > 1:
-        raise UserError(f"{' and '.join(several)}: give one; an image is fixed when a pipeline is compiled")
-    if pipeline is not None or given is not None:
+    compiled = [name for name, value in {"--image": image, "--placement": placement}.items() if value is not None]
+    chosen = [name for name, value in {"--pipeline": pipeline, "--package": given}.items() if value is not None]
+    if len(chosen) > 1 or (chosen and compiled):
+        raise UserError(f"{' and '.join(chosen + compiled)}: give one; a compiled pipeline has image and placement")
+    if chosen:
         yield given
         return
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
+    from pipelines.placement import Placement, load_placement
 
+    options = PipelineOptions(image or IMAGE, load_placement(placement) if placement else Placement())
     with tempfile.TemporaryDirectory() as scratch:
-        yield compile_pipeline(Path(scratch) / "pipeline.yaml", PipelineOptions(image=image or IMAGE))
+        yield compile_pipeline(Path(scratch) / "pipeline.yaml", options)
 
 
-def _ours(recipe: Recipe, data_file: Path | None, tracking_uri: str | None) -> dict[str, str]:
-    """The arguments every run gets, where its pipeline takes them."""
-    from danceopd.files import content_key
-    from pipelines.local import inputs_revision
-    from pipelines.retrain import read_inputs
-
-    revision = inputs_revision(recipe)
-    if data_file is not None:
-        revision = content_key(revision, read_inputs(recipe, data_file).data)
-    uri = tracking_uri or os.environ.get(ENVIRONMENT, "")
-    return {"recipe": recipe.model_dump_json(), "data_revision": revision, "tracking_uri": uri}
+def _ours(recipe: Recipe, tracking_uri: str | None) -> dict[str, str]:
+    """The arguments every run gets, where its pipeline takes them; what data there is, it finds out itself."""
+    uri = tracking_uri or os.environ.get(ENVIRONMENT)
+    return {"recipe": recipe.model_dump_json()} | ({"tracking_uri": uri} if uri else {})
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -118,8 +120,8 @@ def run_on_server(
 ) -> int:
     """Start a run, and follow it if told to; returns the exit code.
 
-    With `if_changed`, nothing is started if there is nothing to train, and a run of the same inputs that is under way
-    is taken for this one.
+    With `if_changed`, nothing is started if there is nothing to train or a run of the same inputs went well (its
+    student may have failed a gate); one that is under way is taken for this one.
     """
     from pipelines import submit
     from pipelines.retrain import compare, read_inputs
@@ -133,17 +135,20 @@ def run_on_server(
         _say_lines(found.lines())
         if not found.changed:
             return 0
-    ours = _ours(recipe, data_file, tracking_uri)
-    with _package(told.package, told.pipeline, told.image) as package:
-        server = submit.open_server(host, told.namespace)
+    server = submit.open_server(host, told.namespace)
+    with _package(told.package, told.pipeline, told.image, told.placement) as package:
         source, parameters = submit.source_of(server, package, told.pipeline)
-        arguments = submit.fill_in(parameters, ours, told.params)
+        arguments = submit.fill_in(parameters, _ours(recipe, tracking_uri), told.params)
         experiment = submit.open_experiment(server, told.experiment or NAME)
         name = told.name or f"{recipe.name} {inputs.key if if_changed else f'{datetime.now(UTC):%Y-%m-%d %H:%M:%S}'}"
-        run = submit.find_running(server, experiment, name) if if_changed else None
-        state = "found under way" if run else "started"
-        run = run or submit.start_run(server, source, arguments, experiment, name, told.service_account)
-    typer.echo(f"run {name}: {state}, {server.link(run)}")
+        run, state = (submit.find_run(server, experiment, name) if if_changed else None) or (None, None)
+        if state == submit.SUCCEEDED and inputs.known:
+            typer.echo(f"run {name}: was run already, {server.link(run)}; without --if-changed it runs again")
+            return 0
+        found_there = run is not None and state not in submit.OVER
+        if not found_there:
+            run = submit.start_run(server, source, arguments, experiment, name, told.service_account)
+    typer.echo(f"run {name}: {'found under way' if found_there else 'started'}, {server.link(run)}")
     return _follow(server, run, recipe, inputs, uri, found) if told.follow else 0
 
 
@@ -215,13 +220,14 @@ def upload(
     namespace: NamespaceOption = None,
     package: PackageOption = None,
     image: ImageOption = None,
+    placement: PlacementOption = None,
     name: Annotated[str, typer.Option(help="of the pipeline")] = NAME,
     version: Annotated[str | None, typer.Option("--version", help="its name; default: time and content")] = None,
 ) -> None:
     """Upload the pipeline to a server: a new one, or a new version of the one of this name."""
     from pipelines import submit
 
-    with one_line_errors(), _package(package, None, image) as file:
+    with one_line_errors(), _package(package, None, image, placement) as file:
         submit.load_package(file)
         server = submit.open_server(host, namespace)
         pipeline_id, version_id = submit.upload(server, file, name, version)
@@ -245,20 +251,24 @@ def schedule_create(
     package: PackageOption = None,
     pipeline: PipelineOption = None,
     image: ImageOption = None,
+    placement: PlacementOption = None,
     params: ParamOption = [],  # noqa: B006
     experiment: ExperimentOption = None,
     service_account: AccountOption = None,
     tracking_uri: StoreOption = None,
 ) -> None:
-    """Run the pipeline again and again, with the arguments it has now; one at a time, without catching up."""
+    """Run the pipeline again and again, with the arguments it has now; one at a time, without catching up.
+
+    What data there is, each run finds out itself.
+    """
     from pipelines import schedules, submit
 
-    with one_line_errors(), _package(package, pipeline, image) as file:
+    with one_line_errors(), _package(package, pipeline, image, placement) as file:
         loaded = load_recipe(recipe, overrides)
         cron = schedules.check_cron(cron)
         server = submit.open_server(host, namespace)
         source, parameters = submit.source_of(server, file, pipeline)
-        arguments = submit.fill_in(parameters, _ours(loaded, None, tracking_uri), params)
+        arguments = submit.fill_in(parameters, _ours(loaded, tracking_uri), params)
         where = submit.open_experiment(server, experiment or NAME)
         title = name or loaded.name
         made = schedules.create(server, title, cron, source, arguments, where, service_account)

@@ -161,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = list(self.state.kept[kind])
         if kind == "versions":
             found = [e for e in reversed(found) if e["pipeline_id"] == parts[1]]
+        if query.get("sort_by") == "created_at desc" and kind == "runs":
+            found.reverse()
         if "filter" in query:
             [predicate] = json.loads(query["filter"])["predicates"]
             assert predicate["operation"] in (1, "EQUALS") and predicate["key"] == "display_name"

@@ -14,6 +14,7 @@ from kfp_server import DROP, PAGE, KfpServer, good, invoke, refused, serve
 from danceopd.errors import UserError
 from danceopd.recipe import load_recipe
 from pipelines import compile, submit
+from pipelines.placement import load_placement
 from pipelines.schedules import check_cron
 
 pytestmark = pytest.mark.usefixtures("no_settings")
@@ -33,7 +34,7 @@ def test_a_run_is_made_with_the_recipe_and_the_parameters_given(kfp, package):
     arguments = run["runtime_config"]["parameters"]
     assert json.loads(arguments["recipe"])["seed"] == 5
     assert arguments["tracking_uri"] == "http://mlflow:5000" and arguments["workspace"] == "/elsewhere"
-    assert arguments["data_revision"]
+    assert "data_revision" not in arguments, "the cluster sees its data, this machine may not"
     spec = run["pipeline_spec"]
     assert spec["pipeline_spec"]["pipelineInfo"]["name"] == "danceopd" and "kubernetes" in json.dumps(spec)
     assert out == f"run first: started, {kfp.address}/#/runs/details/runs-1\n"
@@ -45,12 +46,12 @@ def test_the_pipeline_is_compiled_with_the_image_given(kfp, package, monkeypatch
     images = []
 
     def compiled(out, options):  # a real one takes seconds
-        images.append(options.image)
+        images.append((options.image, options.placement))
         return Path(shutil.copy(package, out))
 
     monkeypatch.setattr(compile, "compile_pipeline", compiled)
-    good(*RUN, kfp.address, "--image", "example.com/d:1")
-    assert images == ["example.com/d:1"] and len(kfp.kept["runs"]) == 1
+    good(*RUN, kfp.address, "--image", "example.com/d:1", "--placement", "gpu")
+    assert images == [("example.com/d:1", load_placement("gpu"))] and len(kfp.kept["runs"]) == 1
 
 
 def test_an_uploaded_pipeline_runs_by_name(kfp, package):
@@ -119,11 +120,11 @@ def test_what_is_no_pipeline_is_not_sent(kfp, tmp_path):
 def test_a_schedule_is_made_listed_paused_resumed_and_deleted(kfp, package):
     there = ("--host", kfp.address)
     create = ("schedule", "create", *there, "--package", package, "--cron", "0 3 * * 1", "--name", "weekly")
-    good(*create, "--param", "data_revision=[[ScheduledTime]]")
+    good(*create, "--param", "workspace=/elsewhere")
     [made] = kfp.kept["recurringruns"]
     assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1"
     assert (made["mode"], made["max_concurrency"], made["no_catchup"]) == ("ENABLE", 1, True)
-    assert made["runtime_config"]["parameters"]["data_revision"] == "[[ScheduledTime]]"
+    assert made["runtime_config"]["parameters"]["workspace"] == "/elsewhere"
     assert load_recipe("world").model_dump_json() == made["runtime_config"]["parameters"]["recipe"]
     assert "'weekly' is there already" in refused(*create)
     assert good("schedule", "list", *there).splitlines()[1].split()[:2] == ["weekly", "on"]
@@ -184,11 +185,12 @@ def test_a_server_that_does_not_let_us_in(kfp, fault, said):
     assert said in refused("schedule", "list", "--host", kfp.address)
 
 
-def test_a_server_that_is_not_there():
+def test_a_server_that_is_not_there(caplog):
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         line = refused("schedule", "list", "--host", f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert "not reachable (" in line and "Connection refused" in line
+    assert not caplog.records
 
 
 def test_a_dropped_answer_is_told_from_a_refusal(kfp, package):
@@ -228,9 +230,10 @@ def test_namespaces_reach_every_call(package):
         (["--param", "speed=1"], "--param: 'speed' is not known; choose one of: "),
         (["--param", "speed"], "write it as name=value"),
         (["--image", "x:1"], "--package and --image: give one"),
+        (["--placement", "gpu"], "--package and --placement: give one"),
         (["--fresh"], "only for a run here"),
         (["--if-changed"], "name the registry"),
-        (["--data", "no.dvc"], "no.dvc: not a DVC file"),
+        (["--data", "no.dvc"], "--data: says what --if-changed compares"),
     ],
 )
 def test_bad_options_of_a_run_there(kfp, package, arguments, said):
@@ -238,7 +241,7 @@ def test_bad_options_of_a_run_there(kfp, package, arguments, said):
     assert not kfp.kept["runs"]
 
 
-@pytest.mark.parametrize("arguments", [["--follow"], ["--param", "a=b"], ["--image", "x:1"], ["--data", "d.dvc"]])
+@pytest.mark.parametrize("arguments", [["--follow"], ["--param", "a=b"], ["--image", "x:1"], ["--placement", "gpu"]])
 def test_options_of_a_server_mean_nothing_here(arguments):
     assert f"{arguments[0]}: only with --host" in refused("run", *arguments)
 
