@@ -54,14 +54,16 @@ def _run(recipe: str, overrides: list[str], workspace: Path | None, action: str,
 def compile_(
     out: Annotated[Path, typer.Option(help="YAML file to write")] = Path("danceopd-champion.yaml"),
     image: Annotated[str, typer.Option(help="container image of the step; best with its digest")] = IMAGE,
-    claim: Annotated[str, typer.Option(help="persistent volume claim that holds the workspace")] = "danceopd-workspace",
+    placement: Annotated[
+        str, typer.Option(help="YAML file, or a shipped one: volume, secrets of the step; default: the volume alone")
+    ] = "",
 ) -> None:
     """Compile the pipeline to YAML for a Kubeflow cluster."""
     from pipelines.champion import build_champion_pipeline
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
-    from pipelines.placement import Placement
+    from pipelines.placement import Placement, load_placement
 
     with one_line_errors():
-        options = PipelineOptions(image, Placement(claim=claim))
+        options = PipelineOptions(image, load_placement(placement) if placement else Placement())
         typer.echo(compile_pipeline(out, options, build_champion_pipeline))

@@ -27,6 +27,21 @@ def test_it_compiles_to_one_step_that_is_done_once(tmp_path):
     assert placed["pvcMount"] and placed["securityContext"] == {"runAsNonRoot": True}
 
 
+def test_its_step_gets_the_placements_volume_and_the_secrets_of_all_steps(tmp_path):
+    out, placement = tmp_path / "champion.yaml", tmp_path / "placement.yaml"
+    secrets = [
+        {"name": "store", "env": {"AWS_ACCESS_KEY_ID": "id"}},
+        {"name": "hub", "env": {"HF_TOKEN": "token"}, "steps": ["resolve_base"]},
+    ]
+    placement.write_text(yaml.safe_dump({"claim": "elsewhere", "secrets": secrets}))
+    chosen = ["--image", "registry.example.com/d@1", "--placement", str(placement)]
+    assert CliRunner().invoke(app, ["champion", "compile", "--out", str(out), *chosen]).exit_code == 0
+    _, platform = yaml.safe_load_all(out.read_text())
+    [placed] = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    assert [mount["constant"] for mount in placed["pvcMount"]] == ["elsewhere"]
+    assert [secret["secretName"] for secret in placed["secretAsEnv"]] == ["store"]
+
+
 def test_a_wrong_recipe_is_one_line():
     done = CliRunner().invoke(app, ["champion", "rollback", "--recipe", "nowhere"])
     assert done.exit_code == 2 and "neither a file nor a shipped recipe" in done.output
