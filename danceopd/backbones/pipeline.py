@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from danceopd.adapters import plain_copy
 from danceopd.backbones.base import LOADING, SETTINGS
+from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
 from danceopd.recipe import ModelRecipe
@@ -135,3 +136,20 @@ class PipelineBackbone:
 
     def _to_vae(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
+
+
+class ShiftedLatentsBackbone(PipelineBackbone):
+    """A back end whose `AutoencoderKL` has a shift and a scale, and whose tokens are 2x2 patches of its latents."""
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode(self._to_vae(pixels)).latent_dist.mode()
+        return to_tokens((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        vae = self.pipeline.vae
+        z = to_latents(self._to_vae(latents), *self._token_grid(height, width))
+        z = z / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(z, return_dict=False)[0].clamp(-1, 1)

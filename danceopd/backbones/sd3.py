@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import to_latents, to_tokens
-from danceopd.backbones.pipeline import PipelineBackbone
+from danceopd.backbones.pipeline import ShiftedLatentsBackbone
 from danceopd.errors import UserError
 
 
-class SD3(PipelineBackbone):
+class SD3(ShiftedLatentsBackbone):
     """The Stable Diffusion 3.5 back end around one loaded pipeline."""
 
     pipeline_class = StableDiffusion3Pipeline
@@ -54,19 +54,6 @@ class SD3(PipelineBackbone):
         length = self.transformer.config.pooled_projection_dim
         rows = -(-length // prompt.shape[2])
         return prompt[:, rows:], prompt[:, :rows].flatten(1)[:, :length]
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode(self._to_vae(pixels)).latent_dist.mode()
-        return to_tokens((latents - vae.config.shift_factor) * vae.config.scaling_factor)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        vae = self.pipeline.vae
-        z = to_latents(self._to_vae(latents), *self._token_grid(height, width))
-        z = z / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         if condition.source is not None:

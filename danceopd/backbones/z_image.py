@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
-from danceopd.backbones.pipeline import PipelineBackbone
+from danceopd.backbones.pipeline import ShiftedLatentsBackbone
 from danceopd.errors import UserError
 from danceopd.recipe import ModelRecipe
 
 
-class ZImage(PipelineBackbone):
+class ZImage(ShiftedLatentsBackbone):
     """The Z-Image back end around one loaded pipeline.
 
     A prompt's embedding holds four parts: the prompt as the drawing template has it, and the three of the editing
@@ -56,19 +56,6 @@ class ZImage(PipelineBackbone):
         before, _, after = editing[0]  # these two are the same for every prompt
         parts = [[one.float(), *(part.float() for part in three)] for one, three in zip(drawing, editing, strict=True)]
         return pack_parts(parts, 2 * longest + len(before) + len(after))
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode(self._to_vae(pixels)).latent_dist.mode()
-        return to_tokens((latents - vae.config.shift_factor) * vae.config.scaling_factor)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        vae = self.pipeline.vae
-        z = to_latents(self._to_vae(latents), *self._token_grid(height, width))
-        z = z / vae.config.scaling_factor + vae.config.shift_factor
-        return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = transformer.cap_embedder[1].weight.dtype
