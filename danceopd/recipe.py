@@ -6,8 +6,6 @@ A field that does not exist is an error that lists the right ones; a value out o
 from __future__ import annotations
 
 import copy
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -15,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from danceopd.errors import UserError
 from danceopd.files import content_key
+from danceopd.shipped import read_settings
 
+RECIPES = "danceopd.recipes"  # the package of those that ship
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -445,30 +445,13 @@ def parse_recipe(data: Any, where: str) -> Recipe:
         raise say_invalid(error, Recipe, where) from error
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("danceopd.recipes").iterdir()
-                  if p.name.endswith(".yaml"))  # fmt: skip
-
-
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Load a recipe by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
 
     Raises:
         UserError: if it cannot be found or read, or does not fit the models.
     """
-    if name_or_path in recipe_names():
-        text = resources.files("danceopd.recipes").joinpath(f"{name_or_path}.yaml").read_text()
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
-    else:
-        raise UserError(
-            f"recipe {name_or_path!r}: neither a file nor a shipped recipe; shipped: {', '.join(recipe_names())}"
-        )
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {name_or_path}: not valid YAML ({' '.join(str(error).split())})") from error
+    data = read_settings("recipe", RECIPES, name_or_path)
     return parse_recipe(apply_overrides(data, overrides), f"recipe {name_or_path}")
 
 

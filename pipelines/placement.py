@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from danceopd.errors import UserError
 from danceopd.recipe import say_invalid
+from danceopd.shipped import read_settings
 
+PLACEMENTS = "pipelines.placements"  # the package of those that ship
 Range = tuple[PositiveInt, PositiveInt]
 Label = Annotated[str, Field(min_length=1)]
 
@@ -167,33 +165,14 @@ class Placement(_Part):
         return self.retries if own is None else own
 
 
-def placement_names() -> list[str]:
-    """Names of the placements that ship with the package."""
-    found = resources.files("pipelines.placements").iterdir()
-    return sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml"))
-
-
 def load_placement(name_or_path: str) -> Placement:
     """Load a placement by the name of a shipped one or from a YAML file.
 
     Raises:
         UserError: if it cannot be found or read, or does not fit the model.
     """
-    if name_or_path in placement_names():
-        text = resources.files("pipelines.placements").joinpath(f"{name_or_path}.yaml").read_text()
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
-    else:
-        shipped = ", ".join(placement_names())
-        raise UserError(f"placement {name_or_path!r}: neither a file nor a shipped placement; shipped: {shipped}")
-    where = f"placement {name_or_path}"
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: a placement is a YAML mapping, this is {type(data).__name__}")
+    data = read_settings("placement", PLACEMENTS, name_or_path)
     try:
         return Placement.model_validate(data)
     except ValidationError as error:
-        raise say_invalid(error, Placement, where) from error
+        raise say_invalid(error, Placement, f"placement {name_or_path}") from error

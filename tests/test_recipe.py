@@ -7,10 +7,11 @@ import yaml
 
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import METRICS
-from danceopd.recipe import apply_overrides, load_recipe, parse_recipe, recipe_names
+from danceopd.recipe import RECIPES, apply_overrides, load_recipe, parse_recipe
+from danceopd.shipped import shipped_names
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", shipped_names(RECIPES))
 def test_shipped_recipes_load_and_survive_json(name):
     recipe = load_recipe(name)
     again = type(recipe).model_validate_json(recipe.model_dump_json())

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from danceopd.errors import UserError
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, say_invalid
+from danceopd.shipped import read_settings
 
+STUDIES = "danceopd.studies"  # the package of those that ship
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # What the study itself decides, cell by cell.
 OWN = ("distill.steps", "distill.seed", "evaluate.split", "evaluate.per_task")
@@ -93,33 +92,13 @@ class Study(_Part):
         return recipe
 
 
-def study_names() -> list[str]:
-    """Names of the studies that ship with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("danceopd.studies").iterdir()
-                  if p.name.endswith(".yaml"))  # fmt: skip
-
-
 def load_study(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     """Load a study by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
 
     Raises:
         UserError: if it cannot be found or read, or it or one of its recipes does not fit the models.
     """
-    if name_or_path in study_names():
-        text = resources.files("danceopd.studies").joinpath(f"{name_or_path}.yaml").read_text()
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
-    else:
-        raise UserError(
-            f"study {name_or_path!r}: neither a file nor a shipped study; shipped: {', '.join(study_names())}"
-        )
-    where = f"study {name_or_path}"
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: a study is a YAML mapping, this is {type(data).__name__}")
+    data, where = read_settings("study", STUDIES, name_or_path), f"study {name_or_path}"
     try:
         study = Study.model_validate(apply_overrides(data, overrides))
     except ValidationError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from danceopd.errors import UserError
-from pipelines.placement import NEEDS, Placement, load_placement, placement_names
+from danceopd.shipped import shipped_names
+from pipelines.placement import NEEDS, PLACEMENTS, Placement, load_placement
 
 
 def read(tmp_path, text: str) -> Placement:
@@ -16,7 +17,7 @@ def read(tmp_path, text: str) -> Placement:
 
 @pytest.mark.parametrize("name", ["gke-h100", "gpu"])
 def test_what_ships_places_every_gpu_step_on_a_gpu_and_no_other(name):
-    assert name in placement_names()
+    assert name in shipped_names(PLACEMENTS)
     placement = load_placement(name)
     for step, needs in NEEDS.items():
         placed = placement.needs(step)

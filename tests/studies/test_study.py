@@ -22,9 +22,10 @@ from danceopd.files import read_json, write_json
 from danceopd.operators import GuidedField
 from danceopd.queries import NAMED
 from danceopd.recipe import MERGES, METHODS, load_recipe
+from danceopd.shipped import shipped_names
 from danceopd.studies import cells
 from danceopd.studies.cost import expected_forwards, steps_within
-from danceopd.studies.plan import Budget, load_study, study_names
+from danceopd.studies.plan import STUDIES, Budget, load_study
 from danceopd.studies.run import run_study
 from danceopd.studies.table import Estimate, counted_metrics, estimate, markdown, retention, terminal_table, verdict
 from danceopd.studies.workers import usable_cores, work_off
@@ -166,7 +167,9 @@ def test_a_plan_that_does_not_fit_is_one_line(tiny_base, tmp_path, change, messa
 
 
 def test_files_that_are_no_study_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=f"neither a file nor a shipped study; shipped: {', '.join(study_names())}"):
+    with pytest.raises(
+        UserError, match=f"neither a file nor a shipped study; shipped: {', '.join(shipped_names(STUDIES))}"
+    ):
         load_study("nowhere")
     (tmp_path / "a.yaml").write_text("[1]")
     with pytest.raises(UserError, match="a study is a YAML mapping, this is list"):
@@ -176,7 +179,7 @@ def test_files_that_are_no_study_are_one_line(tmp_path):
         load_study(str(tmp_path / "a.yaml"))
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize("name", shipped_names(STUDIES))
 def test_shipped_studies_are_valid(name):
     study = load_study(name, ["seeds=[5]"])
     assert (study.name, study.seeds) == (name, (5,))

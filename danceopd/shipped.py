@@ -1,0 +1,42 @@
+"""Settings that are named: YAML files that ship in a package, or a user's own."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from danceopd.errors import UserError
+
+
+def shipped_names(package: str) -> list[str]:
+    """Names of the YAML files in a package, without their endings."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+
+
+def read_settings(kind: str, package: str, name_or_path: str) -> dict:
+    """The mapping in a YAML file that ships with a package, or in a file.
+
+    Args:
+        kind: what it is called in messages, such as "recipe".
+        package: where the shipped ones lie.
+        name_or_path: a shipped one's name goes before a file's.
+
+    Raises:
+        UserError: if there is neither, or it cannot be read, or is no mapping.
+    """
+    names, where = shipped_names(package), f"{kind} {name_or_path}"
+    if name_or_path in names:
+        text = resources.files(package).joinpath(f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise UserError(f"{kind} {name_or_path!r}: neither a file nor a shipped {kind}; shipped: {', '.join(names)}")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a {kind} is a YAML mapping, this is {type(data).__name__}")
+    return data
