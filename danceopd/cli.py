@@ -228,7 +228,6 @@ def registry_list(
     tracking_uri: StoreOption = None,
 ) -> None:
     """Every version with its aliases, and why it became champion or did not."""
-    import json
     from datetime import UTC, datetime
 
     from danceopd import registry
@@ -237,9 +236,7 @@ def registry_list(
     table = Table("version", "aliases", "registered (UTC)", "student", "decision", title=loaded.register_as.model)
     for line in registry.list_versions(client, loaded.register_as.model):
         when = datetime.fromtimestamp(line.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
-        reasons = "; ".join(json.loads(line.tags.get(registry.REASONS, "[]")))
-        decision = line.tags.get(registry.DECISION, "undecided") + (f": {reasons}" if reasons else "")
-        table.add_row(line.version, ", ".join(line.aliases), when, line.tags.get("student", "")[:12], decision)
+        table.add_row(line.version, ", ".join(line.aliases), when, line.tags.get("student", "")[:12], line.decision)
     Console().print(table)
 
 
@@ -286,9 +283,8 @@ def registry_promote(
     from danceopd import registry
 
     loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    now, before = registry.promote_checked(client, loaded, version, force)
-    said = f"champion is version {now}"
-    typer.echo(f"{loaded.register_as.model}: {said}" + ("" if before in (None, now) else f", previous is {before}"))
+    moved = registry.promote_checked(client, loaded, version, force)
+    typer.echo(registry.say_champion(loaded.register_as.model, *moved))
 
 
 @registry_app.command("rollback")
@@ -302,9 +298,8 @@ def registry_rollback(
     from danceopd import registry
 
     loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    now, before = registry.rollback(client, loaded.register_as.model)
-    said = f"champion is version {now}"
-    typer.echo(f"{loaded.register_as.model}: {said}" + (f", previous is {before}" if before else ""))
+    model = loaded.register_as.model
+    typer.echo(registry.say_champion(model, *registry.rollback(client, model)))
 
 
 # ------------------------------------------------------------------------------------------------------------- student

@@ -550,6 +550,17 @@ class VersionLine:
     created: int
     tags: dict[str, str]
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why it did not become champion, or could not be compared."""
+        return json.loads(self.tags.get(REASONS, "[]"))
+
+    @property
+    def decision(self) -> str:
+        """What was decided on it, and why."""
+        said = self.tags.get(DECISION, "undecided")
+        return f"{said}: {'; '.join(self.reasons)}" if self.reasons else said
+
 
 def open_registry(tracking_uri: str, model: str) -> MlflowClient:
     """A client of a store that holds a registered model.
@@ -624,11 +635,11 @@ def promote_checked(client: MlflowClient, recipe: Recipe, name: str, force: bool
     return number, before
 
 
-def rollback(client: MlflowClient, model: str) -> tuple[str, str]:
+def rollback(client: MlflowClient, model: str) -> tuple[str, str | None]:
     """Make the version called `previous` champion again; the champion is called `previous` then.
 
     Returns:
-        The champion's number now and before.
+        The champion's number now and before (None: there was none).
 
     Raises:
         UserError: if no version is called `previous`.
@@ -637,7 +648,7 @@ def rollback(client: MlflowClient, model: str) -> tuple[str, str]:
     if PREVIOUS not in aliases:
         raise UserError(f"{model}: no version is called '{PREVIOUS}', so there is nothing to go back to; "
                         "promote one by its number")  # fmt: skip
-    old, back = aliases.get(CHAMPION, ""), aliases[PREVIOUS]
+    old, back = aliases.get(CHAMPION), aliases[PREVIOUS]
     client.set_registered_model_alias(model, CHAMPION, back)
     if old:
         client.set_registered_model_alias(model, PREVIOUS, old)
@@ -671,8 +682,7 @@ def move_champion(
         raise unknown_name("action on the registry", action, ACTIONS)
     if action == "promote":
         return promote_checked(client, recipe, version, force)
-    now, before = rollback(client, recipe.register_as.model)
-    return now, before or None
+    return rollback(client, recipe.register_as.model)
 
 
 def say_champion(model: str, now: str, before: str | None) -> str:
@@ -684,9 +694,7 @@ def versions_markdown(client: MlflowClient, model: str) -> str:
     """All versions of a model as a Markdown table: aliases, decision and its reasons."""
     lines = [f"# {model}", "", "| version | aliases | decision |", "|---|---|---|"]
     for line in list_versions(client, model):
-        reasons = "; ".join(json.loads(line.tags.get(REASONS, "[]")))
-        decision = line.tags.get(DECISION, "undecided") + (f": {reasons}" if reasons else "")
-        lines.append(f"| {line.version} | {', '.join(line.aliases)} | {decision} |")
+        lines.append(f"| {line.version} | {', '.join(line.aliases)} | {line.decision} |")
     return "\n".join(lines) + "\n"
 
 

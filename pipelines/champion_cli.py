@@ -11,7 +11,6 @@ from components.image import IMAGE
 from danceopd.recipe import load_recipe
 from pipelines.one_line import one_line_errors
 
-STEP_FAILED = 1
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
 WorkspaceOption = Annotated[Path | None, typer.Option(help="where the store lies; default: runs/<recipe name>")]
@@ -39,15 +38,10 @@ def rollback(recipe: RecipeOption = "world", overrides: SetOption = [], workspac
 
 def _run(recipe: str, overrides: list[str], workspace: Path | None, action: str, *more: str | bool) -> None:
     from pipelines.champion import run_champion
-    from pipelines.local import StepFailed
 
     with one_line_errors():
         loaded = load_recipe(recipe, overrides)
-        try:
-            typer.echo(run_champion(loaded, workspace or Path("runs") / loaded.name, action, *more))
-        except StepFailed as error:
-            typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
-            raise typer.Exit(STEP_FAILED) from error
+        typer.echo(run_champion(loaded, workspace or Path("runs") / loaded.name, action, *more))
 
 
 @app.command("compile")
@@ -62,8 +56,8 @@ def compile_(
     from pipelines.champion import build_champion_pipeline
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
-    from pipelines.placement import Placement, load_placement
+    from pipelines.placement import load_placement
 
     with one_line_errors():
-        options = PipelineOptions(image, load_placement(placement) if placement else Placement())
+        options = PipelineOptions(image, load_placement(placement))
         typer.echo(compile_pipeline(out, options, build_champion_pipeline))

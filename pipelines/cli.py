@@ -18,7 +18,6 @@ from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
 from pipelines.one_line import one_line_errors
 
-STEP_FAILED = 1
 PLAIN_WIDTH = 110  # of a table that goes to a file
 
 app = typer.Typer(no_args_is_help=True, help="The whole chain as one Kubeflow pipeline.")
@@ -58,7 +57,7 @@ def run(
     Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 75: the followed server went away.
     """
     from pipelines.compile import compile_pipeline
-    from pipelines.local import StepFailed, run_local
+    from pipelines.local import run_local
     from pipelines.options import PipelineOptions
     from pipelines.summary import summary_table
 
@@ -79,11 +78,7 @@ def run(
         place = workspace or Path("runs") / loaded.name
         if if_changed and server.unchanged_here(loaded, place, data, tracking_uri):
             return
-        try:
-            outcome = run_local(loaded, place, fresh)
-        except StepFailed as error:
-            typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
-            raise typer.Exit(STEP_FAILED) from error
+        outcome = run_local(loaded, place, fresh)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(summary_table(outcome.metrics, outcome.registration))
     typer.echo(f"model    {loaded.register_as.model}")
@@ -108,12 +103,12 @@ def compile_(
     """Compile the chain to YAML for a Kubeflow cluster."""
     from pipelines.compile import Manifests, compile_pipeline
     from pipelines.options import PipelineOptions
-    from pipelines.placement import Placement, load_placement
+    from pipelines.placement import load_placement
 
     with one_line_errors():
         if not manifests and (namespace or version):
             raise UserError("--namespace and --version are the objects' own; add --kubernetes-manifests")
-        options = PipelineOptions(image, load_placement(placement) if placement else Placement())
+        options = PipelineOptions(image, load_placement(placement))
         objects = Manifests(namespace, version) if manifests else None
         typer.echo(compile_pipeline(out, options, manifests=objects))
     if not options.by_digest:

@@ -23,16 +23,13 @@ from danceopd.devices import usable_cores
 from danceopd.files import read_json
 from danceopd.recipe import FinetunedTeacher, Recipe
 from pipelines.distillation import build_pipeline
+from pipelines.one_line import StepFailed
 from pipelines.options import PipelineOptions, Threads
 from pipelines.placement import Placement
 from pipelines.steplog import readable_steps
 
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
 _ANSI_COLOR = re.compile(r"\x1b\[\d+m")
-
-
-class StepFailed(RuntimeError):
-    """A step of the run ended badly; the message says which and why, a line each."""
 
 
 @dataclass(frozen=True)

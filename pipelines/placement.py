@@ -165,12 +165,14 @@ class Placement(_Part):
         return self.retries if own is None else own
 
 
-def load_placement(name_or_path: str) -> Placement:
-    """Load a placement by the name of a shipped one or from a YAML file.
+def load_placement(name_or_path: str | None) -> Placement:
+    """Load a placement by the name of a shipped one or from a YAML file; none named: CPUs and the workspace's claim.
 
     Raises:
         UserError: if it cannot be found or read, or does not fit the model.
     """
+    if not name_or_path:
+        return Placement()
     data = read_settings("placement", PLACEMENTS, name_or_path)
     try:
         return Placement.model_validate(data)

@@ -14,7 +14,7 @@ from danceopd.data import versioning
 from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.recipe import Recipe
-from danceopd.tracking import open_client, require_store
+from danceopd.tracking import has_store, open_client
 
 UNKNOWN = "unknown"
 
@@ -152,7 +152,7 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
         UserError: if the store does not answer.
     """
     model = recipe.register_as.model
-    if _no_store(tracking_uri):
+    if not has_store(tracking_uri):
         return Comparison(model, None, [], None, 0)
     client = open_client(tracking_uri)
     champion = registry.current_champion(client, model)
@@ -162,14 +162,6 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
     differences = [] if champion is None else _differences(wanted, champion.tags)
     number = None if champion is None else str(champion.version)
     return Comparison(model, number, differences, tried, int(versions[0].version) if versions else 0)
-
-
-def _no_store(tracking_uri: str) -> bool:
-    try:
-        require_store(tracking_uri)
-    except UserError:
-        return True
-    return False
 
 
 def _knows(client: Any, model: str) -> bool:
@@ -203,6 +195,5 @@ def verdict(recipe: Recipe, inputs: Inputs, tracking_uri: str, before: int) -> s
         return f"{after.model}: no new version, {old}"
     lines = registry.list_versions(open_client(tracking_uri), after.model)
     newest = next(line for line in lines if int(line.version) == after.newest)
-    reasons = "; ".join(json.loads(newest.tags.get(registry.REASONS, "[]")))
-    aliases = ", ".join(newest.aliases) or "no alias"
+    aliases, reasons = ", ".join(newest.aliases) or "no alias", "; ".join(newest.reasons)
     return f"{after.model}: registered as version {newest.version} ({aliases})" + (f": {reasons}" if reasons else "")

@@ -99,9 +99,9 @@ def _package(
         return
     from pipelines.compile import compile_pipeline
     from pipelines.options import PipelineOptions
-    from pipelines.placement import Placement, load_placement
+    from pipelines.placement import load_placement
 
-    options = PipelineOptions(image or IMAGE, load_placement(placement) if placement else Placement())
+    options = PipelineOptions(image or IMAGE, load_placement(placement))
     with tempfile.TemporaryDirectory() as scratch:
         yield compile_pipeline(Path(scratch) / "pipeline.yaml", options)
 

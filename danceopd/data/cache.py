@@ -17,6 +17,7 @@ import json
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,7 +312,7 @@ def _fill(
     size = _shard_rows(encode, items, batch)
     shard_of = {key: number // size for number, key in enumerate(keys)}
     mine = {key: n for key, n in shard_of.items() if n % workers == worker and key not in there}
-    left = _counts(mine.values())
+    left = Counter(mine.values())
     waiting: dict[int, dict[str, object]] = {}
     done, told = 0, time.monotonic()
     log.info("%s: encoding %d of %d in %d shards", group, len(mine), len(keys), len(left))
@@ -328,13 +329,6 @@ def _fill(
             if time.monotonic() - told > TELL_EVERY:
                 told = time.monotonic()
                 log.info("%s: %d encoded, %d left", group, done, len(mine))
-
-
-def _counts(values: Iterable[int]) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
 
 
 def _shard_rows(encode: Callable[[list], Tensor], items: Callable[[], Iterator], batch: int) -> int:
