@@ -59,7 +59,8 @@ def finetune(
             total = 0.0
             with learner.field.active(), learner.precision():
                 for part in parts:
-                    condition = _drop_prompts(encoded.condition(part.rows, device), empty, part.dropped.to(device))
+                    condition = encoded.condition(part.rows, device)
+                    condition = _drop_prompts(backbone, condition, empty, part.dropped.to(device))
                     clean, noise, sigma = (
                         encoded.target(part.rows, device),
                         part.noise.to(device),
@@ -103,9 +104,9 @@ def _parts(
             yield _Part([rows[group[i]] for i in part], dropped[part], noise[part], sigma[part])
 
 
-def _drop_prompts(condition: Condition, empty: Tensor, dropped: Tensor) -> Condition:
+def _drop_prompts(backbone: Backbone, condition: Condition, empty: Tensor, dropped: Tensor) -> Condition:
     """Replace some prompts by the empty one, so that the field keeps an unconditional side for guidance."""
     if not dropped.any():
         return condition
-    prompt = torch.where(dropped[:, None, None], empty, condition.prompt)
+    prompt = torch.where(dropped[:, None, None], backbone.without_prompt(condition, empty).prompt, condition.prompt)
     return replace(condition, prompt=prompt)

@@ -75,7 +75,8 @@ class Drawer:
         device = next(self.field.network.parameters()).device
         pixels = [to_pixels(image, height, width) for image in images if image is not None]
         source = backbone.encode_images(torch.stack(pixels)).to(device) if pixels else None
-        return Condition(backbone.encode_prompts(prompts).to(device), source, height, width)
+        prompt = backbone.encode_prompts(prompts, [[shown] for shown in pixels] or None)
+        return Condition(prompt.to(device), source, height, width)
 
 
 def _check(prompts: list[str], images: list, seeds: list[int], steps: int, batch: int) -> None:

@@ -126,6 +126,5 @@ class GuidedField(OperatorField):
 
     def terms(self, condition: Condition) -> list[Term]:
         """The unconditional side with weight 1 - scale, the conditional one with weight scale."""
-        prompt = self.empty.to(condition.prompt).expand_as(condition.prompt)
-        without = replace(condition, prompt=prompt)
+        without = self.backbone.without_prompt(condition, self.empty)
         return [Term(1 - self.scale, self.field, without), Term(self.scale, self.field, condition)]

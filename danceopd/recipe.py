@@ -42,7 +42,7 @@ class ModelRecipe(_Part):
 
     base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
     revision: str | None = Field(None, description="hub revision")
-    backbone: Literal["flux2_klein", "z_image", "sd3"] = "flux2_klein"
+    backbone: Literal["flux2_klein", "z_image", "sd3", "qwen_image"] = "flux2_klein"
     height: int = Field(gt=0, description="of every picture, in pixels")
     width: int = Field(gt=0)
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")

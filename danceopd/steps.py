@@ -323,8 +323,9 @@ def cache_encodings(
     with_targets = tuple(recipe.tasks) if method_of(recipe.distill).needs_targets else tuple(sorted(taught))
     for tasks, targets in ((tuple(recipe.tasks), False), (with_targets, True)):
         stream = functools.partial(dataset.stream, "train", tasks)
+        wanted = wanted_by(stream(), targets, backbone.prompt_sees_source)
         fill_cache(
-            backbone, wanted_by(stream(), targets), stream, model.height, model.width, cache,
+            backbone, wanted, stream, model.height, model.width, cache,
             _encoding_key(recipe, base), targets, share or (processes.rank, processes.count),
         )  # fmt: skip
     processes.wait()

@@ -12,7 +12,8 @@ from danceopd.recipe import ModelRecipe
 
 __all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone"]
 
-FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3"}  # a module of this package, its class
+# A module of this package, its class.
+FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwen_image": "QwenImage"}
 
 
 def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Backbone:

@@ -20,7 +20,8 @@ class Condition:
     Attributes:
         prompt: prompt embeddings, (B, L, D): all that the family's transformer takes of a prompt, packed by its back
             end into rows of one number L for every prompt.
-        source: source image's latent tokens, (B, S, C), or None when the task draws from nothing.
+        source: source image's latent tokens, (B, S, C), or None when the task draws from nothing. Several source
+            images, all of the picture's size, lie one behind the other.
         height: of the picture in pixels.
         width: of the picture in pixels.
     """
@@ -47,13 +48,24 @@ class Backbone(Protocol):
 
     transformer: nn.Module
     lora_targets: str  # a regular expression over module names
+    prompt_sees_source: bool  # whether a prompt's embedding depends on the source images it speaks of
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, C) of a picture of this size."""
         ...
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Prompt embeddings (B, L, D), float32, without gradient; L is the same in every call."""
+    def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
+        """Prompt embeddings (B, L, D), float32, without gradient; L is the same in every call.
+
+        Args:
+            prompts: B captions or instructions.
+            sources: each prompt's source images, (3, H, W) in [-1, 1], any number of them; None: there are none. Only
+                a back end that says `prompt_sees_source` looks at them.
+        """
+        ...
+
+    def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
+        """The same samples with the empty prompt in the prompt's place, whose embedding is `empty` (L, D)."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:

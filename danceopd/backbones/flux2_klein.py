@@ -1,9 +1,9 @@
 """FLUX.2-klein: `Flux2KleinPipeline` with `Flux2Transformer2DModel`, a Qwen3 text encoder and `AutoencoderKLFlux2`.
 
 Particular to it: latents are 2x2-patchified, scaled by the autoencoder's batch-norm statistics and packed to tokens;
-a source image enters as extra tokens behind the picture's own, with reference ids T = 10, and the output is cut back to
-the picture's tokens; the time input is sigma itself; the prompt embedding stacks hidden states of the text encoder.
-The pipeline's own static functions do all of this, so that both agree by construction.
+source images enter as extra tokens behind the picture's own, with reference ids T = 10, 20 and so on, and the output is
+cut back to the picture's tokens; the time input is sigma itself; the prompt embedding stacks hidden states of the text
+encoder. The pipeline's own static functions do all of this, so that both agree by construction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Flux2Klein(PipelineBackbone):
         return rows * columns, self.transformer.config.in_channels
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()
         return self.pipeline._get_qwen3_prompt_embeds(
             self.pipeline.text_encoder,
@@ -64,7 +64,8 @@ class Flux2Klein(PipelineBackbone):
         grid = torch.empty(1, channels, rows, columns)
         ids = self.pipeline._prepare_latent_ids(grid)
         if condition.source is not None:
-            ids = torch.cat([ids, self.pipeline._prepare_image_ids([grid])], dim=1)
+            count = self._source_count(ids, condition.source)
+            ids = torch.cat([ids, self.pipeline._prepare_image_ids([grid] * count)], dim=1)
         return ids.to(device), self.pipeline._prepare_text_ids(condition.prompt[:1]).to(device)
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:

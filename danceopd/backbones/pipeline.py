@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from danceopd.adapters import plain_copy
-from danceopd.backbones.base import LOADING, SETTINGS
+from danceopd.backbones.base import LOADING, SETTINGS, Condition
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
@@ -27,6 +28,7 @@ class PipelineBackbone:
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[str]
+    prompt_sees_source: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline, settings: ModelRecipe, folder: Path | None = None):
         """Wrap a loaded pipeline; `folder` is where its text encoders can be read again once they were freed."""
@@ -50,7 +52,8 @@ class PipelineBackbone:
         # The text encoders stay as they were saved: the same embeddings here and wherever the student is opened.
         dtypes = {"transformer": dtype, **dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
         try:
-            pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes)
+            given = cls._given(Path(folder))
+            pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes, **given)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
         return cls(pipeline.to(device), settings, Path(folder))
@@ -59,6 +62,11 @@ class PipelineBackbone:
     def _pipeline_class(cls, folder: Path) -> type[DiffusionPipeline]:
         """Which pipeline a folder is opened with."""
         return cls.pipeline_class
+
+    @classmethod
+    def _given(cls, folder: Path) -> dict[str, Any]:
+        """Components that the family opens in its own way."""
+        return {}
 
     @property
     def transformer(self) -> Any:
@@ -74,6 +82,18 @@ class PipelineBackbone:
         if height % self._patch or width % self._patch:
             raise UserError(f"picture size {height}x{width}: both sides must be multiples of {self._patch}")
         return height // self._patch, width // self._patch
+
+    @staticmethod
+    def _source_count(z: Tensor, source: Tensor) -> int:
+        """How many source images of the picture's size the tokens (B, S, C) are."""
+        count, rest = divmod(source.shape[1], z.shape[1])
+        if rest:
+            raise UserError(f"{source.shape[1]} tokens of source images beside {z.shape[1]} of the picture: every "
+                            "source image must have the picture's size")  # fmt: skip
+        return count
+
+    def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
+        return replace(condition, prompt=empty.to(condition.prompt).expand_as(condition.prompt))
 
     def free_encoders(self) -> None:
         if self._folder is None:
@@ -120,10 +140,11 @@ class PipelineBackbone:
     def save(self, folder: Path, transformer: nn.Module) -> None:
         self._need_encoders()
         for name, part in self.pipeline.components.items():
-            if name.startswith("tokenizer") and part is not None:
+            if name.startswith(("tokenizer", "processor")) and part is not None:
                 # A tokenizer's file would tell how it was last called; every call sets both anew.
-                part.backend_tokenizer.no_padding()
-                part.backend_tokenizer.no_truncation()
+                backend = (part.tokenizer if name == "processor" else part).backend_tokenizer
+                backend.no_padding()
+                backend.no_truncation()
         frozen = self.pipeline.transformer
         try:
             self.pipeline.transformer = transformer

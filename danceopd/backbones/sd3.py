@@ -36,7 +36,7 @@ class SD3(ShiftedLatentsBackbone):
         return rows * columns, 4 * self.transformer.config.in_channels
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,

@@ -46,7 +46,7 @@ class ZImage(ShiftedLatentsBackbone):
         return rows * columns, 4 * self.transformer.config.in_channels
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()
         longest, pipeline = self.settings.max_sequence_length, self.pipeline
         drawing = pipeline._encode_prompt(list(prompts), max_sequence_length=longest)

@@ -28,7 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from danceopd.backbones.base import Backbone
-from danceopd.data.encoded import BATCH, EncodedRecords, encode_in_batches, picture_batch, picture_encoder
+from danceopd.data.encoded import (
+    EncodedRecords,
+    Prompt,
+    encode_in_batches,
+    picture_batch,
+    picture_encoder,
+    prompt_batch,
+    prompt_encoder,
+    prompt_of,
+)
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.files import content_key, read_json, write_json
@@ -43,6 +52,12 @@ TELL_EVERY = 30.0  # seconds
 def key_of(content: str | bytes) -> str:
     """The name of a prompt or a picture's bytes."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """The name of a prompt, and of the source image it has seen."""
+    text, source = prompt
+    return key_of(text) if source is None else key_of(f"{key_of(text)} {key_of(source)}")
 
 
 @dataclass
@@ -181,12 +196,12 @@ class Wanted:
     target_row: list[int]
 
 
-def wanted_by(records: Iterable[Record], targets: bool) -> Wanted:
+def wanted_by(records: Iterable[Record], targets: bool, prompt_sees_source: bool = False) -> Wanted:
     """Read records once and note what they need encoded."""
     found = Wanted([], {}, {}, [], [], [])
     rows: dict[str, int] = {}
     for record in records:
-        key = key_of(record.prompt)
+        key = prompt_key(prompt_of(record, prompt_sees_source))
         found.prompts.setdefault(key, record.prompt)
         found.tasks.append(record.task)
         found.prompt_row.append(rows.setdefault(key, len(rows)))
@@ -197,6 +212,12 @@ def wanted_by(records: Iterable[Record], targets: bool) -> Wanted:
             place = -1 if picture is None else found.pictures.setdefault(key_of(picture), len(found.pictures))
             where.append(place)
     return found
+
+
+def _seen_prompts(records: Iterable[Record]) -> Iterator[tuple[str, Prompt]]:
+    for record in records:
+        prompt = prompt_of(record, True)
+        yield prompt_key(prompt), prompt
 
 
 def _pictures(records: Iterable[Record], targets: bool) -> Iterator[tuple[str, tuple[bytes, str]]]:
@@ -236,7 +257,7 @@ def encode_cached(
     Raises:
         UserError: if there are no records, a picture cannot be read, or a shard is damaged.
     """
-    wanted = wanted_by(stream(), targets)
+    wanted = wanted_by(stream(), targets, backbone.prompt_sees_source)
     if not wanted.tasks:
         raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
     groups = fill_cache(backbone, wanted, stream, height, width, cache, base_key, targets, share)
@@ -262,15 +283,16 @@ def fill_cache(
     share: tuple[int, int],
 ) -> tuple[str, str]:
     """Encode this worker's share of what a cache lacks; returns the groups of prompts and pictures."""
-    prompts = f"prompts-{content_key(base_key)}"
+    sees = backbone.prompt_sees_source
+    prompts = f"prompts-{content_key(base_key, *((height, width) if sees else ()))}"
     pictures = f"pictures-{content_key(base_key, height, width)}"
     _fill(
         cache,
         prompts,
         list(wanted.prompts),
-        lambda: iter(wanted.prompts.items()),
-        backbone.encode_prompts,
-        BATCH,
+        lambda: _seen_prompts(stream()) if sees else ((key, (text, None)) for key, text in wanted.prompts.items()),
+        prompt_encoder(backbone, height, width),
+        prompt_batch(backbone),
         share,
     )
     _fill(

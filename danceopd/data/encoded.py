@@ -127,6 +127,31 @@ def picture_encoder(backbone: Backbone, height: int, width: int) -> Callable[[li
     return encode
 
 
+Prompt = tuple[str, bytes | None]  # and the source image, where the back end's prompts see it
+
+
+def prompt_of(record: Record, sees_source: bool) -> Prompt:
+    """What a record's prompt embedding is made of."""
+    return record.prompt, record.source if sees_source else None
+
+
+def prompt_batch(backbone: Backbone) -> int:
+    """How many prompts are encoded at once; what looks at images takes them one by one."""
+    return 1 if backbone.prompt_sees_source else BATCH
+
+
+def prompt_encoder(backbone: Backbone, height: int, width: int) -> Callable[[list], Tensor]:
+    """Encodes prompts, each with the source image it has seen."""
+
+    def encode(prompts: list[Prompt]) -> Tensor:
+        shown = [
+            [] if source is None else [load_pixels(source, height, width, "source image")] for _, source in prompts
+        ]
+        return backbone.encode_prompts([text for text, _ in prompts], shown)
+
+    return encode
+
+
 def _encode_pictures(backbone: Backbone, pictures: list[tuple[bytes, str]], height: int, width: int) -> Tensor:
     if not pictures:
         return torch.empty(0, *backbone.latent_shape(height, width))
@@ -186,7 +211,7 @@ def encode_records(
     """
     if not records:
         raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
-    prompts, prompt_row = _distinct([r.prompt for r in records])
+    prompts, prompt_row = _distinct([prompt_of(r, backbone.prompt_sees_source) for r in records])
     sources, source_row = _distinct([r.source for r in records])
     pictures, target_row = _distinct([r.target if targets else None for r in records])
     key = content_key(base_key, height, width, targets, content_hash(records))
@@ -194,8 +219,9 @@ def encode_records(
 
     def encode() -> dict[str, Tensor]:
         log.info("encoding %d prompts, %d sources, %d targets", len(prompts), len(sources), len(pictures))
+        read = prompt_encoder(backbone, height, width)
         return {
-            "prompts": torch.cat(list(encode_in_batches(backbone.encode_prompts, prompts, BATCH))),
+            "prompts": torch.cat(list(encode_in_batches(read, prompts, prompt_batch(backbone)))),
             "sources": _encode_pictures(backbone, [(s, "source image") for s in sources], height, width),
             "targets": _encode_pictures(backbone, [(p, "target image") for p in pictures], height, width),
         }

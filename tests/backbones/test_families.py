@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
-from tiny_models import EDITORS, FAMILIES, SD3, Z_IMAGE, stock_latents
+from tiny_models import EDITORS, FAMILIES, FLUX2, QWEN_IMAGE, SD3, Z_IMAGE, stock_latents
 
 from danceopd.adapters import add_lora, save_diffusers_lora
 from danceopd.backbones import FAMILIES as KNOWN
@@ -18,12 +19,14 @@ from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
 from danceopd.checkpoint import load_field, save_field
+from danceopd.data.cache import EncodingCache, encode_cached
 from danceopd.data.encoded import encode_records
 from danceopd.data.records import Record
 from danceopd.distill import distill
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
-from danceopd.generate import open_student
+from danceopd.files import read_json, write_json
+from danceopd.generate import Drawer, open_student
 from danceopd.operators import GuidedField
 from danceopd.recipe import DistillRecipe, LoraRecipe
 from danceopd.rollout import roll_out
@@ -50,13 +53,23 @@ def picture(seed, height, width):
     return Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
 
 
+def png(seed):
+    buffer = io.BytesIO()
+    picture(seed, 64, 64).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def pixels(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def condition_of(base, prompts, image, height, width):
-    source = None if image is None else base.encode_images(pixels(image)).repeat(len(prompts), 1, 1)
-    return Condition(base.encode_prompts(prompts), source, height, width)
+    """`image`: what every prompt edits: a picture, several, or None."""
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    shown = [pixels(one) for one in images]
+    source = torch.cat([base.encode_images(one) for one in shown], dim=1).repeat(len(prompts), 1, 1) if shown else None
+    prompt = base.encode_prompts(prompts, [[one[0] for one in shown]] * len(prompts))
+    return Condition(prompt, source, height, width)
 
 
 def base_field(base):
@@ -93,9 +106,10 @@ def test_every_family_is_on_test():
 
 @drawing_and_editing
 @pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("steps", [1, 2])
-def test_velocities_equal_the_stock_pipelines(load, folder_of, family, edits, height, width, steps):
-    base = load(family, height, width)
+def test_velocities_equal_the_stock_pipelines(load, folder_of, family, edits, height, width, monkeypatch):
+    # The stock Qwen pipeline shows the transformer sources of a megapixel, whatever it draws.
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", height * width)
+    steps, base = 2, load(family, height, width)
     image = picture(1, height, width) if edits else None
     noise = noise_of(base, 1, height, width)
     ours = our_latents(base_field(base), condition_of(base, PROMPTS[:1], image, height, width), noise, steps)
@@ -141,6 +155,7 @@ def test_the_grid_falls_from_noise_to_clean(load, family):
     assert grid[0] == 1
     assert grid[-1] == 0
     assert (grid.diff() < 0).all()
+    assert load(family).sigmas(1, 64, 64).tolist() == [1, 0]
 
 
 @every_family
@@ -165,6 +180,22 @@ def test_a_source_image_changes_the_velocity_but_not_its_shape(load, family):
     assert (plain - one).abs().max() > 1e-3 < (one - other).abs().max()
 
 
+@pytest.mark.parametrize("family", [FLUX2, QWEN_IMAGE], ids=lambda family: family.name)
+def test_several_source_images_enter_as_in_the_stock_pipeline(load, folder_of, family, monkeypatch):
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    base, images = load(family), [picture(1, 64, 64), picture(2, 64, 64)]
+    noise, condition = noise_of(base, 1), condition_of(base, PROMPTS[:1], images, 64, 64)
+    ours = our_latents(base_field(base), condition, noise, 2)
+    theirs = stock_latents(family, family.open_stock(folder_of(family), True), PROMPTS[:1], noise, 64, 64, 2, images)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for one in (images[:1], images[1:], images[::-1]):
+        other = our_latents(base_field(base), condition_of(base, PROMPTS[:1], one, 64, 64), noise, 2)
+        assert (other - ours).abs().max() > 1e-3
+    cut = replace(condition, source=condition.source[:, :-1])
+    with pytest.raises(UserError, match="31 tokens of source images beside 16 of the picture"):
+        base_field(base)(noise, torch.tensor([0.5]), cut)
+
+
 def test_a_family_that_draws_only_says_so(load):
     base = load(SD3)
     condition = condition_of(base, PROMPTS[:1], picture(1, 64, 64), 64, 64)
@@ -183,6 +214,50 @@ def test_z_image_takes_one_source_of_the_pictures_own_size(load):
     twice = replace(condition, source=torch.cat([condition.source] * 2, dim=1))
     with pytest.raises(UserError, match="one source image of the picture's own size"):
         base_field(base)(noise_of(base, 1), torch.tensor([0.5]), twice)
+
+
+def test_qwens_prompts_see_their_own_source_and_are_kept_apart(load, tmp_path):
+    base = load(QWEN_IMAGE)
+    records = [Record(str(i), "edit" if i else "draw", "a red ring", png(i) if i else None, None, "train")
+               for i in range(3)]  # fmt: skip
+    encoded = encode_records(base, records, 64, 64, None, "k", targets=False)
+    assert encoded.prompt_row.tolist() == [0, 1, 2]
+    for row, images in ((0, None), (1, picture(1, 64, 64)), (2, picture(2, 64, 64))):
+        alone = condition_of(base, ["a red ring"], images, 64, 64)
+        assert torch.equal(encoded.prompts[row], alone.prompt[0])
+    assert (encoded.prompts[1] - encoded.prompts[2]).abs().max() > 1e-3
+    cached = encode_cached(base, lambda: iter(records), 64, 64, EncodingCache(tmp_path), "k", targets=False)
+    assert torch.equal(cached.prompts[cached.prompt_row], encoded.prompts[encoded.prompt_row])
+    drawer = Drawer(base_field(base), QWEN_IMAGE.shape())
+    drawn = drawer.draw(["a red ring"], [picture(1, 64, 64)], [7], 2)[0]
+    wanted = sample_pixels(base_field(base), encoded.condition([1]), [7], 2)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(np.asarray(drawn) / 127.5 - 1, wanted, atol=2e-2)
+
+
+def test_a_qwen_base_that_cannot_edit_says_so(load, folder_of, tmp_path):
+    with pytest.raises(UserError, match=r"max_sequence_length 300: 1 source image\(s\) and the empty prompt take \d+"):
+        short = QWEN_IMAGE.shape().model_copy(update={"max_sequence_length": 300})
+        condition_of(load_backbone(folder_of(QWEN_IMAGE), short), PROMPTS[:1], picture(1, 64, 64), 64, 64)
+    QWEN_IMAGE.open_stock(folder_of(QWEN_IMAGE), False).save_pretrained(str(tmp_path))
+    base = load_backbone(tmp_path, QWEN_IMAGE.shape())
+    assert torch.equal(base.encode_prompts(PROMPTS), load(QWEN_IMAGE).encode_prompts(PROMPTS))
+    with pytest.raises(UserError, match="this Qwen-Image base cannot edit a source image"):
+        condition_of(base, PROMPTS[:1], picture(1, 64, 64), 64, 64)
+    index = read_json(tmp_path / "model_index.json")
+    write_json(tmp_path / "model_index.json", index | {"_class_name": "QwenImageLayeredPipeline"})
+    with pytest.raises(UserError, match="a QwenImageLayeredPipeline folder; this back end takes QwenImagePipeline or"):
+        load_backbone(tmp_path, QWEN_IMAGE.shape())
+
+
+def test_a_qwen_student_keeps_the_bases_processor(load, folder_of, tmp_path):
+    base = load(QWEN_IMAGE)
+    base.free_encoders()
+    base.save(tmp_path / "student", base.transformer)
+    for name in ("model_index.json", "processor/processor_config.json"):
+        assert read_json(tmp_path / "student" / name) == read_json(folder_of(QWEN_IMAGE) / name)
+    condition = condition_of(load(QWEN_IMAGE), PROMPTS[:1], picture(1, 64, 64), 64, 64)
+    again = load_backbone(tmp_path / "student", QWEN_IMAGE.shape())
+    assert torch.equal(condition_of(again, PROMPTS[:1], picture(1, 64, 64), 64, 64).prompt, condition.prompt)
 
 
 def test_an_omni_checkpoint_of_z_image_is_refused(folder_of, tmp_path):
@@ -275,11 +350,6 @@ def test_latents_and_tokens_are_each_others_inverse():
 
 
 def records_of(family):
-    def png(seed):
-        buffer = io.BytesIO()
-        picture(seed, 64, 64).save(buffer, "PNG")
-        return buffer.getvalue()
-
     second = "edit" if family.edits else "style"
     return second, [
         Record(f"{task}/{i}", task, f"{task} {PROMPTS[i % 3]}", png(i) if task == "edit" else None, None, "train")

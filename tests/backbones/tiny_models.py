@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImageOmniPipeline,
@@ -25,6 +29,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -34,6 +42,8 @@ from transformers import (
 
 from danceopd import world_base as wb
 from danceopd.backbones.packing import to_latents, to_tokens
+from danceopd.backbones.qwen_image import PictureProcessor
+from danceopd.files import read_json, write_json
 from danceopd.recipe import ModelRecipe
 
 
@@ -223,5 +233,73 @@ SD3 = Family(
     edits=False,
 )
 
-FAMILIES = (FLUX2, Z_IMAGE, SD3)
+
+# --------------------------------------------------------------------------------------------------------- Qwen-Image
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, and what the templates and the vision tower need."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                "<|video_pad|>"]  # fmt: skip
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen2Tokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], additional_special_tokens=specials[1:])
+
+
+def make_qwen_image(folder: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{piece}|>")
+           for name, piece in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+                               ("vision_end", "vision_end"))}  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": 0,
+            "eos_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        **ids,
+    )  # fmt: skip
+    processor = PictureProcessor(Qwen2VLImageProcessorPil(), tokenizer)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0],
+    ).eval()  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02,
+        time_shift_type="exponential",
+    )  # fmt: skip
+    encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
+    parts = (scheduler, vae, encoder, tokenizer, processor, lively(transformer))
+    QwenImageEditPlusPipeline(*parts).save_pretrained(str(folder))
+    index = read_json(folder / "model_index.json")
+    write_json(folder / "model_index.json", index | {"processor": ["transformers", "Qwen2VLProcessor"]})
+
+
+def open_qwen_image(folder: Path, edit: bool) -> DiffusionPipeline:
+    if not edit:
+        return QwenImagePipeline.from_pretrained(str(folder))
+    processor = PictureProcessor.from_pretrained(str(folder / "processor"))  # the stock one needs torchvision
+    return QwenImageEditPlusPipeline.from_pretrained(str(folder), processor=processor)
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    make=make_qwen_image,
+    settings={"max_sequence_length": 1024},
+    open_stock=open_qwen_image,
+    call={"true_cfg_scale": 1.0, "max_sequence_length": 1024},
+    to_stock=lambda noise, rows, columns: noise,
+    from_stock=lambda latents: latents,
+)
+
+FAMILIES = (FLUX2, Z_IMAGE, SD3, QWEN_IMAGE)
 EDITORS = tuple(family for family in FAMILIES if family.edits)

@@ -33,6 +33,7 @@ class Deaf:
     """A back end that cannot encode: only the cache can answer."""
 
     encode_prompts = None
+    prompt_sees_source = False
 
     def latent_shape(self, height, width):
         return (64, 48)

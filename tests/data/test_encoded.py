@@ -48,6 +48,8 @@ def test_the_cache_is_read_back_and_hangs_on_the_content(backbone, records, tmp_
     class Deaf:
         """A back end that cannot encode: only the cache can answer."""
 
+        prompt_sees_source = False
+
     again = encode_records(Deaf(), records, 64, 64, tmp_path, "k", targets=False)
     assert torch.equal(first.prompts, again.prompts)
     assert torch.equal(first.sources, again.sources)
