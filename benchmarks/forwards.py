@@ -102,7 +102,7 @@ def count_window(setting: Setting, plain: PlainLoop, window: str, batch: int) ->
     plain.optimizer.zero_grad()
     plan = [before + 4 * batch, before + 5 * batch, (STEPS + 4) * batch]
     exact = [ours.forwards, recomputing.forwards, theirs.forwards] == plan
-    expected = [mean_steps(window, grid) + 4 for grid in (setting.distillation.grid, klein_grid(1024))]
+    expected = [mean_steps(window, grid) + 4 for grid in (setting.grid, klein_grid(1024))]
     row = [
         window, *expected, plan[0] / batch, ours.forwards / batch,
         ours.samples["no gradient"] / batch - 1, plan[1] / batch, recomputing.forwards / batch,

@@ -179,7 +179,7 @@ class Contest:
     def roll(self) -> None:
         stop = torch.full((len(self.group.rows),), ROLLOUT_STEPS)
         with self.learner.precision():
-            roll_out(self.learner.field, self.group.noise, self.distillation.grid, stop, self.group.condition)
+            roll_out(self.learner.field, self.group.noise, self.group.grid, stop, self.group.condition)
 
     def update(self) -> None:
         """With its query at the noise: no rollout."""
@@ -202,7 +202,6 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
     learner = new_learner(backbone, "student", spec)
     wake(backbone.transformer, "student", len(TEACHERS))
     teachers = {name: VelocityField(name, backbone, backbone.transformer, adapter=name) for name in TEACHERS}
-    grid = backbone.sigmas(STEPS, scale.pixels, scale.pixels)
     count, side = settings.batch, scale.pixels
     shape = backbone.latent_shape(side, side)
     prompt = torch.randn(
@@ -215,9 +214,10 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
     group = Group(
         rows=list(range(count)), tags=tags, weights=torch.full((count,), 1 / count),
         condition=Condition(prompt, None, side, side), noise=torch.randn(count, *shape, device=device),
+        grid=backbone.sigmas(STEPS, side, side),
         stop=torch.zeros(count, 1, dtype=torch.int64), seeds=[], last=True,
     )  # fmt: skip
-    distillation = Distillation(backbone, encoded, teachers, dict(zip(TEACHERS, TEACHERS, strict=True)), grid)
+    distillation = Distillation(backbone, encoded, teachers, dict(zip(TEACHERS, TEACHERS, strict=True)), STEPS)
     return Contest(backbone, distillation, learner, group)
 
 

@@ -94,7 +94,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def _walk(self, z: Tensor, stop: int, condition: Condition) -> tuple[Tensor, Tensor]:
-        grid = self._setting.distillation.grid.to(z)
+        grid = self._setting.grid.to(z)
         query = z
         for step in range(stop if self._stop_at_query else len(grid) - 1):
             velocity = self._backbone.velocity(self.student, z, grid[step].expand(1), condition)

@@ -112,7 +112,7 @@ class Reference:
         tasks = {task: any(r.source is not None for r in setting.records if r.task == task) for task in world.TASKS}
         job = {
             "pipeline": str(shipped_folder("world")),
-            "grid": setting.distillation.grid.tolist(),
+            "grid": setting.grid.tolist(),
             "tokens": list(setting.backbone.latent_shape(model.height, model.width)),
             "height": model.height,
             "width": model.width,

@@ -43,7 +43,7 @@ class Walk:
 
     def part(self, index: Tensor, stop: Tensor) -> int:
         """Roll some samples out to `stop`; returns the forwards spent."""
-        field, grid = self.setting.learner.field, self.setting.distillation.grid
+        field, grid = self.setting.learner.field, self.setting.grid
         return roll_out(field, self.noise[index], grid, stop, self.condition.rows(index)).forwards
 
     def whole_grid(self) -> int:

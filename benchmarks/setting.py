@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from danceopd.adapters import adapter_parameters, add_lora, save_lora
 from danceopd.backbones import load_backbone
@@ -80,6 +80,11 @@ class Setting:
     def encoded(self) -> EncodedRecords:
         return self.distillation.encoded
 
+    @property
+    def grid(self) -> Tensor:
+        """The sampling grid of its pictures, (STEPS + 1,)."""
+        return self.distillation.grid(SHAPE.height, SHAPE.width)
+
     def groups(self, window: str, batch: int, seed: int) -> list[Group]:
         """The groups of one mixed batch: the same for the same arguments."""
         sampler = TaskSampler(self.encoded.rows_by_task(), seed)
@@ -129,8 +134,7 @@ def make_setting(size: Size) -> Setting:
     learner = new_learner(backbone, STUDENT, recipe(rank, size.batch))
     wake(network, STUDENT, len(TEACHER_OF))
     teachers = {name: VelocityField(name, backbone, network, adapter=name) for name in TEACHER_OF.values()}
-    grid = backbone.sigmas(STEPS, SHAPE.height, SHAPE.width)
-    distillation = Distillation(backbone, encoded, teachers, TEACHER_OF, grid)
+    distillation = Distillation(backbone, encoded, teachers, TEACHER_OF, STEPS)
     return Setting(backbone, records, distillation, learner, bare, rank)
 
 

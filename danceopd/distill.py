@@ -75,7 +75,7 @@ class UpdateFigures:
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of one shape: this process's share of a part of a mixed batch, with all of its random draws.
+    """Samples of one size and sequence length: this process's share of a part of a mixed batch, with its random draws.
 
     Attributes:
         rows: row numbers in the encoded records.
@@ -83,6 +83,7 @@ class Group:
         weights: each sample's weight in the loss, (n,) float32; over all groups and processes they sum to 1.
         condition: of the same n samples.
         noise: where each sample's path starts, (n, N, C).
+        grid: the sampling grid at the samples' picture size, (steps + 1,).
         stop: indices of the query states on the grid, (n, K), int64 on the CPU, rising along K.
         seeds: one a sample, for methods that draw more along the path; empty for those that do not.
         last: whether no group of this process follows in the update: its last backward pass synchronises.
@@ -93,6 +94,7 @@ class Group:
     weights: Tensor
     condition: Condition
     noise: Tensor
+    grid: Tensor
     stop: Tensor
     seeds: list[int]
     last: bool
@@ -107,14 +109,18 @@ class Distillation:
         encoded: training prompts and sources; targets are read only by methods that train on data.
         teachers: frozen fields by name.
         teacher_of: task -> teacher's name, the routing.
-        grid: the sampling grid the student rolls out on, (steps + 1,).
+        rollout_steps: steps of the sampling grid the student rolls out on.
     """
 
     backbone: Backbone
     encoded: EncodedRecords
     teachers: dict[str, VelocityField]
     teacher_of: dict[str, str]
-    grid: Tensor
+    rollout_steps: int
+
+    def grid(self, height: int, width: int) -> Tensor:
+        """The sampling grid for a picture size, (rollout_steps + 1,)."""
+        return self.backbone.sigmas(self.rollout_steps, height, width)
 
     def routes(self, tags: list[str]) -> list[str]:
         """The teacher's name of each sample."""
@@ -184,7 +190,7 @@ class HardRoutedOnPolicy:
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
-        query = roll_out(learner.field, group.noise, setup.grid, group.stop[:, 0], group.condition)
+        query = roll_out(learner.field, group.noise, group.grid, group.stop[:, 0], group.condition)
         target = routed_velocity(setup.teachers, setup.routes(group.tags), query.state, query.sigma, group.condition)
         losses, _ = match_velocity(setup, learner, group, query.state, query.sigma, target, sync=group.last)
         spent = query.forwards + setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
@@ -217,7 +223,7 @@ def draw_groups(
     shape, so that the batch, its routes and its draws are the same however many processes share it.
 
     Args:
-        setup: records and grid.
+        setup: records and grids.
         method: how many draws a sample needs.
         learner: whose process and device.
         rows: row numbers of the batch.
@@ -229,14 +235,16 @@ def draw_groups(
     """
     by_sample = sample_weights(tags, weights)
     device = learner.device
-    shape = setup.backbone.latent_shape(setup.encoded.height, setup.encoded.width)
     groups: list[Group] = []
+    before = 0
     for positions in setup.encoded.shape_groups(rows):
         count = len(positions)
-        stop = window.draw(count * method.queries, setup.grid, generator).view(count, method.queries).sort(dim=1)[0]
+        size = setup.encoded.size(rows[positions[0]])
+        grid, shape = setup.grid(*size), setup.backbone.latent_shape(*size)
+        stop = window.draw(count * method.queries, grid, generator).view(count, method.queries).sort(dim=1)[0]
         noise = torch.randn(count, *shape, generator=generator)
         seeds = torch.randint(2**62, (count,), generator=generator).tolist() if method.seeded else []
-        for part in share(count, learner.processes, parts):
+        for part in share(count, learner.processes, parts, before):
             where = [positions[i] for i in part]
             picked = [rows[i] for i in where]
             groups.append(
@@ -246,11 +254,13 @@ def draw_groups(
                     weights=by_sample[where],
                     condition=setup.encoded.condition(picked, device),
                     noise=noise[part].to(device),
+                    grid=grid,
                     stop=stop[part],
                     seeds=[seeds[i] for i in part] if seeds else [],
                     last=False,
                 )
             )
+        before += count
     if groups:
         groups[-1] = replace(groups[-1], last=True)
     return groups
@@ -315,9 +325,8 @@ def distill(
         raise UserError(f"distill.batch {spec.batch}: {learner.processes.count} processes need a sample each")
     sampler = TaskSampler(encoded.rows_by_task(), spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
-    grid = backbone.sigmas(spec.rollout_steps, encoded.height, encoded.width)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
-    setup = Distillation(backbone, encoded, teachers, teacher_of, grid)
+    setup = Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps)
     progress = StepProgress("distill", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])

@@ -55,7 +55,7 @@ def finetune(
         history: list[dict] = keeper.kept.get("history", [])
         for step in progress.steps(keeper.start):
             rows, _ = sampler.draw({"all": spec.batch})
-            parts = list(_parts(encoded, rows, spec, generator, processes))
+            parts = list(_parts(backbone, encoded, rows, spec, generator, processes))
             total = 0.0
             with learner.field.active(), learner.precision():
                 for part in parts:
@@ -90,18 +90,26 @@ class _Part:
 
 
 def _parts(
-    encoded: EncodedRecords, rows: list[int], spec: FinetuneRecipe, generator: torch.Generator, processes: Processes
+    backbone: Backbone,
+    encoded: EncodedRecords,
+    rows: list[int],
+    spec: FinetuneRecipe,
+    generator: torch.Generator,
+    processes: Processes,
 ) -> Iterator[_Part]:
     """This process's share of a batch, whose draws are made for all, so that they do not hang on who takes which."""
+    before = 0
     for group in encoded.shape_groups(rows):
         count = len(group)
         dropped = torch.zeros(count, dtype=torch.bool)
         if spec.prompt_dropout:
             dropped = torch.rand(count, generator=generator) < spec.prompt_dropout
-        noise = torch.randn(count, *encoded.targets.shape[1:], generator=generator)
+        shape = backbone.latent_shape(*encoded.size(rows[group[0]]))
+        noise = torch.randn(count, *shape, generator=generator)
         sigma = torch.rand(count, generator=generator)
-        for part in share(count, processes, spec.accumulate):
+        for part in share(count, processes, spec.accumulate, before):
             yield _Part([rows[group[i]] for i in part], dropped[part], noise[part], sigma[part])
+        before += count
 
 
 def _drop_prompts(backbone: Backbone, condition: Condition, empty: Tensor, dropped: Tensor) -> Condition:

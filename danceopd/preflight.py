@@ -6,6 +6,7 @@ Every check returns findings; `settle` logs the notes and warnings and raises th
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -411,10 +412,9 @@ def estimate_memory(
     samples = -(-spec.batch // (processes * spec.accumulate))
     device = next(backbone.transformer.parameters()).device
     low = spec.precision == "bfloat16"
-    groups = encoded.shape_groups(list(range(len(encoded.tasks))))
     # Two measurements: what grows with the samples, and what does not (weights that autocast turned to 16 bits).
     once, one = 0, 0
-    for rows in groups:
+    for rows in _largest_groups(encoded):
         single, double = (activation_bytes(student, encoded.condition(rows[:1] * n, device), low) for n in (1, 2))
         once, one = max(once, 2 * single - double), max(one, double - single)
     if spec.activation_checkpointing:
@@ -431,6 +431,16 @@ def estimate_memory(
         averages=held * copies,
         activations=once + one * samples,
     )
+
+
+def _largest_groups(encoded: EncodedRecords) -> list[list[int]]:
+    """Rows of the largest pictures that have no source, and of those that have one."""
+    largest: dict[bool, list[int]] = {}
+    for rows in encoded.shape_groups(list(range(len(encoded.tasks)))):
+        edits = int(encoded.source_row[rows[0]]) >= 0
+        if edits not in largest or math.prod(encoded.size(rows[0])) > math.prod(encoded.size(largest[edits][0])):
+            largest[edits] = rows
+    return list(largest.values())
 
 
 def available_memory(device: torch.device) -> int:

@@ -82,9 +82,17 @@ class Processes:
                 gradient.copy_(total)
 
 
-def share(count: int, processes: Processes, parts: int) -> list[list[int]]:
-    """Which of `count` samples this process takes (every n-th), in at most `parts` parts, none of them empty."""
-    mine = list(range(processes.rank, count, processes.count))
+def share(count: int, processes: Processes, parts: int, before: int = 0) -> list[list[int]]:
+    """Which of `count` samples this process takes (every n-th), in at most `parts` parts, none of them empty.
+
+    Args:
+        count: samples of one shape.
+        processes: this one, and how many there are.
+        parts: pieces the process's samples are split into.
+        before: samples of the batch that were shared out before these; counting goes on from there, so that a batch
+            of many small shapes falls on all processes alike.
+    """
+    mine = list(range((processes.rank - before) % processes.count, count, processes.count))
     size = -(-len(mine) // parts)
     return [mine[i : i + size] for i in range(0, len(mine), size)] if mine else []
 

@@ -43,8 +43,11 @@ class ModelRecipe(_Part):
     base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
     revision: str | None = Field(None, description="hub revision")
     backbone: Literal["flux2_klein", "z_image", "sd3", "qwen_image"] = "flux2_klein"
-    height: int = Field(gt=0, description="of every picture, in pixels")
+    height: int = Field(gt=0, description="of every picture that is drawn, in pixels")
     width: int = Field(gt=0)
+    sizes: Literal["one", "own"] = Field(
+        "one", description="training pictures: cropped to height and width, or each at its own size (buckets)"
+    )
     max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
     text_encoder_out_layers: tuple[int, ...] = Field(
         OUT_LAYERS, description="flux2_klein: hidden states that make the embedding"

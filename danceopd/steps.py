@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
     from torch import Tensor
 
     from danceopd.backbones.base import Backbone
-    from danceopd.data.encoded import EncodedRecords
+    from danceopd.data.encoded import EncodedRecords, Sizing
     from danceopd.fields import Field, VelocityField
     from danceopd.processes import Processes
     from danceopd.registry import Registration
@@ -266,7 +266,7 @@ def _open_backbone(recipe: Recipe, base: Product) -> Backbone:
 
 def _encode(
     recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, split: str, targets: bool,
-    tasks: tuple[str, ...], limit: int | None = None,
+    tasks: tuple[str, ...], limit: int | None = None, own_sizes: bool = False,
 ) -> tuple[list, EncodedRecords]:  # fmt: skip
     from danceopd.data.assemble import open_dataset
     from danceopd.data.encoded import encode_records
@@ -276,7 +276,7 @@ def _encode(
     cache = Path(workspace) / "cache"
     model, key = recipe.model, _encoding_key(recipe, base)
     with _main_first():
-        encoded = encode_records(backbone, records, model.height, model.width, cache, key, targets)
+        encoded = encode_records(backbone, records, model.height, model.width, cache, key, targets, own_sizes)
     return records, encoded
 
 
@@ -286,16 +286,17 @@ def _encode_train(
 ) -> EncodedRecords:  # fmt: skip
     """The training records of some tasks, encoded; through the recipe's cache if it names one."""
     if recipe.cache is None:
-        return _encode(recipe, backbone, base, data, workspace, "train", targets, tasks)[1]
+        own = recipe.model.sizes == "own"
+        return _encode(recipe, backbone, base, data, workspace, "train", targets, tasks, own_sizes=own)[1]
     from danceopd.data.assemble import open_dataset
     from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache
     from danceopd.processes import this_process
 
     with _main_first():
         cache = EncodingCache(fetch_cache(recipe.cache, workspace))
-    dataset, model, processes = open_dataset(Path(data.facts["dataset"])), recipe.model, this_process()
+    dataset, processes = open_dataset(Path(data.facts["dataset"])), this_process()
     return encode_cached(
-        backbone, lambda: dataset.stream("train", tasks), model.height, model.width, cache,
+        backbone, lambda: dataset.stream("train", tasks), _sizing(recipe), cache,
         _encoding_key(recipe, base), targets, (processes.rank, processes.count), processes.wait,
     )  # fmt: skip
 
@@ -317,19 +318,25 @@ def cache_encodings(
     from danceopd.distill import method_of
     from danceopd.processes import this_process
 
-    backbone, processes, model = _open_backbone(recipe, base), this_process(), recipe.model
+    backbone, processes, sizing = _open_backbone(recipe, base), this_process(), _sizing(recipe)
     dataset, cache = open_dataset(Path(data.facts["dataset"])), EncodingCache(folder)
     taught = {t.task for t in recipe.teachers.values() if isinstance(t, FinetunedTeacher)}
     with_targets = tuple(recipe.tasks) if method_of(recipe.distill).needs_targets else tuple(sorted(taught))
     for tasks, targets in ((tuple(recipe.tasks), False), (with_targets, True)):
         stream = functools.partial(dataset.stream, "train", tasks)
-        wanted = wanted_by(stream(), targets, backbone.prompt_sees_source)
+        wanted = wanted_by(backbone, stream(), targets, sizing)
         fill_cache(
-            backbone, wanted, stream, model.height, model.width, cache,
+            backbone, wanted, stream, sizing, cache,
             _encoding_key(recipe, base), targets, share or (processes.rank, processes.count),
         )  # fmt: skip
     processes.wait()
     return cache.write_index()
+
+
+def _sizing(recipe: Recipe) -> Sizing:
+    from danceopd.data.encoded import Sizing
+
+    return Sizing(recipe.model.height, recipe.model.width, recipe.model.sizes == "own")
 
 
 def _encoding_key(recipe: Recipe, base: Product) -> str:
@@ -422,6 +429,8 @@ def _build_teacher(
     from danceopd.fields import VelocityField
     from danceopd.operators import GuidedField
 
+    if not isinstance(spec, ChampionTeacher):
+        _require_held_out(recipe, data, teacher)
     backbone = _open_backbone(recipe, base)
     facts: dict[str, Any] = {"kind": spec.kind}
     if isinstance(spec, FinetunedTeacher):
@@ -451,6 +460,14 @@ def _build_teacher(
     if not isinstance(spec, ChampionTeacher):
         facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
     return facts
+
+
+def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
+    """Before hours of training: is there anything to prove the teacher on afterwards?"""
+    for task, spec in recipe.tasks.items():
+        if spec.teacher == teacher and not data.facts["counts"].get(task, {}).get("val"):
+            raise UserError(f"task {task!r}: no records in split 'val', on which teacher {teacher!r} is "
+                            "measured against the base; move some there (a record's 'split')")  # fmt: skip
 
 
 def _require_targets(encoded: EncodedRecords, task: str) -> None:

@@ -69,7 +69,7 @@ def run(base, encoded, **changes):
 
 def drawn(base, encoded, learner, teachers, generator, **changes):
     """A setup and the groups of one small mixed batch."""
-    setup = Distillation(base, encoded, teachers, TEACHER_OF, base.sigmas(3, 64, 64))
+    setup = Distillation(base, encoded, teachers, TEACHER_OF, 3)
     by_task = encoded.rows_by_task()
     rows = [by_task[t][i] for t in TEACHER_OF for i in range(2)]
     tags = [t for t in TEACHER_OF for _ in range(2)]
@@ -98,7 +98,7 @@ def test_forwards_are_the_steps_before_the_query_one_teacher_and_three(base, enc
     teachers = {"base": VelocityField("base", base, base.transformer), "editor": editor(base)}
     for window in NAMED:
         learner = new_learner(base, "student", spec())
-        setup = Distillation(base, encoded, teachers, TEACHER_OF, base.sigmas(6, 64, 64))
+        setup = Distillation(base, encoded, teachers, TEACHER_OF, 6)
         rows = list(range(6))
         tags = [encoded.tasks[row] for row in rows]
         generator = torch.Generator().manual_seed(3)

@@ -41,6 +41,18 @@ def test_a_process_may_have_nothing_of_a_shape():
     assert share(1, Processes(1, 2, torch.device("cpu")), 3) == []
 
 
+@pytest.mark.parametrize("shapes", [[1] * 8, [3, 1, 2, 2], [5, 3]])
+def test_many_small_shapes_fall_on_all_processes_alike(shapes):
+    taken = []
+    for rank in range(4):
+        before, mine = 0, 0
+        for count in shapes:
+            mine += sum(map(len, share(count, Processes(rank, 4, torch.device("cpu")), 2, before)))
+            before += count
+        taken.append(mine)
+    assert taken == [2, 2, 2, 2]
+
+
 def train(kind, base_folder, data, out, rank, changes, saves=None, stop_after=None):
     """Train the tiny base as this process; write the weights and the history."""
     torch.set_num_threads(1)

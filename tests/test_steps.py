@@ -203,6 +203,17 @@ def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monke
     assert scores["strong"]["t2i"]["psnr"] != scores["base"]["t2i"]["psnr"]
 
 
+def test_a_teacher_that_cannot_be_proved_is_not_trained(recipe, made, tmp_path, monkeypatch):
+    base, data, _, _ = made
+    counts = {task: of | ({"val": 0} if task == "global_style" else {}) for task, of in data.facts["counts"].items()}
+    unsplit = steps.Product(data.folder, "1" * 64, data.facts | {"counts": counts})
+    monkeypatch.setattr("danceopd.finetune.finetune", None)
+    with pytest.raises(
+        UserError, match=r"task 'global_style': .* no records in split 'val', on which teacher 'global_st"
+    ):
+        steps.finetune_teacher(recipe, "global_style", base, unsplit, tmp_path)
+
+
 def test_a_guided_teacher_no_better_than_the_base_is_refused(base_folder, workspace, made):
     settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong", "tasks.t2i.gates=[]"]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])

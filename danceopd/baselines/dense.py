@@ -29,8 +29,8 @@ class Dense:
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
-        states = states_on_the_way(learner.field, group.noise, setup.grid, group.stop, group.condition)
-        sigmas = setup.grid[group.stop].to(group.noise)
+        states = states_on_the_way(learner.field, group.noise, group.grid, group.stop, group.condition)
+        sigmas = group.grid[group.stop].to(group.noise)
         routes, losses = setup.routes(group.tags), []
         for k in range(self.queries):
             state, sigma = states[:, k], sigmas[:, k]

@@ -30,7 +30,7 @@ class DiffusionOPD:
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
         state, routes, losses = group.noise, setup.routes(group.tags), []
-        grid = setup.grid.to(group.noise)
+        grid = group.grid.to(group.noise)
         steps = len(grid) - 1
         for step in range(steps):
             sigma = grid[step].expand(len(group.rows))

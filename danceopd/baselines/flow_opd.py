@@ -100,10 +100,10 @@ class FlowOPD:
         """See `Method`."""
         paths = [torch.Generator().manual_seed(seed) for seed in group.seeds]
         state, routes, divergences = group.noise, setup.routes(group.tags), []
-        steps = max(len(setup.grid) - 2, 1)
+        steps = max(len(group.grid) - 2, 1)
         for step in range(steps):
-            sigma = setup.grid[step].expand(len(group.rows)).to(state)
-            transition = Transition.at(setup.grid, step)
+            sigma = group.grid[step].expand(len(group.rows)).to(state)
+            transition = Transition.at(group.grid, step)
             target = routed_velocity(setup.teachers, routes, state, sigma, group.condition)
             noise = torch.stack([torch.randn(state.shape[1:], generator=path) for path in paths]).to(state)
             with learner.field.active():
@@ -118,6 +118,6 @@ class FlowOPD:
                 learner.backward((losses * group.weights.to(losses)).sum(), sync=sync)
             divergences.append(divergence.detach())
             state = action.to(group.noise.dtype)
-        sigmas = setup.grid[:steps].to(group.noise).repeat(len(group.rows))
+        sigmas = group.grid[:steps].to(group.noise).repeat(len(group.rows))
         spent = steps * (setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards)
         figures.add(group.tags, torch.stack(divergences, dim=1).flatten(), sigmas, spent)

@@ -22,7 +22,7 @@ class OffPolicy:
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
-        sigma = setup.grid[group.stop[:, 0]].to(group.noise)
+        sigma = group.grid[group.stop[:, 0]].to(group.noise)
         clean = setup.encoded.target(group.rows, learner.device).to(group.noise)
         state = torch.lerp(clean, group.noise, sigma[:, None, None])
         target = routed_velocity(setup.teachers, setup.routes(group.tags), state, sigma, group.condition)

@@ -31,6 +31,9 @@ from danceopd.backbones.base import Backbone
 from danceopd.data.encoded import (
     EncodedRecords,
     Prompt,
+    Rows,
+    Sizing,
+    check_size,
     encode_in_batches,
     picture_batch,
     picture_encoder,
@@ -61,25 +64,22 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 @dataclass
-class CachedRows:
-    """Rows that lie in a cache; indexed like the tensor (N, ...) they would be, and read when they are asked for.
+class CachedRows(Rows):
+    """Rows that lie in a cache and are read when they are asked for.
 
     Attributes:
         places: file and row in it of each of the N rows.
-        shape: (N, ...).
     """
 
     places: list[tuple[Path, int]]
-    shape: tuple[int, ...]
     _open: dict[Path, object] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, index: Tensor | tuple[slice, ...]) -> Tensor:
-        """Rows by number, (B,), as float32 (B, ...); or a part of each row by slices, the first over the rows."""
-        if isinstance(index, tuple):
-            return torch.stack([self._row(*place)[index[1:]] for place in self.places[index[0]]])
-        return torch.stack([self._row(*self.places[row]) for row in index.tolist()])
+    def __len__(self) -> int:
+        return len(self.places)
 
-    def _row(self, path: Path, row: int) -> Tensor:
+    def row(self, number: int) -> Tensor:
+        """One row, float32."""
+        path, row = self.places[number]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt").get_slice("rows")
         return self._open[path][row].float()
@@ -184,24 +184,44 @@ class Wanted:
     Attributes:
         tasks: of each record.
         prompts: key -> prompt.
-        pictures: keys of sources and targets.
+        pictures: key of each source and target -> (height, width) at which it is encoded.
+        sizes: (height, width) of each record.
         prompt_row: each record's row in `prompts`; `source_row` and `target_row` in `pictures`, or -1.
     """
 
     tasks: list[str]
     prompts: dict[str, str]
-    pictures: dict[str, int]
+    pictures: dict[str, tuple[int, int]]
+    sizes: list[tuple[int, int]]
     prompt_row: list[int]
     source_row: list[int]
     target_row: list[int]
 
+    def pictures_by_size(self) -> dict[tuple[int, int], list[str]]:
+        """Keys of the pictures of each size."""
+        found: dict[tuple[int, int], list[str]] = {}
+        for key, size in self.pictures.items():
+            found.setdefault(size, []).append(key)
+        return found
 
-def wanted_by(records: Iterable[Record], targets: bool, prompt_sees_source: bool = False) -> Wanted:
-    """Read records once and note what they need encoded."""
-    found = Wanted([], {}, {}, [], [], [])
+
+def wanted_by(backbone: Backbone, records: Iterable[Record], targets: bool, sizing: Sizing) -> Wanted:
+    """Read records once and note what they need encoded.
+
+    Raises:
+        UserError: if a record's own size does not suit the back end.
+    """
+    found = Wanted([], {}, {}, [], [], [], [])
     rows: dict[str, int] = {}
+    places: dict[str, int] = {}
+    fitting: set[tuple[int, int]] = set()
     for record in records:
-        key = prompt_key(prompt_of(record, prompt_sees_source))
+        size = sizing.of_record(record)
+        if sizing.own and size not in fitting:
+            check_size(backbone, size, record)
+            fitting.add(size)
+        found.sizes.append(size)
+        key = prompt_key(prompt_of(record, backbone.prompt_sees_source))
         found.prompts.setdefault(key, record.prompt)
         found.tasks.append(record.task)
         found.prompt_row.append(rows.setdefault(key, len(rows)))
@@ -209,8 +229,12 @@ def wanted_by(records: Iterable[Record], targets: bool, prompt_sees_source: bool
             (record.source, found.source_row),
             (record.target if targets else None, found.target_row),
         ):
-            place = -1 if picture is None else found.pictures.setdefault(key_of(picture), len(found.pictures))
-            where.append(place)
+            if picture is None:
+                where.append(-1)
+                continue
+            key = key_of(picture)
+            found.pictures.setdefault(key, sizing.of(picture, f"record {record.id!r}"))
+            where.append(places.setdefault(key, len(places)))
     return found
 
 
@@ -231,8 +255,7 @@ def _pictures(records: Iterable[Record], targets: bool) -> Iterator[tuple[str, t
 def encode_cached(
     backbone: Backbone,
     stream: Callable[[], Iterable[Record]],
-    height: int,
-    width: int,
+    sizing: Sizing,
     cache: EncodingCache,
     base_key: str,
     targets: bool,
@@ -245,9 +268,8 @@ def encode_cached(
 
     Args:
         backbone: the model family whose encoders are used; not called if nothing is missing.
-        stream: gives the records anew each time, in one order; no more than a shard's pictures are kept.
-        height: of the pictures; must suit the back end.
-        width: of the pictures.
+        stream: gives the records anew each time, in one order; no more than some shards' pictures are kept.
+        sizing: of the pictures; must suit the back end.
         cache: where encodings lie.
         base_key: identity of the base (its encoders).
         targets: whether target images are encoded too.
@@ -257,105 +279,129 @@ def encode_cached(
     Raises:
         UserError: if there are no records, a picture cannot be read, or a shard is damaged.
     """
-    wanted = wanted_by(stream(), targets, backbone.prompt_sees_source)
+    wanted = wanted_by(backbone, stream(), targets, sizing)
     if not wanted.tasks:
         raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
-    groups = fill_cache(backbone, wanted, stream, height, width, cache, base_key, targets, share)
+    group = fill_cache(backbone, wanted, stream, sizing, cache, base_key, targets, share)
     wait()
-    prompts = _rows(cache.places(groups[0]), list(wanted.prompts), cache.folder)
-    shape = tuple(backbone.latent_shape(height, width))
-    pictures = _rows(cache.places(groups[1]), list(wanted.pictures), cache.folder, shape)
+    prompts = _rows(cache.places(group), list(wanted.prompts), cache.folder)
+    there = {}
+    for size in wanted.pictures_by_size():
+        there |= cache.places(picture_group(base_key, size))
+    pictures = _rows(there, list(wanted.pictures), cache.folder)
     return EncodedRecords(
         wanted.tasks, prompts, torch.tensor(wanted.prompt_row), pictures, torch.tensor(wanted.source_row),
-        pictures, torch.tensor(wanted.target_row), height, width,
+        pictures, torch.tensor(wanted.target_row), sizing.height, sizing.width,
+        torch.tensor(wanted.sizes) if sizing.own else None,
     )  # fmt: skip
+
+
+def picture_group(base_key: str, size: tuple[int, int]) -> str:
+    """The folder of pictures encoded at one (height, width)."""
+    return f"pictures-{content_key(base_key, *size)}"
 
 
 def fill_cache(
     backbone: Backbone,
     wanted: Wanted,
     stream: Callable[[], Iterable[Record]],
-    height: int,
-    width: int,
+    sizing: Sizing,
     cache: EncodingCache,
     base_key: str,
     targets: bool,
     share: tuple[int, int],
-) -> tuple[str, str]:
-    """Encode this worker's share of what a cache lacks; returns the groups of prompts and pictures."""
+) -> str:
+    """Encode this worker's share of what a cache lacks; returns the prompts' group."""
     sees = backbone.prompt_sees_source
-    prompts = f"prompts-{content_key(base_key, *((height, width) if sees else ()))}"
-    pictures = f"pictures-{content_key(base_key, height, width)}"
-    _fill(
-        cache,
-        prompts,
-        list(wanted.prompts),
-        lambda: _seen_prompts(stream()) if sees else ((key, (text, None)) for key, text in wanted.prompts.items()),
-        prompt_encoder(backbone, height, width),
-        prompt_batch(backbone),
-        share,
+    places = (sizing.height, sizing.width, sizing.own) if sees else ()
+    prompts = f"prompts-{content_key(base_key, *places)}"
+    told = _Teller()
+    filling = _GroupFill(
+        cache, prompts, list(wanted.prompts), prompt_encoder(backbone, sizing), prompt_batch(backbone), share, told
     )
-    _fill(
-        cache, pictures, list(wanted.pictures), lambda: _pictures(stream(), targets),
-        picture_encoder(backbone, height, width), picture_batch(height, width), share,
-    )  # fmt: skip
-    return prompts, pictures
+    if filling.lacking:
+        shown = ((key, (text, None)) for key, text in wanted.prompts.items())
+        for key, prompt in _seen_prompts(stream()) if sees else shown:
+            filling.offer(key, prompt)
+    by_size = wanted.pictures_by_size()
+    fillings = {
+        size: _GroupFill(
+            cache, picture_group(base_key, size), keys, picture_encoder(backbone, *size), picture_batch(*size), share,
+            told, len(by_size),
+        )
+        for size, keys in by_size.items()
+    }  # fmt: skip
+    if any(filling.lacking for filling in fillings.values()):
+        for key, picture in _pictures(stream(), targets):
+            fillings[wanted.pictures[key]].offer(key, picture)
+    return prompts
 
 
-def _rows(
-    places: dict[str, tuple[Path, int]], keys: list[str], folder: Path, shape: tuple[int, ...] | None = None
-) -> CachedRows:
+def _rows(places: dict[str, tuple[Path, int]], keys: list[str], folder: Path) -> CachedRows:
     missing = sum(key not in places for key in keys)
     if missing:
         raise UserError(f"{folder}: {missing} of {len(keys)} encodings are missing; did a worker fail? Run it again")
-    if shape is None:
-        with safe_open(places[keys[0]][0], framework="pt") as file:
-            shape = tuple(file.get_slice("rows").get_shape()[1:])
-    return CachedRows([places[key] for key in keys], (len(keys), *shape))
+    return CachedRows([places[key] for key in keys])
 
 
-def _fill(
-    cache: EncodingCache,
-    group: str,
-    keys: list[str],
-    items: Callable[[], Iterator[tuple[str, object]]],
-    encode: Callable[[list], Tensor],
-    batch: int,
-    share: tuple[int, int],
-) -> None:
-    """Encode what a group lacks of `keys`, shard by shard.
+class _Teller:
+    """Says now and then how far the work is."""
 
-    All workers cut all keys into the same shards, whatever is there already, and each takes every n-th.
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def say(self, group: str, done: int, left: int) -> None:
+        if time.monotonic() - self._last > TELL_EVERY:
+            self._last = time.monotonic()
+            log.info("%s: %d encoded, %d left", group, done, left)
+
+
+class _GroupFill:
+    """Encodes this worker's share of what one group lacks, shard by shard, from the items it is offered.
+
+    All workers cut all of the group's keys into the same shards, whatever is there already, and each takes every n-th.
     """
-    worker, workers = share
-    there = cache.places(group)
-    if all(key in there for key in keys):
-        return
-    size = _shard_rows(encode, items, batch)
-    shard_of = {key: number // size for number, key in enumerate(keys)}
-    mine = {key: n for key, n in shard_of.items() if n % workers == worker and key not in there}
-    left = Counter(mine.values())
-    waiting: dict[int, dict[str, object]] = {}
-    done, told = 0, time.monotonic()
-    log.info("%s: encoding %d of %d in %d shards", group, len(mine), len(keys), len(left))
-    for key, item in items():
-        number = mine.pop(key, None)
+
+    def __init__(
+        self, cache: EncodingCache, group: str, keys: list[str], encode: Callable[[list], Tensor], batch: int,
+        share: tuple[int, int], teller: _Teller, groups: int = 1,
+    ):  # fmt: skip
+        self._cache, self._group, self._keys, self._encode, self._batch = cache, group, keys, encode, batch
+        self._share, self._teller, self._groups = share, teller, groups
+        there = cache.places(group)
+        self.lacking = {key for key in keys if key not in there}
+        self._mine: dict[str, int] | None = None
+        self._waiting: dict[int, dict[str, object]] = {}
+        self._done = 0
+
+    def offer(self, key: str, item: object) -> None:
+        """Take an item if it is this worker's and missing; write its shard if that is complete."""
+        if not self.lacking:
+            return
+        if self._mine is None:
+            self._plan(item)
+        number = self._mine.pop(key, None)
         if number is None:
-            continue
-        shard = waiting.setdefault(number, {})
+            return
+        shard = self._waiting.setdefault(number, {})
         shard[key] = item
-        if len(shard) == left[number]:
-            del waiting[number]
-            cache.write(group, list(shard), torch.cat(list(encode_in_batches(encode, list(shard.values()), batch))))
-            done += len(shard)
-            if time.monotonic() - told > TELL_EVERY:
-                told = time.monotonic()
-                log.info("%s: %d encoded, %d left", group, done, len(mine))
+        if len(shard) == self._left[number]:
+            del self._waiting[number]
+            rows = torch.cat(list(encode_in_batches(self._encode, list(shard.values()), self._batch)))
+            self._cache.write(self._group, list(shard), rows)
+            self._done += len(shard)
+            self._teller.say(self._group, self._done, len(self._mine))
 
+    def _plan(self, first: object) -> None:
+        worker, workers = self._share
+        size = self._shard_rows(first)
+        shard_of = {key: number // size for number, key in enumerate(self._keys)}
+        self._mine = {key: n for key, n in shard_of.items() if n % workers == worker and key in self.lacking}
+        self._left = Counter(self._mine.values())
+        log.info("%s: encoding %d of %d in %d shards", self._group, len(self._mine), len(self._keys), len(self._left))
 
-def _shard_rows(encode: Callable[[list], Tensor], items: Callable[[], Iterator], batch: int) -> int:
-    """Rows of a shard: whole batches, so many that it is about `SHARD_BYTES` large."""
-    _, first = next(items())
-    row = next(encode_in_batches(encode, [first], batch))[0]
-    most = min(MOST_ROWS, SHARD_BYTES // (row.numel() * row.element_size()))
-    return max(1, most // batch) * batch
+    def _shard_rows(self, first: object) -> int:
+        """Rows of a shard: whole batches, so many that the shards under way are about `SHARD_BYTES` together."""
+        row = next(encode_in_batches(self._encode, [first], self._batch))[0]
+        most = min(MOST_ROWS, SHARD_BYTES // (row.numel() * row.element_size() * self._groups))
+        return max(1, most // self._batch) * self._batch

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,16 +16,84 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
+from danceopd.data.pictures import read_size
 from danceopd.data.records import Record, content_hash, decode_image
 from danceopd.errors import UserError
 from danceopd.files import content_key
 
-if TYPE_CHECKING:
-    from danceopd.data.cache import CachedRows
-
 log = logging.getLogger(__name__)
 BATCH = 16
 BATCH_PIXELS = BATCH * 256 * 256
+
+
+class Rows:
+    """Rows that may differ in length or lie on disk; indexed like the tensor (N, ...) they would be."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def row(self, number: int) -> Tensor:
+        """One row, float32."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Tensor | tuple[slice, ...]) -> Tensor:
+        """Rows of one length by number (B,): (B, ...); or a part of each row by slices, the first over the rows."""
+        if isinstance(index, tuple):
+            picked = [self.row(number)[index[1:]] for number in range(len(self))[index[0]]]
+        else:
+            picked = [self.row(number) for number in index.tolist()]
+        return torch.stack(picked) if picked else torch.empty(0)
+
+
+@dataclass(frozen=True)
+class UnevenRows(Rows):
+    """Rows in memory."""
+
+    rows: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, number: int) -> Tensor:
+        """One row."""
+        return self.rows[number]
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The size at which pictures are encoded.
+
+    Attributes:
+        height: of every picture, or of records that have none.
+        width: the same.
+        own: each picture keeps its own size (that of its bucket).
+    """
+
+    height: int
+    width: int
+    own: bool = False
+
+    def of(self, picture: bytes, where: str) -> tuple[int, int]:
+        """(height, width) of one picture; `where` names it in errors."""
+        return read_size(picture, where) if self.own else (self.height, self.width)
+
+    def of_record(self, record: Record) -> tuple[int, int]:
+        """(height, width) of a record: its source's or its target's; they are equal."""
+        picture = record.target if record.source is None else record.source
+        return (self.height, self.width) if picture is None else self.of(picture, f"record {record.id!r}")
+
+
+def check_size(backbone: Backbone, size: tuple[int, int], record: Record) -> None:
+    """Check that the back end takes a picture of a record's size.
+
+    Raises:
+        UserError: naming the record.
+    """
+    try:
+        backbone.latent_shape(*size)
+    except UserError as error:
+        raise UserError(f"record {record.id!r}: {error}; import the data with buckets that fit (resize.step), or set "
+                        f"model.sizes: one") from error  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,23 +104,29 @@ class EncodedRecords:
         tasks: task of each record, length N.
         prompts: embeddings of the distinct prompts, (U, L, D); they and the latents may lie in a cache on disk.
         prompt_row: row in `prompts` of each record, (N,).
-        sources: latents of the source images, (S, T, C).
+        sources: latents of the source images, (S, T, C); T is a picture's own where their sizes differ.
         source_row: row in `sources`, or -1, (N,).
         targets: latents of the target images, (R, T, C).
         target_row: row in `targets`, or -1, (N,).
         height: of the pictures, in pixels.
         width: of the pictures, in pixels.
+        sizes: each record's own (height, width), int64 (N, 2); None: all are `height` x `width`.
     """
 
     tasks: list[str]
-    prompts: Tensor | CachedRows
+    prompts: Tensor | Rows
     prompt_row: Tensor
-    sources: Tensor | CachedRows
+    sources: Tensor | Rows
     source_row: Tensor
-    targets: Tensor | CachedRows
+    targets: Tensor | Rows
     target_row: Tensor
     height: int
     width: int
+    sizes: Tensor | None = None
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(height, width) of a record's pictures."""
+        return (self.height, self.width) if self.sizes is None else tuple(self.sizes[row].tolist())
 
     def rows_by_task(self) -> dict[str, list[int]]:
         """Row numbers of each task."""
@@ -70,22 +143,24 @@ class EncodedRecords:
             prompt_row=self.prompt_row[rows],
             source_row=self.source_row[rows],
             target_row=self.target_row[rows],
+            sizes=None if self.sizes is None else self.sizes[rows],
         )
 
     def shape_groups(self, rows: list[int]) -> list[list[int]]:
-        """Positions in `rows` grouped by sequence length: samples without a source, samples with one."""
-        with_source = (self.source_row[rows] >= 0).tolist()
-        groups = [[i for i, has in enumerate(with_source) if has == kind] for kind in (False, True)]
-        return [group for group in groups if group]
+        """Positions in `rows` grouped by sequence length: samples without a source, samples with one, by size."""
+        groups: dict[tuple, list[int]] = {}
+        for position, has in enumerate((self.source_row[rows] >= 0).tolist()):
+            groups.setdefault((has, *self.size(rows[position])), []).append(position)
+        return [groups[kind] for kind in sorted(groups)]
 
     def condition(self, rows: list[int], device: torch.device | str = "cpu") -> Condition:
         """The conditions of rows of one shape group."""
         source_rows = self.source_row[rows]
         source = None if bool((source_rows < 0).any()) else self.sources[source_rows].to(device)
-        return Condition(self.prompts[self.prompt_row[rows]].to(device), source, self.height, self.width)
+        return Condition(self.prompts[self.prompt_row[rows]].to(device), source, *self.size(rows[0]))
 
     def target(self, rows: list[int], device: torch.device | str = "cpu") -> Tensor:
-        """Target latents (B, T, C) of rows that all have one."""
+        """Target latents (B, T, C) of rows of one size that all have one."""
         return self.targets[self.target_row[rows]].to(device)
 
 
@@ -140,23 +215,43 @@ def prompt_batch(backbone: Backbone) -> int:
     return 1 if backbone.prompt_sees_source else BATCH
 
 
-def prompt_encoder(backbone: Backbone, height: int, width: int) -> Callable[[list], Tensor]:
+def prompt_encoder(backbone: Backbone, sizing: Sizing) -> Callable[[list], Tensor]:
     """Encodes prompts, each with the source image it has seen."""
+    where = "source image"
 
     def encode(prompts: list[Prompt]) -> Tensor:
         shown = [
-            [] if source is None else [load_pixels(source, height, width, "source image")] for _, source in prompts
+            [] if source is None else [load_pixels(source, *sizing.of(source, where), where)] for _, source in prompts
         ]
         return backbone.encode_prompts([text for text, _ in prompts], shown)
 
     return encode
 
 
-def _encode_pictures(backbone: Backbone, pictures: list[tuple[bytes, str]], height: int, width: int) -> Tensor:
-    if not pictures:
-        return torch.empty(0, *backbone.latent_shape(height, width))
-    encode = picture_encoder(backbone, height, width)
-    return torch.cat(list(encode_in_batches(encode, pictures, picture_batch(height, width))))
+def _encode_pictures(backbone: Backbone, pictures: list[bytes], name: str, sizing: Sizing) -> dict[str, Tensor]:
+    """Latents by size, in the order the sizes are met, and each picture's place: rows of `places`, (P, 2)."""
+    by_size: dict[tuple[int, int], list[bytes]] = {}
+    places = torch.empty(len(pictures), 2, dtype=torch.int64)
+    for row, picture in enumerate(pictures):
+        size = sizing.of(picture, f"{name} image")
+        alike = by_size.setdefault(size, [])
+        places[row] = torch.tensor([list(by_size).index(size), len(alike)])
+        alike.append(picture)
+    found = {f"{name}.places": places}
+    for number, (size, alike) in enumerate(by_size.items()):
+        encode, batch = picture_encoder(backbone, *size), picture_batch(*size)
+        parts = encode_in_batches(encode, [(picture, f"{name} image") for picture in alike], batch)
+        found[f"{name}.{number}"] = torch.cat(list(parts))
+    return found
+
+
+def _pictures_of(tensors: dict[str, Tensor], name: str) -> Tensor | Rows:
+    places = tensors[f"{name}.places"]
+    if not len(places):
+        return torch.empty(0, 0, 0)
+    if not places[:, 0].any():
+        return tensors[f"{name}.0"]
+    return UnevenRows([tensors[f"{name}.{part}"][row] for part, row in places.tolist()])
 
 
 def _distinct(values: list) -> tuple[list, Tensor]:
@@ -193,7 +288,14 @@ def encode_empty(backbone: Backbone, cache: Path | None, base_key: str) -> Tenso
 
 
 def encode_records(
-    backbone: Backbone, records: list[Record], height: int, width: int, cache: Path | None, base_key: str, targets: bool
+    backbone: Backbone,
+    records: list[Record],
+    height: int,
+    width: int,
+    cache: Path | None,
+    base_key: str,
+    targets: bool,
+    own_sizes: bool = False,
 ) -> EncodedRecords:
     """Encode records, or read them back if this very set was encoded before.
 
@@ -205,29 +307,37 @@ def encode_records(
         cache: folder for the encoded tensors, or None for no cache.
         base_key: identity of the base (its encoders), part of the cache's key.
         targets: whether target images are encoded too (distillation needs none).
+        own_sizes: each record is encoded at its pictures' own size, and at `height` x `width` if it has none.
 
     Raises:
-        UserError: if there are no records, or a picture cannot be read.
+        UserError: if there are no records, or a picture cannot be read, or has a size of its own that does not suit.
     """
     if not records:
         raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
+    sizing, sizes = Sizing(height, width, own_sizes), None
+    if own_sizes:
+        found = [sizing.of_record(record) for record in records]
+        for size, record in {size: record for size, record in zip(found, records, strict=True)}.items():
+            check_size(backbone, size, record)
+        sizes = torch.tensor(found)
     prompts, prompt_row = _distinct([prompt_of(r, backbone.prompt_sees_source) for r in records])
     sources, source_row = _distinct([r.source for r in records])
     pictures, target_row = _distinct([r.target if targets else None for r in records])
-    key = content_key(base_key, height, width, targets, content_hash(records))
+    key = content_key(base_key, height, width, own_sizes, targets, content_hash(records))
     path = None if cache is None else Path(cache) / f"encoded-{key}.safetensors"
 
     def encode() -> dict[str, Tensor]:
         log.info("encoding %d prompts, %d sources, %d targets", len(prompts), len(sources), len(pictures))
-        read = prompt_encoder(backbone, height, width)
-        return {
-            "prompts": torch.cat(list(encode_in_batches(read, prompts, prompt_batch(backbone)))),
-            "sources": _encode_pictures(backbone, [(s, "source image") for s in sources], height, width),
-            "targets": _encode_pictures(backbone, [(p, "target image") for p in pictures], height, width),
-        }
+        read = prompt_encoder(backbone, sizing)
+        embedded = torch.cat(list(encode_in_batches(read, prompts, prompt_batch(backbone))))
+        return (
+            {"prompts": embedded}
+            | _encode_pictures(backbone, sources, "source", sizing)
+            | _encode_pictures(backbone, pictures, "target", sizing)
+        )
 
     tensors = _cached(path, encode)
     return EncodedRecords(
-        [r.task for r in records], tensors["prompts"], prompt_row, tensors["sources"], source_row,
-        tensors["targets"], target_row, height, width,
+        [r.task for r in records], tensors["prompts"], prompt_row, _pictures_of(tensors, "source"), source_row,
+        _pictures_of(tensors, "target"), target_row, height, width, sizes,
     )  # fmt: skip

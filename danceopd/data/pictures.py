@@ -21,6 +21,7 @@ MAX_PIXELS = 64_000_000
 WHITE = (255, 255, 255)
 _SRGB = ImageCms.createProfile("sRGB")
 _EXIF_ORIENTATION = 0x0112
+_LYING = (5, 6, 7, 8)  # orientations that turn a picture by a quarter
 
 
 class Refused(UserError):
@@ -83,6 +84,21 @@ def read_picture(data: bytes, where: str, matte: tuple[int, int, int] = WHITE, m
         raise Refused(
             reason, f"{where}: not a readable image ({kind}: {text}); fetch it again or re-export it as PNG or JPEG"
         ) from error
+
+
+def read_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) of a picture as `read_picture` gives it, from its header alone.
+
+    Raises:
+        Refused: naming `where`, if there is no such header.
+    """
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            lying = image.getexif().get(_EXIF_ORIENTATION, 1) in _LYING
+            return (image.width, image.height) if lying else (image.height, image.width)
+    except Exception:  # what is wrong with it, decoding tells
+        return read_picture(data, where).size
 
 
 def _too_large(where: str, found: str, limit: int) -> Refused:

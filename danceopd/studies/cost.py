@@ -96,8 +96,7 @@ def expected_forwards(
     teachers = {
         name: _Free(name, free, free.new_transformer(), passes=fields[name].forwards) for name in teacher_of.values()
     }
-    grid = free.sigmas(spec.rollout_steps, encoded.height, encoded.width)
-    setup = Distillation(free, encoded, teachers, teacher_of, grid)
+    setup = Distillation(free, encoded, teachers, teacher_of, spec.rollout_steps)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
     weights = {task: of.weight for task, of in recipe.tasks.items()}
     sampler, generator = TaskSampler(encoded.rows_by_task(), 0), torch.Generator().manual_seed(0)

@@ -37,7 +37,7 @@ class Bench:
         return DistillRecipe(**(known | changes))
 
     def setup(self, steps=3, **changes) -> Distillation:
-        known = {"teachers": self.teachers, "teacher_of": TEACHER_OF, "grid": self.base.sigmas(steps, 64, 64)}
+        known = {"teachers": self.teachers, "teacher_of": TEACHER_OF, "rollout_steps": steps}
         return Distillation(backbone=self.base, encoded=self.encoded, **(known | changes))
 
     def learner(self, **changes):

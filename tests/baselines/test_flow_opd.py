@@ -93,7 +93,7 @@ def test_the_mean_gradient_over_paths_is_that_of_the_kl(bench):
         group.seeds[:] = [2 * seed, 2 * seed + 1]
         bench.update(method, [group], setup, learner)
     total = torch.cat([p.grad.flatten() for p in learner.parameters]) / samples
-    transition = Transition.at(setup.grid, 0)
+    transition = Transition.at(setup.grid(64, 64), 0)
     factor = transition.of_velocity**2 / (2 * transition.deviation**2)
     wanted = factor * bench.gradient(HardRoutedOnPolicy(), setup, tasks=("local_edit",))
     assert (total - wanted).norm() < 0.1 * wanted.norm()

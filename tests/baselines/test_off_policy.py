@@ -35,7 +35,7 @@ def test_it_asks_at_noised_targets(bench, monkeypatch):
     real = bench.base.velocity
     monkeypatch.setattr(bench.base, "velocity", lambda n, z, *rest: (asked.append(z), real(n, z, *rest))[1])
     bench.update(OffPolicy(), [group], setup, learner)
-    sigma = setup.grid[group.stop[:, 0]][:, None, None]
+    sigma = group.grid[group.stop[:, 0]][:, None, None]
     wanted = (1 - sigma) * bench.encoded.target(group.rows) + sigma * group.noise
     for states in asked:
         torch.testing.assert_close(states, wanted)
