@@ -208,9 +208,7 @@ def test_a_teacher_that_cannot_be_proved_is_not_trained(recipe, made, tmp_path, 
     counts = {task: of | ({"val": 0} if task == "global_style" else {}) for task, of in data.facts["counts"].items()}
     unsplit = steps.Product(data.folder, "1" * 64, data.facts | {"counts": counts})
     monkeypatch.setattr("danceopd.finetune.finetune", None)
-    with pytest.raises(
-        UserError, match=r"task 'global_style': .* no records in split 'val', on which teacher 'global_st"
-    ):
+    with pytest.raises(UserError, match=r"task 'global_style': no records in split 'val', on which teacher 'global_s"):
         steps.finetune_teacher(recipe, "global_style", base, unsplit, tmp_path)
 
 
