@@ -18,6 +18,7 @@ from rich.table import Table
 from danceopd import __version__
 from danceopd.data.commands import data_cache, data_import
 from danceopd.errors import Interrupted, UserError
+from danceopd.evaluation.commands import data_import_benchmark
 from danceopd.recipe import Recipe, load_recipe
 
 # typer brings its own copy of click, whose error base it does not export.
@@ -31,6 +32,7 @@ world_app = typer.Typer(no_args_is_help=True, help="The small world that ships w
 app.add_typer(data_app, name="data")
 data_app.command("import")(data_import)
 data_app.command("cache")(data_cache)
+data_app.command("import-benchmark")(data_import_benchmark)
 app.add_typer(world_app, name="world")
 registry_app = typer.Typer(no_args_is_help=True, help="The registered students of a recipe, and which of them serves.")
 app.add_typer(registry_app, name="registry")

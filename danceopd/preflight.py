@@ -189,12 +189,13 @@ def check_proofs(recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list
     """
     found = []
     for task, spec in recipe.tasks.items():
-        teacher, metric = recipe.teachers[spec.teacher], spec.metrics[0]
+        teacher = recipe.teachers[spec.teacher]
         if isinstance(teacher, BaseTeacher) and teacher.guidance is None:
             continue
         if isinstance(teacher, ChampionTeacher):  # it holds the task as it is, and was judged when it was registered
             continue
         scores = facts[spec.teacher].get("scores", {}).get(task, {})
+        metric = next((name for name in spec.metrics if name in scores.get("teacher", {})), spec.metrics[0])
         mine, base = (scores.get(who, {}).get(metric) for who in ("teacher", "base"))
         if mine is None or base is None:
             text = f"task {task!r}: teacher {spec.teacher!r} has no figures of {metric}; finetune it again to prove it"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from danceopd.errors import UserError
 from danceopd.files import content_key
@@ -281,6 +282,20 @@ class WeightPhase(_Part):
 Weight = Annotated[float, Field(gt=0)] | Annotated[tuple[WeightPhase, ...], Field(min_length=1)]
 
 
+# Metrics that are minus a distance: of these no share can be kept.
+DISTANCES = ("lpips", "fid", "kid", "fd_dino", "kd_dino")
+
+
+def check_gates(metrics: tuple[str, ...], gates: tuple[Gate, ...]) -> None:
+    """Raise ValueError unless every gate is on one of the metrics, and by a rule that suits it."""
+    for gate in gates:
+        if gate.metric not in metrics:
+            raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {metrics}")
+        if gate.metric in DISTANCES and gate.retain is not None:
+            raise ValueError(f"gate on {gate.metric!r}: it is minus a distance, of which no share is kept; "
+                             "give 'max_drop' instead of 'retain'")  # fmt: skip
+
+
 class TaskRecipe(_Part):
     """One capability: its teacher, its weight in the loss, how it is measured, what it must hold.
 
@@ -297,9 +312,7 @@ class TaskRecipe(_Part):
     def _gates_are_measured(self):
         if isinstance(self.weight, tuple):
             check_phases("weight", [phase.until for phase in self.weight])
-        for gate in self.gates:
-            if gate.metric not in self.metrics:
-                raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {self.metrics}")
+        check_gates(self.metrics, self.gates)
         return self
 
 
@@ -310,6 +323,61 @@ class DriftRecipe(_Part):
     steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
     )
+
+
+class NetworksRecipe(_Part):
+    """Where the networks lie that metrics look with; nothing is downloaded. A metric without its network is skipped."""
+
+    clip: str | None = Field(None, description="folder of a CLIP model with its processor, weights as safetensors")
+    dino: str | None = Field(None, description="folder of a DINOv2 (or v3) model with its processor, as safetensors")
+    inception: str | None = Field(None, description="file of torch-fidelity's Inception weights, for fid and kid")
+
+
+class JudgeRecipe(_Part):
+    """A vision-language model that judges pictures, behind an OpenAI-compatible endpoint. Pictures are sent there."""
+
+    url: str = Field(description="up to what `/chat/completions` follows, for example http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="as the endpoint calls it")
+    key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable with the API key; none: no key"
+    )
+    parameters: dict[str, JsonValue] = Field(
+        {"temperature": 0, "max_tokens": 600}, description="sent along with every request"
+    )
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; none: as fast as it answers")
+    parallel: int = Field(4, gt=0, description="requests at once")
+    attempts: int = Field(5, gt=0, description="a question, before it is given up")
+    timeout: float = Field(120, gt=0, description="seconds an answer may take")
+    price_prompt: float | None = Field(None, ge=0, description="of a million prompt tokens")
+    price_completion: float | None = Field(None, ge=0, description="of a million completion tokens")
+    currency: str = "USD"
+
+    @model_validator(mode="after")
+    def _plain(self):
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url: write it as http://host/v1 or https://host/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("url: holds a user, a password or a query; put the API key into an environment variable "
+                             "and its name into key_env")  # fmt: skip
+        if (self.price_prompt is None) != (self.price_completion is None):
+            raise ValueError("give both 'price_prompt' and 'price_completion', or neither")
+        return self
+
+
+class BenchmarkRecipe(_Part):
+    """An evaluation set beside the tasks' own held-out records, with a row of its own in every table."""
+
+    input: str = Field(description="dataset folder, as `danceopd data import-benchmark` writes")
+    task: str = Field(description="whose teacher the student is held against")
+    metrics: tuple[str, ...] = Field(min_length=1)
+    gates: tuple[Gate, ...] = ()
+    limit: int | None = Field(None, gt=0, description="records at most, spread evenly over all; none: all")
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self):
+        check_gates(self.metrics, self.gates)
+        return self
 
 
 class EvaluateRecipe(_Part):
@@ -325,6 +393,9 @@ class EvaluateRecipe(_Part):
     drift: DriftRecipe | None = DriftRecipe()
     confidence: float = Field(0.95, gt=0, lt=1, description="of the bootstrap intervals over records")
     resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
+    networks: NetworksRecipe = NetworksRecipe()
+    judge: JudgeRecipe | None = None
+    benchmarks: dict[str, BenchmarkRecipe] = {}
 
 
 class RegisterRecipe(_Part):
@@ -384,12 +455,30 @@ class Recipe(_Part):
             if whole or self.distill.method in MERGES:
                 raise ValueError(f"model.quantize: only a LoRA trains on a quantized base; set trainable: lora in "
                                  f"{', '.join(whole) or 'distill, and another method than a merge'}")  # fmt: skip
+        for name, benchmark in self.evaluate.benchmarks.items():
+            if name in self.tasks:
+                raise ValueError(f"evaluate.benchmarks.{name}: a task has that name already; choose another")
+            if benchmark.task not in self.tasks:
+                raise ValueError(
+                    f"evaluate.benchmarks.{name}.task is {benchmark.task!r}; tasks are: {', '.join(self.tasks)}"
+                )
         if self.distill.select is not None and not any(spec.gates for spec in self.tasks.values()):
             raise ValueError("distill.select: no task has a gate to select by; add gates, or remove select")
         for name, teacher in self.teachers.items():
             if isinstance(teacher, FinetunedTeacher) and teacher.task not in self.tasks:
                 raise ValueError(f"teachers.{name}.task is {teacher.task!r}; tasks are: {', '.join(self.tasks)}")
         return self
+
+    def with_benchmarks(self) -> Recipe:
+        """The recipe with every benchmark as a further task, to be evaluated and not to be trained."""
+        rows = {
+            name: TaskRecipe(
+                teacher=self.tasks[b.task].teacher, needs_source=self.tasks[b.task].needs_source, metrics=b.metrics,
+                gates=b.gates,
+            )
+            for name, b in self.evaluate.benchmarks.items()
+        }  # fmt: skip
+        return self.model_copy(update={"tasks": self.tasks | rows})
 
     def digest(self) -> str:
         """A 16-digit name of the whole recipe."""

@@ -162,6 +162,7 @@ def failed_gates(metrics: dict) -> list[str]:
     lines = [
         f"{g['task']}.{g['metric']} is {_figure(g['value'])}, its gate is {_figure(g['limit'])} ({g['rule']})"
         + (f", {_interval(*g['interval'], metrics)}" if g.get("interval") else "")
+        + (f": {g['reason']}" if g.get("reason") else "")
         for g in metrics["gates"]
         if not g["passed"]
     ]

@@ -481,18 +481,28 @@ def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, w
     """Score base and teacher on the validation records of every task the teacher serves.
 
     Raises:
-        UserError: with the figures, if the teacher is no better than the base on a task's first metric.
+        UserError: with the figures, if the teacher is no better than the base on a task's first metric that can be
+            measured here, or if none can.
     """
-    from danceopd.evaluation.evaluate import score_records
+    from danceopd.evaluation.evaluate import score_records, skipped_metrics
+    from danceopd.evaluation.metrics.tools import Tools
     from danceopd.fields import VelocityField
 
     backbone = field.backbone
     bare = VelocityField("base", backbone, backbone.transformer)
+    tools = Tools(recipe.evaluate, cache=Path(workspace) / "cache" / "judge")
     scores: dict[str, dict] = {}
     for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
         records, encoded = _encode(recipe, backbone, base, data, workspace, "val", False, (task,))
-        metrics = recipe.tasks[task].metrics
-        means = {f.name: score_records(f, encoded, records, metrics, recipe.evaluate).means for f in (bare, field)}
+        skipped = skipped_metrics(recipe.tasks[task].metrics, tools)
+        metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
+        if not metrics:
+            told = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise UserError(f"task {task!r}: none of its metrics can be measured here ({told}), so teacher "
+                            f"{field.name!r} cannot be held against the base")  # fmt: skip
+        means = {
+            f.name: score_records(f, encoded, records, metrics, recipe.evaluate, tools).means for f in (bare, field)
+        }
         scores[task] = {"base": means["base"], "teacher": means[field.name]}
         first = metrics[0]
         figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"
@@ -626,7 +636,7 @@ def _build_student(
     if recipe.distill.select is not None:
         limit = recipe.distill.select.per_task
         sets = open_held_out(recipe, backbone, base, data, workspace, "val", limit)
-        validate = GateValidator(recipe, fields, sets)
+        validate = GateValidator(recipe, fields, sets, Path(workspace) / "cache" / "judge")
     backbone.free_encoders()  # everything is encoded
     facts = {name: product.facts for name, product in teachers.items()}
     counts, processes = data.facts["counts"], this_process()
@@ -688,12 +698,30 @@ def evaluate_student(
     """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
     inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in sorted(teachers.items())}, student.digest,
               recipe.model.decisive(), recipe.evaluate.model_dump(mode="json"),
-              {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}]  # fmt: skip
+              {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}, *_looks_with(recipe)]  # fmt: skip
 
     def build(scratch: Path, _: Path) -> dict:
         return _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
 
     return _make(workspace, "evaluations", recipe.name, inputs, build)
+
+
+def _looks_with(recipe: Recipe) -> list:
+    """What decides figures besides fields and records: benchmarks' records, and which networks are on this machine.
+
+    An evaluation that skipped a metric is made anew once the metric can be measured.
+    """
+    from danceopd.data.assemble import open_dataset
+    from danceopd.evaluation.metrics import metric
+    from danceopd.evaluation.metrics.tools import lacks, weights_of
+
+    names = {name for task in recipe.with_benchmarks().tasks.values() for name in task.metrics}
+    states = {}
+    for tool in sorted({tool for name in names for tool in metric(name).tools}):
+        lacking = lacks(tool, recipe.evaluate)
+        states[tool] = [lacking, None if lacking else weights_of(tool, recipe.evaluate)]
+    benchmarks = {name: open_dataset(Path(b.input)).content for name, b in recipe.evaluate.benchmarks.items()}
+    return [part for part in (states, benchmarks) if part]
 
 
 def _build_evaluation(

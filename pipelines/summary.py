@@ -35,7 +35,8 @@ def summary_table(metrics: dict[str, Any], registration: dict[str, Any]) -> Tabl
             figures = [figure(value, unit) for value in (base, entry["teacher"], entry["student"])]
             label = f"{task}\n(taught by {metrics['teacher_of'][task]})" if number == 0 else ""
             row = [*figures, retention(entry, unit), figure(ceiling, unit), _gate(metrics, task, name)]
-            table.add_row(label, name, *row, end_section=number == len(kept) - 1)
+            shown = f"{name}\n(not measured)" if name in metrics.get("skipped", {}) else name
+            table.add_row(label, shown, *row, end_section=number == len(kept) - 1)
     return table
 
 

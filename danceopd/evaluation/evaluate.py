@@ -10,20 +10,23 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from danceopd.backbones.base import Backbone
-from danceopd.data.assemble import DatasetFolder
+from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.metrics import metric, read_picture
+from danceopd.evaluation.metrics.editing import edit_mask
+from danceopd.evaluation.metrics.tools import Tools
 from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.fields import Field
 from danceopd.recipe import EvaluateRecipe, Gate, Recipe
@@ -43,16 +46,18 @@ class Scored:
 
     Attributes:
         pictures: (N, H, W, 3) uint8, in the records' order.
-        values: per metric one value a record.
+        values: per metric one value a record; NaN where there is none: of a metric that was skipped, or of a set.
+        whole: the value of each metric of a set.
     """
 
     pictures: np.ndarray
     values: Values
+    whole: dict[str, float] = attribute(default_factory=dict)
 
     @property
     def means(self) -> dict[str, float]:
-        """The mean of each metric; NaN if any value is, or if there are no records."""
-        return {name: _mean(values) for name, values in self.values.items()}
+        """The mean of each metric, or its value over the set; NaN if any value is, or if there are no records."""
+        return {name: _mean(values) for name, values in self.values.items()} | self.whole
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class _TaskResult:
     worst: list[Example] = attribute(default_factory=list)
     drift: dict | None = None
     forwards: int = 0
+    whole: dict[str, dict[str, float]] = attribute(default_factory=dict)
+
+    def means(self, field: str) -> dict[str, float]:
+        return Scored(np.empty(0), self.values[field], self.whole.get(field, {})).means
 
 
 def _mean(values: list[float]) -> float:
@@ -139,13 +148,36 @@ def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: Eval
     return pictures
 
 
-def score_pictures(pictures: np.ndarray, records: list[Record], metrics: tuple[str, ...]) -> Scored:
-    """Score pictures (N, H, W, 3) uint8 by metrics.
+def skipped_metrics(names: Iterable[str], tools: Tools) -> dict[str, str]:
+    """The metrics that cannot be measured on this machine, each with the reason.
+
+    Raises:
+        UserError: if a metric is unknown.
+    """
+    return {name: reason for name in names if (reason := tools.lacks(metric(name).tools)) is not None}
+
+
+def score_pictures(
+    pictures: np.ndarray, records: list[Record], metrics: tuple[str, ...], tools: Tools | None = None
+) -> Scored:
+    """Score pictures (N, H, W, 3) uint8 by metrics; those whose tools are not there get NaN.
 
     Raises:
         UserError: if a metric is unknown, or a record lacks what it needs.
     """
-    return Scored(pictures, {name: metric(name).score(pictures, records) for name in metrics})
+    tools = tools or Tools(EvaluateRecipe())
+    skipped = skipped_metrics(metrics, tools)
+    values: Values = {name: [math.nan] * len(records) for name in metrics}
+    whole = {}
+    for name in metrics:
+        if name in skipped:
+            continue
+        found = metric(name).score(pictures, records, tools)
+        if metric(name).of_set:
+            whole[name] = found[0] if found else math.nan
+        else:
+            values[name] = found
+    return Scored(pictures, values, whole)
 
 
 def score_records(
@@ -154,6 +186,7 @@ def score_records(
     records: list[Record],
     metrics: tuple[str, ...],
     spec: EvaluateRecipe,
+    tools: Tools | None = None,
 ) -> Scored:
     """Draw records with a field and score the pictures.
 
@@ -162,22 +195,26 @@ def score_records(
         encoded: `records`, encoded in the same order.
         records: what to draw.
         metrics: names from `danceopd.evaluation.metrics.METRICS`.
-        spec: steps, batch size and seed.
+        spec: steps, batch size and seed; networks and judge.
+        tools: opened by an earlier call; default: opened now, from `spec`.
 
     Raises:
         UserError: if a metric is unknown, or a record lacks what it needs.
     """
-    return score_pictures(draw_field(field, encoded, [r.id for r in records], spec), records, metrics)
+    pictures = draw_field(field, encoded, [r.id for r in records], spec)
+    return score_pictures(pictures, records, metrics, tools or Tools(spec))
 
 
 def score_ceiling(
-    backbone: Backbone, encoded: EncodedRecords, records: list[Record], metrics: tuple[str, ...], batch: int
-) -> dict[str, float]:
+    backbone: Backbone, encoded: EncodedRecords, records: list[Record], metrics: tuple[str, ...], batch: int,
+    tools: Tools | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The means that the autoencoder's own reconstruction of the targets reaches: no field can draw better.
 
-    Records without a target are left out; with none at all the answer is empty.
+    Records without a target are left out; with none at all the answer is empty. The judge is not asked: it is paid.
     """
     rows = [row for row in range(len(records)) if encoded.target_row[row] >= 0]
+    metrics = tuple(name for name in metrics if not _paid(name) and not (metric(name).of_set and len(rows) == 1))
     if not rows:
         return {}
     device = next(backbone.transformer.parameters()).device
@@ -185,24 +222,48 @@ def score_ceiling(
     for start in range(0, len(rows), batch):
         latents = encoded.target(rows[start : start + batch], device)
         parts.append(to_uint8(backbone.decode(latents, encoded.height, encoded.width).float()))
-    return score_pictures(np.concatenate(parts), [records[row] for row in rows], metrics).means
+    return score_pictures(np.concatenate(parts), [records[row] for row in rows], metrics, tools).means
 
 
-def _held_out(recipe: Recipe, dataset: DatasetFolder) -> dict[str, list[Record]]:
-    """The records of each task, checked before the first picture is drawn."""
-    spec = recipe.evaluate
-    found = {task: dataset.records(spec.split, task, spec.per_task) for task in recipe.tasks}
-    for task, records in found.items():
-        if not records:
-            raise UserError(f"dataset {dataset.folder}: no '{spec.split}' records of task {task!r}; "
-                            f"add some, or choose another evaluate.split")  # fmt: skip
-        for name in recipe.tasks[task].metrics:
-            metric(name).check(records)
+def _paid(name: str) -> bool:
+    return "judge" in metric(name).tools
+
+
+def _held_out(recipe: Recipe, dataset: DatasetFolder, skipped: Mapping[str, str]) -> dict[str, list[Record]]:
+    """The records of each task and benchmark, checked before the first picture is drawn."""
+    found = {}
+    for task, spec in recipe.tasks.items():
+        found[task] = records = _records_of(recipe, task, dataset)
+        for name in spec.metrics:
+            if name not in skipped:
+                metric(name).check(records)
+        if any("mask" in metric(name).needs for name in spec.metrics):
+            for record in records:
+                edit_mask(record, recipe.model.height, recipe.model.width)
     return found
 
 
+def _records_of(recipe: Recipe, task: str, dataset: DatasetFolder) -> list[Record]:
+    spec, benchmark = recipe.evaluate, recipe.evaluate.benchmarks.get(task)
+    if benchmark is None:
+        records = dataset.records(spec.split, task, spec.per_task)
+        if not records:
+            raise UserError(f"dataset {dataset.folder}: no '{spec.split}' records of task {task!r}; "
+                            f"add some, or choose another evaluate.split")  # fmt: skip
+        return records
+    records = open_dataset(Path(benchmark.input)).records("test")
+    if not records:
+        raise UserError(f"evaluate.benchmarks.{task}: {benchmark.input} has no 'test' records; import it again")
+    for record in records:
+        if (record.source is not None) != recipe.tasks[task].needs_source:
+            has, wants = ("has a", "draws") if record.source is not None else ("has no", "edits a source")
+            raise UserError(f"evaluate.benchmarks.{task}: record {record.id!r} {has} source, and task "
+                            f"{benchmark.task!r} {wants}; name another task")  # fmt: skip
+    return [records[row] for row in _spread(len(records), benchmark.limit or len(records))]
+
+
 def _score_fields(
-    fields: dict[str, Field], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe
+    fields: dict[str, Field], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe, tools: Tools
 ) -> dict[str, Scored]:
     scored: dict[str, Scored] = {}
     first: dict[Hashable, str] = {}
@@ -213,7 +274,7 @@ def _score_fields(
             log.info("evaluate: %s on %s: the same field as %s", name, task, same)
             continue
         started = time.monotonic()
-        scored[name] = score_records(field, encoded, records, recipe.tasks[task].metrics, recipe.evaluate)
+        scored[name] = score_records(field, encoded, records, recipe.tasks[task].metrics, recipe.evaluate, tools)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in scored[name].means.items())
         log.info("evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records),
                  time.monotonic() - started)  # fmt: skip
@@ -225,19 +286,31 @@ def _spread(count: int, wanted: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, count - 1, min(wanted, count))})
 
 
-def judged_by(metrics: tuple[str, ...] | list[str]) -> str:
+def measured_of(metrics: Iterable[str], skipped: Iterable[str]) -> list[str]:
+    """The metrics that have a value a record: neither skipped nor of a set; if that leaves none, the first."""
+    metrics, skipped = list(metrics), set(skipped)
+    return [n for n in metrics if n not in skipped and not metric(n).of_set] or metrics[:1]
+
+
+def judged_by(metrics: Iterable[str], skipped: Iterable[str] = ()) -> str:
     """The metric a single sample is judged by: a task's first that is right or wrong, else its first."""
-    return next((name for name in metrics if metric(name).unit == "rate"), metrics[0])
+    known = measured_of(metrics, skipped)
+    return next((name for name in known if metric(name).unit == "rate"), known[0])
 
 
-def _worst(scored: dict[str, Scored], teacher: str, metrics: tuple[str, ...], wanted: int) -> list[int]:
+def _worst(
+    scored: dict[str, Scored], teacher: str, metrics: tuple[str, ...], wanted: int, skipped: Iterable[str] = ()
+) -> list[int]:
     """Up to `wanted` places where the student falls furthest below its teacher; ties go by the task's first metric."""
 
     def below(name: str) -> np.ndarray:
         ours, theirs = (np.asarray(scored[who].values[name], dtype=np.float64) for who in (STUDENT, teacher))
         return np.nan_to_num(theirs - ours, nan=np.inf)
 
-    lost, first = below(judged_by(metrics)), below(metrics[0])
+    mark, known = judged_by(metrics, skipped), measured_of(metrics, skipped)
+    if mark in skipped or metric(mark).of_set:
+        return []
+    lost, first = below(mark), below(known[0])
     order = np.lexsort((-first, -lost))
     return [int(row) for row in order[:wanted] if lost[row] > 0]
 
@@ -274,9 +347,15 @@ def _drift(
     encoded: EncodedRecords,
     records: list[Record],
     scored: dict[str, Scored],
+    tools: Tools,
 ) -> tuple[dict, int]:
-    """The task's drift section of the metrics over the first few records, and the forwards it took."""
-    spec, first, taught = recipe.evaluate, recipe.tasks[task].metrics[0], recipe.tasks[task].teacher
+    """The task's drift section of the metrics over the first few records, and the forwards it took.
+
+    Pictures of fewer steps are scored by the task's first metric that has a value a record and costs nothing.
+    """
+    spec, taught = recipe.evaluate, recipe.tasks[task].teacher
+    known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))
+    first = next((name for name in known if not _paid(name)), known[0])
     records = records[: spec.drift.records]
     encoded, ids = encoded.subset(list(range(len(records)))), [record.id for record in records]
     seeds = [record_seed(spec.seed, name) for name in ids]
@@ -289,7 +368,8 @@ def _drift(
                 values = scored[name].values[first][: len(records)]
             else:
                 pictures = draw_field(fields[name], encoded, ids, spec.model_copy(update={"steps": steps}))
-                values = metric(first).score(pictures, records)
+                free = not _paid(first)
+                values = score_pictures(pictures, records, (first,), tools).values[first] if free else []
                 forwards += len(ids) * steps * fields[name].forwards
             figures[side] = _finite(_mean(values))
         by_steps[str(steps)] = figures
@@ -325,16 +405,23 @@ def evaluate(
     missing = {BASE, STUDENT, *(task.teacher for task in recipe.tasks.values())} - set(fields)
     if missing:
         raise ValueError(f"evaluate needs the field(s) {', '.join(sorted(missing))}")
+    recipe = recipe.with_benchmarks()
     spec, size = recipe.evaluate, (recipe.model.height, recipe.model.width)
+    device = next(backbone.transformer.parameters()).device
+    tools = Tools(spec, device, None if cache is None else Path(cache) / "judge")
+    skipped = skipped_metrics({n: None for task in recipe.tasks.values() for n in task.metrics}, tools)
+    for name, reason in skipped.items():
+        log.warning("evaluate: %s is not measured: %s", name, reason)
     results = {}
-    for task, records in _held_out(recipe, dataset).items():
+    for task, records in _held_out(recipe, dataset, skipped).items():
+        metrics = recipe.tasks[task].metrics
         encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
-        ceiling = score_ceiling(backbone, encoded, records, recipe.tasks[task].metrics, spec.batch)
-        scored = _score_fields(fields, task, encoded, records, recipe)
-        worst = _worst(scored, recipe.tasks[task].teacher, recipe.tasks[task].metrics, spec.worst)
+        ceiling = score_ceiling(backbone, encoded, records, metrics, spec.batch, tools)
+        scored = _score_fields(fields, task, encoded, records, recipe, tools)
+        worst = _worst(scored, recipe.tasks[task].teacher, metrics, spec.worst, skipped)
         drift, forwards = None, _forwards(fields, len(records), spec.steps)
-        if spec.drift is not None:
-            drift, more = _drift(recipe, task, fields, encoded, records, scored)
+        if spec.drift is not None and task not in spec.benchmarks:
+            drift, more = _drift(recipe, task, fields, encoded, records, scored, tools)
             forwards += more
         results[task] = _TaskResult(
             records,
@@ -344,25 +431,32 @@ def evaluate(
             _examples(records, scored, size, worst),
             drift,
             forwards,
+            {name: part.whole for name, part in scored.items()},
         )
     return Evaluation(
-        _metrics(recipe, list(fields), results),
+        _metrics(recipe, list(fields), results, skipped, tools.judge_usage),
         _values(list(fields), results),
         {task: result.examples for task, result in results.items()},
         {task: result.worst for task, result in results.items()},
     )
 
 
-def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult]) -> dict:
+def _metrics(
+    recipe: Recipe,
+    fields: list[str],
+    results: dict[str, _TaskResult],
+    skipped: Mapping[str, str] = MappingProxyType({}),
+    usage: dict | None = None,
+) -> dict:
     scores: Scores = {
         field: {
-            task: {name: _finite(_mean(values)) for name, values in result.values[field].items()}
+            task: {name: _finite(value) for name, value in result.means(field).items()}
             for task, result in results.items()
         }
         for field in fields
     }
     intervals = _intervals(recipe, fields, results)
-    verdicts = [g | {"interval": intervals[STUDENT][g["task"]][g["metric"]]} for g in judge(recipe, scores)]
+    verdicts = [g | {"interval": intervals[STUDENT][g["task"]][g["metric"]]} for g in judge(recipe, scores, skipped)]
     return {
         "recipe": recipe.name,
         "split": recipe.evaluate.split,
@@ -370,7 +464,10 @@ def _metrics(recipe: Recipe, fields: list[str], results: dict[str, _TaskResult])
         "steps": recipe.evaluate.steps,
         "seed": recipe.evaluate.seed,
         "units": {name: metric(name).unit for task in recipe.tasks.values() for name in task.metrics},
-        "primary": {task: spec.metrics[0] for task, spec in recipe.tasks.items()},
+        "skipped": dict(skipped),
+        "judge": usage,
+        "benchmarks": {name: b.task for name, b in recipe.evaluate.benchmarks.items()},
+        "primary": {task: measured_of(spec.metrics, skipped)[0] for task, spec in recipe.tasks.items()},
         "teacher_of": {task: spec.teacher for task, spec in recipe.tasks.items()},
         "ceiling": {
             task: {name: _finite(value) for name, value in result.ceiling.items()} for task, result in results.items()
@@ -436,10 +533,11 @@ def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
 
 
 def _by_novelty(result: _TaskResult) -> dict[str, dict[str, float | None]]:
-    """The student's means over each kind of novelty, for records that name theirs."""
+    """The student's means over each kind of novelty, or of a benchmark's task, for records that name theirs."""
     rows: dict[str, list[int]] = {}
     for number, record in enumerate(result.records):
-        novelty = record.facts().get("novelty")
+        facts = record.facts()
+        novelty = facts.get("novelty", facts.get("kind"))
         if novelty is not None:
             rows.setdefault(str(novelty), []).append(number)
     return {
@@ -464,7 +562,7 @@ def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, f
             table.setdefault(task, {})[name] = {
                 "teacher": teacher,
                 "student": student,
-                "ratio": student / teacher if known and teacher != 0 else None,
+                "ratio": student / teacher if known and teacher != 0 and metric(name).unit != "distance" else None,
                 "difference": student - teacher if known else None,
             }
     return table
@@ -480,8 +578,8 @@ def gate_allowance(gate: Gate, teacher: float) -> float:
     return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
 
 
-def judge(recipe: Recipe, scores: Scores) -> list[dict]:
-    """Every gate of the recipe with its limit, the student's value and whether it holds.
+def judge(recipe: Recipe, scores: Scores, skipped: Mapping[str, str] = MappingProxyType({})) -> list[dict]:
+    """Every gate of the recipe with its limit, the student's value and whether it holds; a `reason` where it has none.
 
     A value that is missing or not finite, the student's or the teacher's, never holds.
     """
@@ -493,7 +591,11 @@ def judge(recipe: Recipe, scores: Scores) -> list[dict]:
             limit = None if teacher is None else gate_limit(gate, teacher)
             rule = f"retain {gate.retain}" if gate.retain is not None else f"max_drop {gate.max_drop}"
             held = student is not None and limit is not None and student >= limit - _ROUNDING
+            reason = skipped.get(gate.metric)
+            if reason is None and (student is None or teacher is None) and _paid(gate.metric):
+                reason = "the judge gave no readable answer on some pictures"
             verdicts.append(
-                {"task": task, "metric": gate.metric, "rule": rule, "limit": limit, "value": student, "passed": held}
-            )
+                {"task": task, "metric": gate.metric, "rule": rule, "limit": limit, "value": student, "passed": held,
+                 "reason": reason}
+            )  # fmt: skip
     return verdicts

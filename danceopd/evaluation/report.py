@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -125,14 +126,16 @@ def add_champion(page: str, champion: Mapping, metrics: Mapping) -> str:
 def _figure(value: float | None, unit: str) -> str:
     if value is None:
         return _NONE
-    return f"{100 * value:.1f} %" if unit == "rate" else f"{value:.1f} dB" if unit == "dB" else f"{value:.3f}"
+    if unit == "rate":
+        return f"{100 * value:.1f} %"
+    text = f"{value:.1f} dB" if unit == "dB" else f"{value:.2f}" if unit == "score" else f"{value:.3f}"
+    return text.replace("-", _MINUS)
 
 
 def _kept(entry: dict, unit: str) -> str:
     """Retention in the form that suits the unit: a share, or (decibels being logarithms) a difference."""
-    if unit == "dB":
-        difference = entry["difference"]
-        return _NONE if difference is None else f"{difference:+.1f} dB".replace("-", _MINUS)
+    if unit in ("dB", "distance"):
+        return _NONE if entry["difference"] is None else _difference(entry["difference"], unit)
     return _NONE if entry["ratio"] is None else f"{100 * entry['ratio']:.1f} %"
 
 
@@ -140,7 +143,7 @@ def _difference(value: float, unit: str, bare: bool = False) -> str:
     """A signed difference: of rates in points, which are not a share of anything."""
     text = f"{100 * value:+.1f}" if unit == "rate" else f"{value:+.1f}" if unit == "dB" else f"{value:+.3f}"
     text = text.replace("-", _MINUS)
-    return text if bare else text + {"rate": " points", "dB": " dB", "index": ""}[unit]
+    return text if bare else text + {"rate": " points", "dB": " dB"}.get(unit, "")
 
 
 def _span(interval: list[float] | None, unit: str) -> str:
@@ -148,7 +151,7 @@ def _span(interval: list[float] | None, unit: str) -> str:
     if interval is None:
         return ""
     low, high = (_figure(v, unit) for v in interval)
-    suffix = {"rate": " %", "dB": " dB", "index": ""}[unit]
+    suffix = {"rate": " %", "dB": " dB"}.get(unit, "")
     return f"{low.removesuffix(suffix)} to {high}"
 
 
@@ -180,7 +183,7 @@ def _rule(gate: dict, unit: str) -> str:
     kind, amount = gate["rule"].split()
     if kind == "retain":
         return f"at least {100 * float(amount):g} % of its teacher"
-    drop = {"rate": f"{100 * float(amount):g} points", "dB": f"{amount} dB", "index": amount}[unit]
+    drop = {"rate": f"{100 * float(amount):g} points", "dB": f"{amount} dB"}.get(unit, amount)
     return f"at most {drop} below its teacher"
 
 
@@ -213,7 +216,7 @@ def _shown(evaluation: Evaluation, task: str) -> list[tuple[str, str]]:
 
 def _mark(evaluation: Evaluation, task: str) -> str:
     """The metric a sample is judged by."""
-    return judged_by(list(evaluation.metrics["retention"][task]))
+    return judged_by(evaluation.metrics["retention"][task], evaluation.metrics["skipped"])
 
 
 def _is_wrong(evaluation: Evaluation, task: str, example: Example, key: str) -> bool:
@@ -242,12 +245,13 @@ def _view(evaluation: Evaluation, provenance: dict, plots: dict[str, bytes]) -> 
         "tiles": [_tile(metrics, task) for task in metrics["retention"]],
         "rows": [row for task in metrics["retention"] for row in _rows(metrics, task)],
         "meanings": [(name, metric(name).meaning) for name in metrics["units"]],
+        "skipped": list(metrics["skipped"].items()),
         "matrix": _matrix(metrics),
         "novelty": _novelty(metrics),
         "plots": _plots(metrics, plots),
         "galleries": [_gallery(evaluation, task, evaluation.examples[task]) for task in evaluation.examples],
         "worst": [_gallery(evaluation, task, shown) for task, shown in evaluation.worst.items() if shown],
-        "provenance": _sections(provenance),
+        "provenance": _sections(provenance | ({"judge": metrics["judge"]} if metrics["judge"] else {})),
     }
 
 
@@ -261,6 +265,8 @@ def _verdict(gates: list[dict], failed: list[dict]) -> str:
 
 def _failure(gate: dict, metrics: dict) -> str:
     unit = metrics["units"][gate["metric"]]
+    if gate.get("reason"):
+        return f"{gate['task']}: {gate['metric']} could not be judged: {gate['reason']}"
     got = "has no value" if gate["value"] is None else f"is {_figure(gate['value'], unit)}"
     need = "its teacher has none" if gate["limit"] is None else f"needs at least {_figure(gate['limit'], unit)}"
     span = _span(gate.get("interval"), unit) if gate["value"] is not None else ""
@@ -318,7 +324,7 @@ def _status(metrics: dict, task: str, name: str | None = None) -> str:
 def _tile(metrics: dict, task: str) -> dict:
     name = metrics["primary"][task]
     entry, unit = metrics["retention"][task][name], metrics["units"][name]
-    against = "to" if unit == "dB" else "of"
+    against = "to" if unit in ("dB", "distance") else "of"
     gates = [g for g in metrics["gates"] if g["task"] == task]
     failed = [g["metric"] for g in gates if not g["passed"]]
     held = f"{len(gates)} gate{'s' if len(gates) > 1 else ''} held" if gates else "no gate"
@@ -357,7 +363,8 @@ def _rows(metrics: dict, task: str) -> list[dict]:
             "interval": _span(_interval(metrics, task, name), unit),
             **_against(metrics["comparisons"]["teacher"][task][name], unit),
             "kept": _kept(entry, unit),
-            "kept_how": f"student {_MINUS} teacher" if unit == "dB" else "student / teacher",
+            "kept_how": f"student {_MINUS} teacher" if unit in ("dB", "distance") else "student / teacher",
+            "skipped": name in metrics["skipped"],
             "limits": [f"≥ {_figure(g['limit'], unit)}" for g in gates],
             "rules": [_rule(g, unit) for g in gates],
             "ceiling": _figure(ceiling, unit),
@@ -368,12 +375,13 @@ def _rows(metrics: dict, task: str) -> list[dict]:
 
 
 def _bar(unit: str, entry: dict, base: float | None, ceiling: float | None, limit: float | None) -> dict:
-    """Positions in percent of a bar from 0 to the best there is (1, or the highest of the decibel figures)."""
+    """Positions in percent of a bar from 0 to the best there is (1, 10, or the highest of the decibel figures); of a
+    distance, which has no other end, an empty one."""
     known = [v for v in (entry["teacher"], entry["student"], base, ceiling) if v is not None]
-    top = max([1.0, *known]) if unit == "dB" else 1.0
+    top = max([1.0, *known]) if unit == "dB" else 10.0 if unit == "score" else 1.0
 
     def place(value: float | None) -> float | None:
-        return None if value is None else round(100 * min(max(value / top, 0), 1), 1)
+        return None if value is None or unit == "distance" else round(100 * min(max(value / top, 0), 1), 1)
 
     return {
         "student": place(entry["student"]) or 0, "teacher": place(entry["teacher"]),
@@ -425,6 +433,8 @@ def _gallery(evaluation: Evaluation, task: str, examples: list[Example]) -> dict
         if field == key:
             return ""
         value = example.scores[field][name]
+        if not math.isfinite(value):
+            return _NONE
         return ("✓ right" if value else "✕ wrong") if unit == "rate" else _figure(value, unit)
 
     def cell(example: Example, key: str, title: str) -> dict:
@@ -512,13 +522,16 @@ def _markdown(view: dict, evaluation: Evaluation) -> str:
             ["task", "metric", "base", "teacher", "student", "interval", "retention", "beside its teacher", "gate",
              "verdict", "ceiling"],
             [
-                [r["task"], r["metric"], r["base"], r["teacher"], r["student"], r["interval"] or _NONE, r["kept"],
+                [r["task"], r["metric"] + (" (not measured)" if r["skipped"] else ""), r["base"], r["teacher"],
+                 r["student"], r["interval"] or _NONE, r["kept"],
                  f"{r['verdict']}, {r['difference']} ({r['span_of_difference']})" if r["verdict"] else _NONE,
                  ", ".join(r["limits"]) or _NONE, sign[r["status"]], r["ceiling"]]
                 for r in view["rows"]
             ],
         ), "",
-        f"Retention is student / teacher, and for decibels student {_MINUS} teacher. "
+        *[f"- {_cell(name)} was not measured: {_cell(reason)}" for name, reason in view["skipped"]],
+        *[""] * bool(view["skipped"]),
+        f"Retention is student / teacher, and for decibels and distances student {_MINUS} teacher. "
         "The ceiling is the autoencoder's own reconstruction of the targets. "
         f"Intervals are {view['confidence']} bootstrap intervals over records.", "",
         "## Every field on every task", "",

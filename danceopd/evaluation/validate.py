@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record
 from danceopd.distill import Validation
-from danceopd.evaluation.evaluate import gate_allowance, score_records
+from danceopd.errors import UserError
+from danceopd.evaluation.evaluate import gate_allowance, score_records, skipped_metrics
+from danceopd.evaluation.metrics.tools import Tools
 from danceopd.fields import Field
 from danceopd.recipe import Gate, Recipe
 
@@ -23,17 +27,33 @@ class GateValidator:
         recipe: tasks, metrics, gates, and how pictures are drawn.
         teachers: frozen fields by name; each is scored once, at the first call.
         sets: task -> its validation records, plain and encoded.
+        cache: folder for the judge's answers, or None.
+
+    Raises:
+        UserError: if a gate is on a metric that cannot be measured on this machine.
     """
 
     def __init__(
-        self, recipe: Recipe, teachers: dict[str, Field], sets: dict[str, tuple[list[Record], EncodedRecords]]
+        self,
+        recipe: Recipe,
+        teachers: dict[str, Field],
+        sets: dict[str, tuple[list[Record], EncodedRecords]],
+        cache: Path | None = None,
     ):
         self._recipe, self._teachers, self._sets = recipe, teachers, sets
         self._taught: dict[str, dict[str, float]] = {}
+        self._tools = Tools(recipe.evaluate, cache=cache)
+        gated = [(task, gate.metric) for task, spec in recipe.tasks.items() for gate in spec.gates]
+        skipped = skipped_metrics({name: None for _, name in gated}, self._tools)
+        for task, name in gated:
+            if name in skipped:
+                raise UserError(f"distill.select: {task} has a gate on {name}, which cannot be measured here: "
+                                f"{skipped[name]}; mend that, or remove select")  # fmt: skip
 
     def _means(self, field: Field, task: str) -> dict[str, float]:
         records, encoded = self._sets[task]
-        return score_records(field, encoded, records, self._recipe.tasks[task].metrics, self._recipe.evaluate).means
+        metrics, spec = self._recipe.tasks[task].metrics, self._recipe.evaluate
+        return score_records(field, encoded, records, metrics, spec, self._tools).means
 
     def __call__(self, student: Field) -> Validation:
         margins, figures = [], {}

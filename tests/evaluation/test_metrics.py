@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 
@@ -13,6 +14,7 @@ from danceopd.data.png import encode_png
 from danceopd.data.records import Record, decode_image
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import MAX_PSNR, METRICS, metric
+from danceopd.evaluation.metrics.editing import edit_mask
 
 
 def world_task(task: str, count: int = 12) -> list[Record]:
@@ -122,7 +124,7 @@ def test_psnr_is_what_its_definition_says():
     assert metric("psnr").score(drawn, [record]) == pytest.approx([20 * np.log10(255 / 10)], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(name for name, found in METRICS.items() if not found.tools))
 def test_a_samples_value_does_not_depend_on_its_neighbors(name):
     records = world_task("local_edit", 20)
     drawn = noisy(pictures(records), 40)
@@ -140,8 +142,8 @@ def test_a_picture_of_another_size_is_compared_at_the_drawn_size():
 
 
 def test_an_unknown_metric_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"metric: 'fid' is not known.*edit_success.*ssim"):
-        metric("fid")
+    with pytest.raises(UserError, match=r"metric: 'brisque' is not known.*edit_success.*ssim"):
+        metric("brisque")
 
 
 def broken_scene(change: dict) -> str:
@@ -195,3 +197,72 @@ def test_the_worlds_metrics_refuse_pictures_of_another_size():
 def test_pictures_and_records_must_match_in_number():
     with pytest.raises(ValueError, match="1 pictures for 2 records"):
         metric("psnr").score(np.zeros((1, 64, 64, 3), np.uint8), world_task("t2i", 2))
+
+
+# --- regions of edits ---
+
+
+def edit(change: str | None = None, **facts: object) -> Record:
+    """A gray picture whose top left quarter turns white, with JPEG-like noise on the target and one speck."""
+    source = np.full((64, 64, 3), 100, np.uint8)
+    target = noisy(source, 3)
+    target[:32, :32] = 255
+    target[50, 50] = 255
+    data = {"source": encode_png(source), "target": encode_png(target)} | ({change: None} if change else {})
+    return Record("e", "t", "p", data["source"], data["target"], "test", json.dumps(facts))
+
+
+def test_a_derived_region_takes_no_noise_and_no_specks():
+    mask = edit_mask(edit(), 64, 64)
+    assert mask[:32, :32].all() and not mask[34:].any() and not mask[:, 34:].any()
+
+
+def test_a_given_region_goes_before_a_derived_one():
+    box = edit_mask(edit(box=[0.5, 0, 1, 0.25]), 64, 64)
+    assert box.sum() == 32 * 16 and box[:16, 32:].all()
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[40:, 40:] = 255
+    mask = edit_mask(edit("target", mask=base64.b64encode(encode_png(picture)).decode(), box=[0, 0, 1, 1]), 64, 64)
+    assert mask.sum() == 24 * 24 and mask[40:, 40:].all()
+
+
+def test_inside_and_outside_are_told_apart():
+    record = edit()
+    source, target = (decode_image(getattr(record, f), "") for f in ("source", "target"))
+    half = source.copy()
+    half[:32, :16] = 255
+    outside = target.copy()
+    outside[40:] = 0
+    drawn = np.stack([source, half, target, outside])
+
+    def values(name: str) -> list[float]:
+        return metric(name).score(drawn, [record] * 4)
+
+    assert values("edit_change") == pytest.approx([0, 0.5 * 32 / 33 * 32 / 33, 1, 1], abs=0.07)
+    assert values("edit_match")[0] == 0 and values("edit_match")[1] == pytest.approx(0.5, abs=0.03)
+    assert values("edit_match")[2:] == [1, 1]
+    psnr = values("outside_psnr")
+    assert psnr[0] == psnr[1] == MAX_PSNR and psnr[2] > 30 > 15 > psnr[3]
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (edit(box=[0, 0, 1, 1]), "covers every pixel"),
+        (edit(box=[0, 0, 2, 1]), r"'box': is \[0, 0, 2, 1\]; write \[left, top"),
+        (edit(box="left"), "'box': is left; write"),
+        (edit(mask="???"), "'mask': not base64"),
+        (edit(mask=base64.b64encode(b"text").decode()), "'mask': not a readable image"),
+        (Record("e", "t", "p", edit().source, edit().source, "test"), "covers no pixel"),
+    ],
+)
+def test_a_region_that_says_nothing_is_one_line(record, said):
+    with pytest.raises(UserError, match=f"record 'e'.*{said}"):
+        metric("outside_psnr").score(np.zeros((1, 64, 64, 3), np.uint8), [record])
+
+
+def test_without_target_mask_or_box_there_is_no_region():
+    with pytest.raises(
+        UserError, match="'outside_psnr' needs a mask and it has none; give it source and target images"
+    ):
+        metric("outside_psnr").score(np.zeros((1, 64, 64, 3), np.uint8), [edit("target")])
