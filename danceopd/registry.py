@@ -134,7 +134,7 @@ def read_metrics(evaluation: Path, recipe: Recipe) -> dict:
     if not isinstance(metrics, dict) or "gates" not in metrics or "student" not in metrics.get("scores", {}):
         raise UserError(f"{path}: no scores of a student, or no gates; evaluate the student again")
     judged = {(gate["task"], gate["metric"]) for gate in metrics["gates"]}
-    for task, spec in recipe.tasks.items():
+    for task, spec in recipe.with_benchmarks().tasks.items():
         for gate in spec.gates:
             if (task, gate.metric) not in judged:
                 raise UserError(f"{path}: the recipe's gate on {task}.{gate.metric} was not judged; evaluate again")
@@ -246,7 +246,9 @@ def _tag(name: str) -> str:
 
 def _conditions(metrics: dict, data: str) -> dict[str, Any]:
     conditions = {name: metrics.get(name) for name in ("split", "steps", "seed")}
-    return {"data": data, "records": metrics.get("records", {}), **conditions}
+    records = dict(metrics.get("records", {}))
+    records |= {name: [records.get(name), b["content"]] for name, b in metrics.get("benchmarks", {}).items()}
+    return {"data": data, "records": records, **conditions}
 
 
 def _find_version(client: MlflowClient, model: str, tags: Mapping[str, str]) -> Any | None:
@@ -476,7 +478,8 @@ def _paired(recipe: Recipe, ours: _Measured, theirs: _Measured) -> dict:
 
     if ours.values is None or theirs.values is None:
         return {}
-    margins = {task: {gate.metric: gate.champion_margin for gate in spec.gates} for task, spec in recipe.tasks.items()}
+    tasks = recipe.with_benchmarks().tasks
+    margins = {task: {gate.metric: gate.champion_margin for gate in spec.gates} for task, spec in tasks.items()}
     settings = _statistics(ours.metrics)
     return compare_values(ours.values, theirs.values, margins, f"version {theirs.number}", settings)
 
@@ -520,14 +523,14 @@ def below_champion(
     """
     mine, other = ours["scores"]["student"], theirs["scores"]["student"]
     lines = []
-    for task, spec in recipe.tasks.items():
+    for task, spec in recipe.with_benchmarks().tasks.items():
         for gate in spec.gates:
             value, bar = mine.get(task, {}).get(gate.metric), other.get(task, {}).get(gate.metric)
             if bar is not None and (value is None or not value >= bar - gate.champion_margin - _ROUNDING):
                 lines.append(f"{task}.{gate.metric} is {_figure(value)}, the {who} has {_figure(bar)} "
                              f"(margin {gate.champion_margin:g})"
                              + _difference((paired or {}).get(task, {}).get(gate.metric), ours))  # fmt: skip
-    gated = {gate["task"] for gate in theirs.get("gates", [])}
+    gated = {gate["task"] for gate in theirs.get("gates", [])} - set(theirs.get("benchmarks", {}))
     lines += [f"the {who} also does task {task!r}, this student does not" for task in sorted(gated - set(mine))]
     return lines
 

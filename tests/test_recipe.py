@@ -65,6 +65,14 @@ def test_recipes_of_the_paper_hold_its_settings(name):
         ("model.dtype=float16", "'float32' or 'bfloat16'"),
         ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
         ("tasks.t2i.gates=[{metric: scene_accuracy, champion_margin: 0}]", "exactly one of 'retain' and 'max_drop'"),
+        (
+            "tasks.t2i={teacher: base, needs_source: false, metrics: [fid], "
+            "gates: [{metric: fid, retain: 0.9, champion_margin: 0}]}",
+            "gate on 'fid': it is minus a distance, of which no share is kept; give 'max_drop'",
+        ),
+        ("evaluate.benchmarks={x: {input: f, task: nobody, metrics: [psnr]}}", "x.task is 'nobody'; tasks are: t2i"),
+        ("evaluate.benchmarks={t2i: {input: f, task: t2i, metrics: [psnr]}}", "a task has that name already"),
+        ("evaluate.judge={url: 'http://h/v1'}", "model: Field required"),
         ("data.inputs=[x.parquet]", "give either 'inputs'"),
         ("model.backbone=z_image", "text_encoder_out_layers is for flux2_klein, and backbone is z_image; remove it"),
         (

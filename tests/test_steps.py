@@ -306,3 +306,24 @@ def test_a_start_that_teaches_no_task_is_brought_along(base_folder, workspace, m
     student = steps.distill_student(recipe, base, data, teachers, workspace)
     loss = read_json(student.folder / "history.json")[0]["loss"]
     assert loss["t2i"] > 1e-6  # it does not start as the base, which teaches this task
+
+
+def test_an_evaluation_is_made_anew_once_a_metric_can_be_measured(recipe, base_folder, tmp_path):
+    clip = tmp_path / "clip"
+    settings = ["tasks.t2i.metrics=[scene_accuracy, clip_score]", f"evaluate.networks.clip={clip}"]
+    asking = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    lacking = steps._looks_with(asking)
+    clip.mkdir()
+    (clip / "model.safetensors").write_bytes(b"1")
+    there = steps._looks_with(asking)
+    (clip / "model.safetensors").write_bytes(b"2")
+    assert steps._looks_with(recipe) == [] and "not there" in lacking[0]["clip"][0]
+    assert there[0]["clip"][0] is None and there != steps._looks_with(asking) != lacking
+
+
+def test_a_teacher_that_nothing_here_can_measure_is_refused(base_folder, workspace, made):
+    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong",
+                "tasks.t2i.metrics=[clip_score]", "tasks.t2i.gates=[]"]  # fmt: skip
+    guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+    with pytest.raises(UserError, match=r"none of its metrics can be measured here \(clip_score: evaluate.networks"):
+        steps.finetune_teacher(guided, "strong", *made[:2], workspace)

@@ -466,7 +466,10 @@ def _metrics(
         "units": {name: metric(name).unit for task in recipe.tasks.values() for name in task.metrics},
         "skipped": dict(skipped),
         "judge": usage,
-        "benchmarks": {name: b.task for name, b in recipe.evaluate.benchmarks.items()},
+        "benchmarks": {
+            name: {"task": b.task, "content": open_dataset(Path(b.input)).content}
+            for name, b in recipe.evaluate.benchmarks.items()
+        },
         "primary": {task: measured_of(spec.metrics, skipped)[0] for task, spec in recipe.tasks.items()},
         "teacher_of": {task: spec.teacher for task, spec in recipe.tasks.items()},
         "ceiling": {

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -138,6 +138,10 @@ class _Passing(Exception):
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
+
+
+class _Stopped(Exception):
+    """Another question failed, and this one is not asked any more."""
 
 
 class _Pace:
@@ -271,18 +275,38 @@ class Judge:
                 self._known[key] = answer
                 self._counts["cached"] += 1
                 del fresh[key]
-        if not fresh:
-            return
+        if fresh:
+            self._ask_together(list(fresh.values()))
+
+    def _ask_together(self, questions: list[_Question]) -> None:
         self._stop.clear()
         with ThreadPoolExecutor(self._spec.parallel) as pool:
-            tasks = [pool.submit(self._ask, question) for question in fresh.values()]
+            tasks = {pool.submit(self._ask_or_stop, question): question for question in questions}
             try:
-                for question, task in zip(fresh.values(), tasks, strict=True):
-                    self._known[question.key] = task.result()
+                wait(tasks, return_when=FIRST_EXCEPTION)
             except BaseException:
                 self._stop.set()
-                pool.shutdown(cancel_futures=True)
                 raise
+            finally:
+                pool.shutdown(cancel_futures=self._stop.is_set())
+        failures = []
+        for task, question in tasks.items():
+            if task.cancelled():
+                continue
+            if (failure := task.exception()) is None:
+                self._known[question.key] = task.result()
+            elif not isinstance(failure, _Stopped):
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    def _ask_or_stop(self, question: _Question) -> dict | None:
+        """The answer; a failure ends all other questions, too."""
+        try:
+            return self._ask(question)
+        except BaseException:
+            self._stop.set()
+            raise
 
     def _ask(self, question: _Question) -> dict | None:
         """The answer, kept on disk; None if none was readable."""
@@ -291,7 +315,7 @@ class Judge:
         for attempt in range(self._spec.attempts):
             self._pace.wait(self._stop)
             if self._stop.is_set():
-                return None
+                raise _Stopped
             try:
                 text, tokens = self._request(question)
             except _Passing as failure:

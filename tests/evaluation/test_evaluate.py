@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from danceopd.data import world
-from danceopd.data.assemble import open_dataset
+from danceopd.data.assemble import assemble, open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
 from danceopd.evaluation import evaluate as ev
@@ -392,3 +392,111 @@ def test_a_verdict_is_worse_exactly_where_its_gate_fails(evaluation):
     for gate in evaluation.metrics["gates"]:
         found = evaluation.metrics["comparisons"]["teacher"][gate["task"]][gate["metric"]]
         assert (found["verdict"] == "worse") == (not gate["passed"])
+
+
+# --- metrics that are skipped, of sets, and benchmarks ---
+
+
+@pytest.fixture(scope="module")
+def benchmark_folder(tmp_path_factory, small_data):
+    """Five edits of the small world as an evaluation set of its own."""
+    records = open_dataset(small_data).records("test", "local_edit")[:5]
+    folder = tmp_path_factory.mktemp("benchmark") / "edits"
+    named = [dataclasses.replace(r, id=f"b{i}", provenance=json.dumps(r.facts() | {"kind": f"k{i % 2}"}))
+             for i, r in enumerate(records)]  # fmt: skip
+    assemble(named, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_metrics(backbone, fields, small_data, benchmark_folder, dino_folder, tmp_path_factory):
+    """An evaluation with a skipped metric under a gate, a set's metric, and a benchmark."""
+    lost = {"metric": "clip_score", "max_drop": 1, "champion_margin": 0}
+    held = {"metric": "fd_dino", "max_drop": 1e6, "champion_margin": 0}
+    recipe = make_recipe(t2i={"metrics": ["clip_score", "fd_dino", "psnr"], "gates": [lost, held]})
+    data = recipe.model_dump(mode="json")
+    data["evaluate"] |= {"networks": {"dino": str(dino_folder)}, "drift": {"records": 2, "steps": [1, 2]}}
+    data["evaluate"]["benchmarks"] = {
+        "edits": {"input": str(benchmark_folder), "task": "local_edit", "metrics": ["outside_psnr"], "limit": 3}
+    }
+    recipe = parse_recipe(data, "test")
+    cache = tmp_path_factory.mktemp("cache")
+    return ev.evaluate(recipe, backbone, fields, open_dataset(small_data), cache, "key")
+
+
+def test_a_skipped_metric_has_no_figure_and_fails_its_gate_with_the_reason(mixed_metrics):
+    metrics = mixed_metrics.metrics
+    reason = "evaluate.networks.clip does not name a folder with a CLIP model"
+    assert metrics["skipped"] == {"clip_score": reason}
+    assert metrics["scores"]["student"]["t2i"]["clip_score"] is None
+    lost, held = metrics["gates"]
+    assert (lost["passed"], lost["reason"], lost["value"]) == (False, reason, None)
+    assert (held["passed"], held["reason"]) == (True, None) and not mixed_metrics.passed
+    assert metrics["primary"]["t2i"] == "psnr" == metrics["drift"]["t2i"]["metric"]
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_a_set_has_its_figure_for_every_field_and_no_interval(mixed_metrics, fields):
+    metrics = mixed_metrics.metrics
+    figures = {field: metrics["scores"][field]["t2i"]["fd_dino"] for field in fields}
+    assert all(value < 0 for value in figures.values()) and len(set(figures.values())) > 1
+    assert metrics["intervals"]["student"]["t2i"]["fd_dino"] is None
+    assert metrics["comparisons"]["teacher"]["t2i"]["fd_dino"] is None
+    entry = metrics["retention"]["t2i"]["fd_dino"]
+    assert entry["ratio"] is None and entry["difference"] == pytest.approx(figures["student"] - figures["base"])
+    assert mixed_metrics.values["student"]["t2i"]["fd_dino"] == [None] * 4
+
+
+def test_a_benchmark_has_a_row_of_its_own_beside_its_tasks_teacher(mixed_metrics, benchmark_folder):
+    metrics = mixed_metrics.metrics
+    content = open_dataset(benchmark_folder).content
+    assert metrics["benchmarks"] == {"edits": {"task": "local_edit", "content": content}}
+    assert metrics["records"]["edits"] == 3
+    assert mixed_metrics.values["ids"]["edits"] == ["b0", "b2", "b4"]
+    assert metrics["teacher_of"]["edits"] == "local" and "edits" not in metrics["drift"]
+    assert metrics["retention"]["edits"]["outside_psnr"]["teacher"] is not None
+    assert set(metrics["by_novelty"]["edits"]) == {"k0"} and len(mixed_metrics.examples["edits"]) == 3
+
+
+def test_the_report_tells_what_was_not_measured(mixed_metrics, tmp_path):
+    from danceopd.evaluation.report import write_report
+
+    write_report(mixed_metrics, tmp_path, {})
+    page, notes = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
+    assert "<b>clip_score</b> was not measured: evaluate.networks.clip does not name" in page
+    assert "t2i: clip_score could not be judged: evaluate.networks.clip does not name" in page
+    assert "clip_score (not measured)" in notes and "- clip_score was not measured: evaluate.networks" in notes
+    assert "nan" not in page.lower().replace("nano", "") and ">edits<" in page
+
+
+def test_a_benchmark_that_does_not_suit_its_task_is_one_line(backbone, fields, small_data, benchmark_folder):
+    data = make_recipe().model_dump(mode="json")
+    data["evaluate"]["benchmarks"] = {"b": {"input": str(benchmark_folder), "task": "t2i", "metrics": ["psnr"]}}
+    with pytest.raises(UserError, match="evaluate.benchmarks.b: record 'b0' has a source, and task 't2i' draws"):
+        ev.evaluate(parse_recipe(data, "test"), backbone, fields, open_dataset(small_data), None, "key")
+
+
+def test_an_edit_without_a_region_is_told_before_anything_is_drawn(backbone, fields, small_data):
+    recipe = make_recipe(global_style={"metrics": ["outside_psnr"]})
+    before = len(fields["student"].asked)
+    with pytest.raises(UserError, match="its edit covers every pixel"):
+        ev.evaluate(recipe, backbone, fields, open_dataset(small_data), None, "key")
+    assert len(fields["student"].asked) == before
+
+
+def test_a_gate_the_judge_did_not_answer_for_says_so():
+    recipe, scores = table(None, None)
+    task = recipe.tasks["t2i"].model_copy(update={
+        "metrics": ("judge_overall",), "gates": (Gate(metric="judge_overall", max_drop=1, champion_margin=0),)
+    })  # fmt: skip
+    [verdict] = ev.judge(recipe.model_copy(update={"tasks": {"t2i": task}}), scores)
+    assert not verdict["passed"] and verdict["reason"] == "the judge gave no readable answer on some pictures"
+
+
+def test_selecting_by_a_metric_that_is_not_there_is_one_line():
+    from danceopd.evaluation.validate import GateValidator
+
+    gate = {"metric": "clip_score", "max_drop": 1, "champion_margin": 0}
+    recipe = make_recipe(t2i={"metrics": ["clip_score"], "gates": [gate]})
+    with pytest.raises(UserError, match="distill.select: t2i has a gate on clip_score, which cannot be measured here"):
+        GateValidator(recipe, {}, {})

@@ -231,6 +231,32 @@ def test_a_champion_that_can_do_more_is_not_replaced():
     assert lines == ["the champion also does task 'global_style', this student does not"]
 
 
+def test_a_benchmarks_gate_has_its_margin_and_a_dropped_benchmark_blocks_nothing():
+    gate = {"metric": "psnr", "max_drop": 9, "champion_margin": 0.5}
+    data = new_recipe("m").model_dump(mode="json")
+    data["evaluate"]["benchmarks"] = {"b": {"input": "f", "task": "t2i", "metrics": ["psnr"], "gates": [gate]}}
+    recipe, ours, theirs = parse_recipe(data, "test"), new_metrics(), new_metrics()
+    for metrics, value in ((ours, 29.0), (theirs, 30.0)):
+        metrics["scores"]["student"]["b"] = {"psnr": value}
+        metrics["benchmarks"] = {"b": {"task": "t2i", "content": "c"}}
+        metrics["gates"].append({"task": "b", "metric": "psnr"})
+    [line] = registry.below_champion(recipe, ours, theirs, "champion")
+    assert line.startswith("b.psnr is 29, the champion has 30 (margin 0.5)")
+    assert registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion") == []
+    other = copy.deepcopy(theirs)
+    other["benchmarks"]["b"]["content"] = "d"
+    theirs["records"]["b"] = other["records"]["b"] = 5
+    unlike = registry.measured_unlike(registry._conditions(theirs, "data"), registry._conditions(other, "data"))
+    assert unlike == ["records"]
+
+
+def test_a_gate_that_could_not_be_judged_is_refused_with_the_reason():
+    metrics = new_metrics(scene=0.5)
+    metrics["gates"][0] |= {"value": None, "reason": "clip is not there"}
+    [line] = registry.failed_gates(metrics)
+    assert line.startswith("t2i.scene_accuracy is unknown") and line.endswith(": clip is not there")
+
+
 def test_a_new_ability_is_not_held_against_the_student():
     theirs = new_metrics()
     del theirs["scores"]["student"]["local_edit"]
