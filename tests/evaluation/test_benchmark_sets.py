@@ -46,9 +46,9 @@ def write_gedit(folder: Path, rows: list[dict], form: str) -> Path:
     if form == "parquet":
         pq.write_table(table, folder / "train-00000-of-00001.parquet")
     else:  # as datasets' save_to_disk does
-        with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table)
+        path = str(folder / "data-00000-of-00001.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
         (folder / "state.json").write_text("{}")
     return folder
 
@@ -163,7 +163,7 @@ def test_gedit_files_that_are_wrong_are_named(tmp_path):
         ('{"1": 3}', "entry '1': must be an object"),
         ('{"1": {"prompt": "p"}}', "entry '1': 'id' is null"),
         ('{"1": {"id": "a.png"}}', "'prompt' is null|picture a.png is not in"),
-        ('{"1": {"id": "a.png", "prompt": "p"}}', "picture a.png is not in .*; name the pictures' folder with --images"),
+        ('{"1": {"id": "a.png", "prompt": "p"}}', "picture a.png is not in .*; name the pictures' folder"),
         ('{"1": {"id": "../../etc/passwd", "prompt": "p"}}', "'id' leads out of"),
         ("{", "not valid JSON"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -402,7 +403,7 @@ def benchmark_folder(tmp_path_factory, small_data):
     """Five edits of the small world as an evaluation set of its own."""
     records = open_dataset(small_data).records("test", "local_edit")[:5]
     folder = tmp_path_factory.mktemp("benchmark") / "edits"
-    named = [dataclasses.replace(r, id=f"b{i}", provenance=json.dumps(r.facts() | {"kind": f"k{i % 2}"}))
+    named = [dataclasses.replace(r, id=f"b{i}", provenance=json.dumps({"kind": f"k{i % 2}"}))
              for i, r in enumerate(records)]  # fmt: skip
     assemble(named, folder)
     return folder
@@ -466,13 +467,13 @@ def test_the_report_tells_what_was_not_measured(mixed_metrics, tmp_path):
     assert "<b>clip_score</b> was not measured: evaluate.networks.clip does not name" in page
     assert "t2i: clip_score could not be judged: evaluate.networks.clip does not name" in page
     assert "clip_score (not measured)" in notes and "- clip_score was not measured: evaluate.networks" in notes
-    assert "nan" not in page.lower().replace("nano", "") and ">edits<" in page
+    assert not re.search(r">\s*-?nan\b", page.lower()) and ">edits<" in page
 
 
 def test_a_benchmark_that_does_not_suit_its_task_is_one_line(backbone, fields, small_data, benchmark_folder):
     data = make_recipe().model_dump(mode="json")
     data["evaluate"]["benchmarks"] = {"b": {"input": str(benchmark_folder), "task": "t2i", "metrics": ["psnr"]}}
-    with pytest.raises(UserError, match="evaluate.benchmarks.b: record 'b0' has a source, and task 't2i' draws"):
+    with pytest.raises(UserError, match=r"evaluate\.benchmarks\.b: record 'b0' has a source, and task 't2i' draws"):
         ev.evaluate(parse_recipe(data, "test"), backbone, fields, open_dataset(small_data), None, "key")
 
 
@@ -498,5 +499,7 @@ def test_selecting_by_a_metric_that_is_not_there_is_one_line():
 
     gate = {"metric": "clip_score", "max_drop": 1, "champion_margin": 0}
     recipe = make_recipe(t2i={"metrics": ["clip_score"], "gates": [gate]})
-    with pytest.raises(UserError, match="distill.select: t2i has a gate on clip_score, which cannot be measured here"):
+    with pytest.raises(
+        UserError, match=r"distill\.select: t2i has a gate on clip_score, which cannot be measured here"
+    ):
         GateValidator(recipe, {}, {})

@@ -219,7 +219,7 @@ def test_a_failure_that_stays_ends_it_with_one_line(server, failure, said):
 
 def test_nobody_there_is_one_line(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(UserError, match="judge http://127.0.0.1:9/v1: gave no answer in 2 attempts"):
+    with pytest.raises(UserError, match=r"judge http://127\.0\.0\.1:9/v1: gave no answer in 2 attempts"):
         time = Time()
         ask(Judge(JudgeRecipe(url="http://127.0.0.1:9/v1", model="m", attempts=2), None, time, time.sleep))
 

@@ -37,8 +37,8 @@ def pictures(records: list[Record], field: str = "target") -> np.ndarray:
 
 
 def test_clip_score_is_the_models_own_cosine(tools, records, clip_folder):
-    from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
     from transformers import CLIPImageProcessorPil as Prepare
+    from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
     drawn = pictures(records)
     processor = CLIPProcessor(Prepare.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder))
