@@ -107,20 +107,48 @@ def load_lora(network: nn.Module, name: str, folder: Path) -> None:
             names do not match would otherwise load as the bare base.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = _lora_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; export the LoRA in PEFT's layout")
     state = {k.removeprefix("base_model.model."): v for k, v in load_file(folder / WEIGHTS).items()}
-    lora = LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"])
-    network.add_adapter(lora, adapter_name=name)
-    wanted = set(get_peft_model_state_dict(network, adapter_name=name))
-    if wanted != set(state):
-        wrong = sorted(wanted ^ set(state))
+    try:
+        network.add_adapter(config, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+    wanted = {key: value.shape for key, value in get_peft_model_state_dict(network, adapter_name=name).items()}
+    if set(wanted) != set(state):
+        wrong = sorted(set(wanted) ^ set(state))
         raise UserError(f"{folder}: {len(wrong)} LoRA weights do not match the transformer, first: {wrong[0]}")
+    for key, value in state.items():
+        if value.shape != wanted[key]:
+            raise UserError(f"{folder}: {key} is {tuple(value.shape)}, the transformer takes {tuple(wanted[key])}")
+    freeze_adapter(network, name)  # float32, before the weights come in
+    set_peft_model_state_dict(network, state, adapter_name=name)
+
+
+# What decides the function a plain LoRA computes, beside its weights.
+_SHAPING = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules",
+            "layers_to_transform", "layers_pattern")  # fmt: skip
+_MORE = ("use_dora", "lora_bias", "modules_to_save")  # what makes more of it than that
+
+
+def _lora_config(folder: Path) -> LoraConfig:
+    found = read_json(folder / CONFIG)
+    if not isinstance(found, dict) or found.get("peft_type", "LORA") != "LORA" or not {"r", "lora_alpha"} <= set(found):
+        raise UserError(f"{folder / CONFIG}: not a LoRA's configuration; other adapters: merge them into a checkpoint")
+    more = [key for key in _MORE if found.get(key)] + (["bias"] if found.get("bias", "none") != "none" else [])
+    if more:
+        raise UserError(
+            f"{folder / CONFIG}: {', '.join(more)} is set, which is no plain LoRA; merge it into a checkpoint"
+        )
+    return LoraConfig(**{key: found[key] for key in _SHAPING if found.get(key) is not None})
+
+
+def freeze_adapter(network: nn.Module, name: str) -> None:
+    """Let an adapter require no gradient, and hold its weights in float32 whatever the base's dtype."""
     for parameter in adapter_parameters(network, name):
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.float()  # whatever the base's dtype, before the weights come in
-    set_peft_model_state_dict(network, state, adapter_name=name)
+        parameter.data = parameter.data.float()
 
 
 def plain_copy(network: nn.Module, merge: str | None = None) -> nn.Module:

@@ -18,6 +18,7 @@ from danceopd.backbones.base import Backbone, Condition
 from danceopd.errors import UserError, unknown_name
 from danceopd.fields import Field, VelocityField
 from danceopd.files import FIELD, forget_origin, hash_folder, read_json, write_json
+from danceopd.foreign_lora import load_lora_file, lora_file
 from danceopd.offload import OffloadedWeights
 from danceopd.operators import GuidedField
 
@@ -44,7 +45,11 @@ def save_field(field: Field, folder: Path) -> None:
 
 
 def field_kind(folder: Path) -> str:
-    """What a folder holds: by its `field.json`, else by its files (a PEFT LoRA, a pipeline or transformer folder).
+    """What weights are, `base`, `full` or `lora`: by their `field.json`, else by their files.
+
+    Args:
+        folder: a field folder; a PEFT LoRA's; a pipeline's or transformer's; a LoRA file, or a folder that holds one
+            and nothing else of the kind; a single file with a transformer.
 
     Raises:
         UserError: if it is none of these.
@@ -59,7 +64,12 @@ def field_kind(folder: Path) -> str:
         return "lora"
     if (folder / "transformer").is_dir() or (folder / "config.json").is_file():
         return "full"
-    raise UserError(f"{folder}: neither a PEFT LoRA folder, nor a transformer or pipeline folder")
+    if lora_file(folder) is not None:
+        return "lora"
+    if folder.is_file():
+        return "full"
+    raise UserError(f"{folder}: neither a LoRA (a PEFT folder, a safetensors file), nor a transformer (its folder, its "
+                    "pipeline's, a safetensors file)")  # fmt: skip
 
 
 def field_guidance(folder: Path) -> dict | None:
@@ -86,7 +96,7 @@ def load_field(
     Args:
         backbone: the model family and base.
         name: the field's name from now on.
-        folder: a field folder, or what `field_kind` knows besides.
+        folder: a field folder, or other weights that `field_kind` knows.
         empty: gives the empty prompt's embedding (L, D), asked if the field is guided; default: encode it now.
 
     Raises:
@@ -137,7 +147,11 @@ def _load_plain(backbone: Backbone, name: str, folder: Path, kind: str, offload:
     if kind == "base":
         return VelocityField(name, backbone, backbone.transformer)
     if kind == "lora":
-        load_lora(backbone.transformer, name, folder / "lora" if (folder / "lora").is_dir() else folder)
+        folder = folder / "lora" if (folder / "lora").is_dir() else folder
+        if (folder / CONFIG).is_file():
+            load_lora(backbone.transformer, name, folder)
+        else:
+            load_lora_file(backbone.transformer, name, lora_file(folder), type(backbone.pipeline))
         return VelocityField(name, backbone, backbone.transformer, adapter=name)
     network = backbone.new_transformer(folder).requires_grad_(False).eval()
     visits = None if offload is None else OffloadedWeights(network, offload)

@@ -20,6 +20,7 @@ from danceopd.data.commands import data_cache, data_import
 from danceopd.errors import Interrupted, UserError
 from danceopd.evaluation.commands import data_import_benchmark
 from danceopd.recipe import Recipe, load_recipe
+from danceopd.recipe_commands import recipe_app
 
 # typer brings its own copy of click, whose error base it does not export.
 UsageError = typer.BadParameter.__bases__[0]
@@ -36,6 +37,7 @@ data_app.command("import-benchmark")(data_import_benchmark)
 app.add_typer(world_app, name="world")
 registry_app = typer.Typer(no_args_is_help=True, help="The registered students of a recipe, and which of them serves.")
 app.add_typer(registry_app, name="registry")
+app.add_typer(recipe_app, name="recipe")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]

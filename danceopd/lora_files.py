@@ -24,6 +24,7 @@ from danceopd.backbones.base import Condition
 from danceopd.checkpoint import probe
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
+from danceopd.foreign_lora import read_lora_file
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +144,7 @@ def prove_lora_file(student: VelocityField, file: Path, condition: Condition) ->
         UserError: if it is above `TOLERANCE` (`ROUGH_TOLERANCE` if the base is not float32), or not finite.
     """
     file, network = Path(file), student.network
-    reader = type(student.backbone.pipeline)
-    state, facts = reader.lora_state_dict(str(file.parent), weight_name=file.name, return_lora_metadata=True)
+    state, facts = read_lora_file(file, type(student.backbone.pipeline))
     network.load_lora_adapter(state, adapter_name=_CHECK, metadata=facts)
     try:
         found = probe(VelocityField(file.name, student.backbone, network, _CHECK), condition)

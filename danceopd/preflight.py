@@ -206,7 +206,8 @@ def check_proofs(recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list
             found.append(Finding("note", "teacher no better", f"task {task!r}: teacher {spec.teacher!r}: {figures}"))
         else:
             text = f"task {task!r}: teacher {spec.teacher!r} is no better than the base ({figures}); train it longer"
-            found.append(Finding("error", "teacher no better", text))
+            level = "error" if spec.gates else "warning"  # without gates the metric is there to be looked at
+            found.append(Finding(level, "teacher no better", text))
     return found
 
 
@@ -335,16 +336,16 @@ class MemoryEstimate:
     def __str__(self) -> str:
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
                  "averages": self.averages, "activations": self.activations}  # fmt: skip
-        text = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value)
-        return f"{_size(self.total)} ({text}) for {self.parameters:,} trained weights"
+        text = ", ".join(f"{name} {say_size(value)}" for name, value in parts.items() if value)
+        return f"{say_size(self.total)} ({text}) for {self.parameters:,} trained weights"
 
 
-def _size(count: int) -> str:
+def say_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
 # Bytes of optimizer state a trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
-_STATE = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
 
 def trained_parameters(network: nn.Module, spec: DistillRecipe, default_targets: str) -> int:
@@ -428,7 +429,7 @@ def estimate_memory(
         parameters=parameters,
         weights=held,
         gradients=held,
-        optimizer=parameters * _STATE[spec.optimizer] // share,
+        optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
         averages=held * copies,
         activations=once + one * samples,
     )
@@ -458,7 +459,7 @@ def available_memory(device: torch.device) -> int:
 
 def check_memory(estimate: MemoryEstimate, available: int) -> list[Finding]:
     """The estimate against what there is; activations are an estimate, so only what is sure can be an error."""
-    figures = f"training needs about {estimate} more, {_size(available)} are available"
+    figures = f"training needs about {estimate} more, {say_size(available)} are available"
     mend = ("train a LoRA, set activation_checkpointing: true, a larger accumulate, optimizer: adamw8bit, or "
             "model.offload and model.dtype: bfloat16")  # fmt: skip
     if estimate.sure > available:

@@ -43,6 +43,9 @@ class ModelRecipe(_Part):
 
     base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
     revision: str | None = Field(None, description="hub revision")
+    transformer: str | None = Field(
+        None, description="weights in the place of the base's transformer: a folder, a safetensors file, or a URI"
+    )
     backbone: Literal["flux2_klein", "z_image", "sd3", "qwen_image"] = "flux2_klein"
     height: int = Field(gt=0, description="of every picture that is drawn, in pixels")
     width: int = Field(gt=0)
@@ -238,10 +241,13 @@ class FinetunedTeacher(_Guided):
 
 
 class CheckpointTeacher(_Guided):
-    """A teacher that exists already: a diffusers pipeline or transformer folder, or a PEFT LoRA folder."""
+    """A teacher that exists already: whole weights, or a LoRA on the base."""
 
     kind: Literal["checkpoint", "lora"]
-    path: str
+    path: str = Field(
+        description="checkpoint: a pipeline or transformer folder, or a safetensors file. lora: a PEFT folder, or a "
+        "file of diffusers, kohya or ComfyUI. Or a URI of one (hf://owner/name, s3://, gs://)"
+    )
 
 
 class ChampionTeacher(_Guided):

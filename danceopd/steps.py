@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
 log = logging.getLogger(__name__)
 STEP = "step.json"
 STUDENTS = "students"
+NOTHING = 1e-5  # of the velocity: two fields that differ by less differ by rounding
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,37 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
     Raises:
         UserError: if it cannot be found, or the shipped one is damaged.
     """
-    from danceopd.bases import fetch_base
+    from danceopd.bases import fetch_base, fetch_weights
 
-    source = fetch_base(recipe.model.base, recipe.model.revision, Path(workspace))
+    source, model = fetch_base(recipe.model.base, recipe.model.revision, Path(workspace)), recipe.model
+    other = (
+        None if model.transformer is None else fetch_weights(model.transformer, Path(workspace), "model.transformer")
+    )
 
     def build(scratch: Path, _: Path) -> dict:
-        if source.shipped:
+        if other is not None:
+            _join_transformer(recipe, source.folder, other, scratch / "pipeline")
+        elif source.shipped:
             shutil.copytree(source.folder, scratch / "pipeline")
-        name = "pipeline" if source.shipped else str(source.folder)
+        name = "pipeline" if source.shipped or other is not None else str(source.folder)
         # A base that stays where it is leaves nothing else here to tell its product's digest from another's.
         write_json(scratch / "source.json", {"weights": source.digest})
         return {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
 
-    return _make(workspace, "base", source.name, [source.digest, str(source.folder)], build)
+    inputs = [source.digest, str(source.folder)]
+    return _make(workspace, "base", source.name, inputs + ([_hash(other), model.dtype] if other else []), build)
+
+
+def _join_transformer(recipe: Recipe, base: Path, weights: Path, folder: Path) -> None:
+    """A base's pipeline folder with other weights for its transformer."""
+    from danceopd.backbones import load_backbone
+
+    backbone = load_backbone(base, recipe.model.model_copy(update={"quantize": None, "attention": "native"}))
+    backbone.save(folder, backbone.new_transformer(weights))
+
+
+def _hash(weights: Path) -> str:
+    return hash_file(weights) if weights.is_file() else hash_folder(weights)
 
 
 def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo: Path | None = None) -> Product:
@@ -383,10 +402,14 @@ def finetune_teacher(
     """
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
-    spec, champion = recipe.teachers[teacher], None
+    spec, champion, weights = recipe.teachers[teacher], None, None
     inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps]
     if isinstance(spec, CheckpointTeacher):
-        inputs.append(hash_folder(Path(spec.path)))
+        from danceopd.bases import fetch_weights
+
+        with _main_first():
+            weights = fetch_weights(spec.path, Path(workspace), f"teachers.{teacher}.path")
+        inputs.append(_hash(weights))
     elif isinstance(spec, ChampionTeacher):
         from danceopd.champion import fetch_champion, find_champion
 
@@ -399,7 +422,7 @@ def finetune_teacher(
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         if champion is None:
-            return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints)
+            return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, weights)
         with tempfile.TemporaryDirectory(dir=workspace) as fetched:
             folder = fetch_champion(champion, _store(tracking_uri, workspace), Path(fetched))
             facts = _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, folder)
@@ -419,7 +442,7 @@ def _build_teacher(
     recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path,
     fetched: Path | None = None,
 ) -> dict:  # fmt: skip
-    """Write a teacher's field folder; `fetched` is the champion's pipeline folder, if that is the teacher."""
+    """Write a teacher's field folder; `fetched` is where the weights lie of one that exists already."""
     spec = recipe.teachers[teacher]
     if isinstance(spec, BaseTeacher) and spec.guidance is None:
         write_json(scratch / FIELD, {"kind": "base", "name": teacher})
@@ -446,9 +469,10 @@ def _build_teacher(
     elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
         from danceopd.preflight import check_pipeline, settle
 
-        folder = fetched or Path(spec.path)
-        settle(check_pipeline(teacher, folder, base.pipeline))
-        field = load_field(backbone, teacher, folder, lambda: _encode_empty(recipe, backbone, base, workspace))
+        settle(check_pipeline(teacher, fetched, base.pipeline))
+        field = load_field(backbone, teacher, fetched, lambda: _encode_empty(recipe, backbone, base, workspace))
+        if isinstance(spec, CheckpointTeacher):
+            _prove_other_than_base(recipe, teacher, field)
     else:
         field = VelocityField(teacher, backbone, backbone.transformer)
     if spec.guidance is not None:
@@ -470,6 +494,31 @@ def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
                             "measured against the base; move some there (a record's 'split')")  # fmt: skip
 
 
+def _prove_other_than_base(recipe: Recipe, teacher: str, field: Field) -> None:
+    """Hold a teacher from elsewhere against what the recipe calls it, and against the base.
+
+    Raises:
+        UserError: if it is of another kind, or changes nothing.
+    """
+    from danceopd.backbones.base import Condition
+    from danceopd.checkpoint import probe
+    from danceopd.fields import VelocityField
+
+    spec, backbone, model = recipe.teachers[teacher], field.backbone, recipe.model
+    found = "checkpoint" if field.adapter is None else "lora"
+    if spec.kind != found:
+        raise UserError(f"teachers.{teacher}.kind is {spec.kind}, and {spec.path} holds a {found}; write kind: {found}")
+    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
+    mine, base = (probe(f, condition) for f in (field, VelocityField("base", backbone, backbone.transformer)))
+    change = float((mine - base).square().mean().sqrt() / base.square().mean().sqrt())
+    log.info("teacher %s changes the base's velocity by %.3g of its size", teacher, change)
+    if not change > NOTHING:  # NaN is refused, too
+        raise UserError(
+            f"teachers.{teacher}: {spec.path} changes the base's velocity by {change:.1g} of its size, which is nothing: "
+            "an untrained LoRA, or this base's own weights? For the base itself write kind: base"
+        )
+
+
 def _require_targets(encoded: EncodedRecords, task: str) -> None:
     lacking = sum(row < 0 for row, of in zip(encoded.target_row.tolist(), encoded.tasks, strict=True) if of == task)
     if lacking:
@@ -481,8 +530,8 @@ def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, w
     """Score base and teacher on the validation records of every task the teacher serves.
 
     Raises:
-        UserError: with the figures, if the teacher is no better than the base on a task's first metric that can be
-            measured here, or if none can.
+        UserError: with the figures, if the teacher is no better than the base on the first metric that can be
+            measured here of a task with gates, or if none can.
     """
     from danceopd.evaluation.evaluate import score_records, skipped_metrics
     from danceopd.evaluation.metrics.tools import Tools
@@ -507,7 +556,11 @@ def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, w
         first = metrics[0]
         figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"
         log.info("teacher %s on %s: %s", field.name, task, figures)
-        if not means[field.name][first] > means["base"][first]:
+        if means[field.name][first] > means["base"][first]:
+            continue
+        if not recipe.tasks[task].gates:  # then the metric is there to be looked at
+            log.warning("teacher %s is no better than the base on %s, which has no gates", field.name, task)
+        else:
             raise UserError(
                 f"teacher {field.name!r} is no better than the base on its task {task!r} ({figures}); train it longer "
                 f"(teachers.{field.name}.train.steps), or let the base teach this task"

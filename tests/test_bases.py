@@ -65,3 +65,69 @@ def test_a_hub_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no model_index\.json"):
         bases.fetch_base(str(tmp_path), None, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(tiny_base, tmp_path, monkeypatch):
+    """A local hub cache that holds `owner/tiny` at two revisions, and no network."""
+    import huggingface_hub.constants as constants
+
+    cache = tmp_path / "hub"
+    home = cache / "models--owner--tiny"
+    for name, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs" / name).write_text(commit)
+        shutil.copytree(tiny_base, home / "snapshots" / commit)
+    (home / "snapshots" / ("b" * 40) / "model_index.json").write_text(
+        (tiny_base / "model_index.json").read_text() + "\n"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+def test_a_hub_id_is_found_in_the_local_cache_at_its_revision(hub, tiny_base, tmp_path):
+    main, first = (bases.fetch_base("owner/tiny", revision, tmp_path) for revision in (None, "v1"))
+    assert main.digest == bases.fetch_base(str(tiny_base), None, tmp_path).digest != first.digest
+    assert (main.name, main.folder.name, first.folder.name) == ("tiny", "a" * 40, "b" * 40)
+    with pytest.raises(UserError, match=r"offline mode .* hf download owner/tiny --revision v2, or give a folder"):
+        bases.fetch_base("owner/tiny", "v2", tmp_path)
+
+
+def test_a_local_copy_that_is_not_whole_says_what_it_lacks(hub, tmp_path):
+    shutil.rmtree(hub / "snapshots" / ("a" * 40) / "vae")
+    with pytest.raises(UserError, match="is not whole, it lacks vae; download it again"):
+        bases.fetch_base("owner/tiny", None, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- teachers, configurations
+
+
+def test_weights_come_from_a_folder_a_file_or_a_uri(tiny_base, tmp_path):
+    file = next((tiny_base / "transformer").glob("*.safetensors"))
+    assert bases.fetch_weights(str(file), tmp_path, "x") == file
+    fetched = bases.fetch_weights(f"file://{file}", tmp_path, "x")
+    assert fetched.is_relative_to(tmp_path) and fetched.read_bytes() == file.read_bytes()
+    assert bases.fetch_weights(f"file://{file}", tmp_path, "x") == fetched
+    folder = bases.fetch_weights(f"file://{tiny_base}", tmp_path, "x")
+    assert (folder / "transformer" / file.name).is_file()
+    with pytest.raises(
+        UserError, match=r"teachers\.a\.path 'owner/name': no such file or folder; the hub's are written"
+    ):
+        bases.fetch_weights("owner/name", tmp_path, "teachers.a.path")
+
+
+def test_a_single_file_is_no_base(tiny_base, tmp_path):
+    file = next((tiny_base / "transformer").glob("*.safetensors"))
+    with pytest.raises(UserError, match=r"name the pipeline it belongs to as model\.base, and the file as"):
+        bases.fetch_base(str(file), None, tmp_path)
+
+
+def test_of_a_store_the_configurations_alone_are_fetched(tiny_base, tmp_path):
+    folder = bases.fetch_configs(f"file://{tiny_base}", None, tmp_path)
+    assert (folder / "transformer" / "config.json").is_file()
+    assert not list(folder.rglob("*.safetensors"))
+    assert bases.fetch_configs(str(tiny_base), None, tmp_path) == tiny_base

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.recipe import ModelRecipe
 
-__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone"]
+if TYPE_CHECKING:
+    from danceopd.backbones.pipeline import PipelineBackbone
+
+__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline"]
 
 # A module of this package, its class.
 FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwen_image": "QwenImage"}
@@ -24,9 +28,22 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
     """
     from danceopd.kernels import quantize_frozen, set_attention
 
-    module = import_module(f"{__name__}.{settings.backbone}")  # diffusers is slow to import
-    backbone = getattr(module, FAMILIES[settings.backbone]).load(Path(folder), settings, device)
+    backbone = _family(settings).load(Path(folder), settings, device)
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:
         quantize_frozen(backbone.transformer, settings.quantize)
     return backbone
+
+
+def open_outline(folder: Path, settings: ModelRecipe) -> Backbone:
+    """A back end without weights or text encoders, from a pipeline folder's configurations: for shapes and grids.
+
+    Raises:
+        UserError: if the folder holds no such pipeline.
+    """
+    return _family(settings).outline(Path(folder), settings)
+
+
+def _family(settings: ModelRecipe) -> type[PipelineBackbone]:
+    module = import_module(f"{__name__}.{settings.backbone}")  # diffusers is slow to import
+    return getattr(module, FAMILIES[settings.backbone])

@@ -88,7 +88,7 @@ class Backbone(Protocol):
         """Another transformer of this family: from a checkpoint folder, or a copy of this base's without adapters.
 
         Args:
-            folder: a transformer or pipeline folder; None: copy the base's.
+            folder: a transformer or pipeline folder, or a single safetensors file; None: copy the base's.
             dtype: of a checkpoint's weights; None: the recipe's `model.dtype`.
         """
         ...

@@ -23,7 +23,7 @@ from danceopd.backbones.pipeline import PipelineBackbone
 class Flux2Klein(PipelineBackbone):
     """The FLUX.2-klein back end around one loaded pipeline."""
 
-    pipeline_class = Flux2KleinPipeline
+    pipelines = (Flux2KleinPipeline,)
     # PEFT matches by suffix: `attn.to_out` alone would also hit the double blocks' module list of that name.
     lora_targets = (
         r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|linear_in|linear_out)"

@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from danceopd.adapters import plain_copy
 from danceopd.backbones.base import LOADING, SETTINGS, Condition
 from danceopd.backbones.packing import to_latents, to_tokens
+from danceopd.backbones.weights import read_transformer
+from danceopd.bases import INDEX, components
 from danceopd.errors import UserError
-from danceopd.files import forget_origin
+from danceopd.files import forget_origin, read_json
 from danceopd.recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
@@ -25,7 +29,7 @@ log = logging.getLogger(__name__)
 class PipelineBackbone:
     """A back end around one loaded diffusers pipeline; a family adds what is particular to it (see `Backbone`)."""
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # what its folders are opened with, by their index
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[str]
     prompt_sees_source: ClassVar[bool] = False
@@ -45,23 +49,54 @@ class PipelineBackbone:
         """Load a pipeline folder onto a device.
 
         Raises:
-            UserError: if the folder holds no such pipeline.
+            UserError: if the folder holds no such pipeline, or its transformer's weights do not fit.
         """
-        kind = cls._pipeline_class(Path(folder))
-        dtype = getattr(torch, settings.dtype)
+        folder = Path(folder)
+        kind, network = cls._kinds(folder)
         # The text encoders stay as they were saved: the same embeddings here and wherever the student is opened.
-        dtypes = {"transformer": dtype, **dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
+        dtypes = {**dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
+        given = {"transformer": read_transformer(network, folder / "transformer", getattr(torch, settings.dtype), {})}
         try:
-            given = cls._given(Path(folder))
+            given |= cls._given(folder)
             pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes, **given)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
-        return cls(pipeline.to(device), settings, Path(folder))
+        return cls(pipeline.to(device), settings, folder)
 
     @classmethod
-    def _pipeline_class(cls, folder: Path) -> type[DiffusionPipeline]:
-        """Which pipeline a folder is opened with."""
-        return cls.pipeline_class
+    def outline(cls, folder: Path, settings: ModelRecipe) -> Self:
+        """The back end of a folder's configuration files alone: its transformer and autoencoder have no weights.
+
+        Raises:
+            UserError: if the folder holds no such pipeline.
+        """
+        kind, network = cls._kinds(folder)
+        index = read_json(folder / INDEX)
+        parts: dict[str, Any] = dict.fromkeys(components(folder / INDEX))
+        try:
+            for name, of in (("transformer", network), ("vae", getattr(diffusers, str(index["vae"][1])))):
+                with init_empty_weights():
+                    parts[name] = of.from_config(of.load_config(str(folder / name)))
+            scheduler = getattr(diffusers, str(index["scheduler"][1]))
+            parts["scheduler"] = scheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
+            return cls(kind(**parts), settings)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
+
+    @classmethod
+    def _kinds(cls, folder: Path) -> tuple[type[DiffusionPipeline], type[ModelMixin]]:
+        """The classes of a pipeline folder and of its transformer."""
+        known = {kind.__name__: kind for kind in cls.pipelines}
+        takes = " or ".join(known)
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{folder}: no {takes} folder (no {INDEX} there)")
+        index = read_json(folder / INDEX)
+        if index.get("_class_name") not in known:
+            raise UserError(f"{folder}: a {index.get('_class_name')} folder, and this model.backbone takes {takes}")
+        name = str((index.get("transformer") or [None])[-1])
+        if not hasattr(diffusers, name):
+            raise UserError(f"{folder}: no {takes} folder ({INDEX} names {name} as its transformer)")
+        return known[index["_class_name"]], getattr(diffusers, name)
 
     @classmethod
     def _given(cls, folder: Path) -> dict[str, Any]:
@@ -123,15 +158,7 @@ class PipelineBackbone:
         folder = Path(folder)
         dtype = dtype or getattr(torch, self.settings.dtype)
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        try:
-            other, report = type(self.transformer).from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True, dtype=dtype
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no transformer checkpoint ({' '.join(str(error).split())})") from error
-        wrong = report["missing_keys"] + report["unexpected_keys"]
-        if wrong:
-            raise UserError(f"{folder}: the checkpoint does not fit its config; first keys: {', '.join(wrong[:3])}")
+        other = read_transformer(type(self.transformer), folder, dtype, self.transformer.config)
         if other.config.in_channels != self.transformer.config.in_channels:
             raise UserError(f"{folder}: {other.config.in_channels} latent channels, the base has "
                             f"{self.transformer.config.in_channels}: not the same latent space")  # fmt: skip
@@ -152,7 +179,7 @@ class PipelineBackbone:
         finally:
             self.pipeline.transformer = frozen
         forget_origin(folder)
-        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", *LOADING})
+        settings = self.settings.model_dump(mode="json", exclude={"base", "revision", "transformer", *LOADING})
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def _to_vae(self, pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     calculate_dimensions,
@@ -51,20 +51,11 @@ class QwenImage(PipelineBackbone):
     and the empty prompt in its place, for guidance.
     """
 
-    pipeline_class = QwenImageEditPlusPipeline
+    pipelines = (QwenImageEditPlusPipeline, QwenImagePipeline)
     prompt_sees_source = True
     lora_targets = (
         r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
-
-    @classmethod
-    def _pipeline_class(cls, folder: Path) -> type[DiffusionPipeline]:
-        index = folder / "model_index.json"
-        name = read_json(index).get("_class_name") if index.is_file() else cls.pipeline_class.__name__
-        known = {kind.__name__: kind for kind in (QwenImagePipeline, QwenImageEditPlusPipeline)}
-        if name not in known:
-            raise UserError(f"{folder}: a {name} folder; this back end takes {' or '.join(known)}")
-        return known[name]
 
     @classmethod
     def _given(cls, folder: Path) -> dict:

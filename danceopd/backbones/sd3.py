@@ -23,7 +23,7 @@ from danceopd.errors import UserError
 class SD3(ShiftedLatentsBackbone):
     """The Stable Diffusion 3.5 back end around one loaded pipeline."""
 
-    pipeline_class = StableDiffusion3Pipeline
+    pipelines = (StableDiffusion3Pipeline,)
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 

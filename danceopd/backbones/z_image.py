@@ -33,7 +33,7 @@ class ZImage(ShiftedLatentsBackbone):
     template. A task asks for its own, so that one prompt cache serves every route.
     """
 
-    pipeline_class = ZImagePipeline
+    pipelines = (ZImagePipeline,)
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
 
     def __init__(self, pipeline: ZImagePipeline, settings: ModelRecipe, folder=None):

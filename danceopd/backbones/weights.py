@@ -1,0 +1,118 @@
+"""A transformer's weights from a folder or a single file, held against its configuration before they are read.
+
+Diffusers fills what a checkpoint lacks with random numbers and a warning; here that is an error which names the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from danceopd.errors import UserError
+
+Shape = tuple[int, ...]
+_PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # before every name in files of some programs
+
+
+def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> ModelMixin:
+    """Read a transformer.
+
+    Args:
+        kind: its class.
+        path: its folder in diffusers' layout, with its own configuration; or a safetensors file under diffusers' names
+            or those of the original release.
+        dtype: of the weights in memory.
+        config: of the transformer in a file, which says nothing of it.
+
+    Raises:
+        UserError: if there are no such weights, or they do not fit, naming keys.
+    """
+    if path.is_file():
+        return _read_file(kind, path, dtype, config)
+    try:
+        config = kind.load_config(str(path), local_files_only=True)
+        wanted, found = _shapes(_empty(kind, config)), {}
+        for file in sorted(path.glob("*.safetensors")):
+            found |= _file_shapes(file)
+        if not found:
+            raise UserError(f"{path}: no transformer checkpoint (no safetensors file there)")
+        _check_fit(path, kind, wanted, found, "its config")
+        return kind.from_pretrained(str(path), local_files_only=True, use_safetensors=True, dtype=dtype)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: no transformer checkpoint ({' '.join(str(error).split())})") from error
+
+
+def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> ModelMixin:
+    network = _empty(kind, config)
+    wanted = _shapes(network)
+    _file_shapes(file)  # is it one?
+    state = {_PREFIX.sub("", key): value for key, value in load_file(file).items()}
+    if 2 * len(state.keys() & wanted.keys()) < len(wanted):  # hardly a name of diffusers'
+        state = _converted(kind, file, state, dict(config))
+    _check_fit(file, kind, wanted, {key: tuple(value.shape) for key, value in state.items()}, "the base's config")
+    network.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    return network
+
+
+def _converted(
+    kind: type[ModelMixin], file: Path, state: dict[str, torch.Tensor], config: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """A checkpoint of the original release under diffusers' names, by diffusers' own converter."""
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(kind.__name__)
+    if known is None:
+        raise UserError(f"{file}: diffusers reads no single file of {kind.__name__}; give its folder")
+    first = next(iter(state), "nothing")
+    try:
+        return known["checkpoint_mapping_fn"](checkpoint=state, config=config)
+    except (KeyError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        why = f"first name: {first}; {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{file}: no {kind.__name__} checkpoint that diffusers knows the names of ({why})") from error
+
+
+def _empty(kind: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+    """The network without memory for its weights."""
+    with init_empty_weights():
+        return kind.from_config(config)
+
+
+def _shapes(network: ModelMixin) -> dict[str, Shape]:
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def _file_shapes(file: Path) -> dict[str, Shape]:
+    """Names and shapes from a file's header."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a safetensors file ({error}); pickled checkpoints are not read") from error
+
+
+def _check_fit(
+    where: Path, kind: type[ModelMixin], wanted: Mapping[str, Shape], found: Mapping[str, Shape], to: str
+) -> None:
+    ignored = kind._keys_to_ignore_on_load_unexpected or []
+    unexpected = [key for key in found if key not in wanted and not any(re.search(each, key) for each in ignored)]
+    other = [
+        f"{key} is {found[key]}, not {wanted[key]}" for key in wanted if found.get(key, wanted[key]) != wanted[key]
+    ]
+    lists = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": unexpected,
+        "of another shape": other,
+    }
+    texts = [f"{len(keys)} {name}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+             for name, keys in lists.items() if keys]  # fmt: skip
+    if texts:
+        raise UserError(f"{where}: the checkpoint of a {kind.__name__} does not fit {to}; keys {'; '.join(texts)}")

@@ -1,0 +1,91 @@
+"""Two LoRA teachers become one student, on a tiny model of every family, from its shipped recipe at other sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from test_families import base_field, every_family, noise_of, our_latents, png, with_lora
+
+from danceopd import steps
+from danceopd.adapters import save_lora
+from danceopd.backbones import load_backbone
+from danceopd.checkpoint import load_field
+from danceopd.data.encoded import encode_records
+from danceopd.data.records import Record, write_shard
+from danceopd.evaluation.evaluate import draw_field
+from danceopd.evaluation.metrics import read_picture
+from danceopd.generate import encode_picture
+from danceopd.recipe import Recipe, load_recipe
+
+RECIPES = {"flux2_klein": "flux2_klein_local_global", "z_image": "zimage_local_global", "sd3": "sd35_two_loras",
+           "qwen_image": "qwen_image_edit"}  # fmt: skip
+SIZES = [
+    "model.height=64", "model.width=64", "distill.lora={rank: 8, alpha: 8}", "distill.steps=12", "distill.lr=0.03",
+    "distill.warmup=2", "distill.batch=8", "distill.accumulate=2", "distill.rollout_steps=3", "evaluate.steps=2",
+    "evaluate.per_task=2", "evaluate.batch=4", "evaluate.drift=null",
+]  # fmt: skip
+SPLITS = ("train", "train", "train", "train", "val", "test")
+
+
+def recipe_of(family, folder) -> Recipe:
+    own = {key: list(value) if isinstance(value, tuple) else value for key, value in family.settings.items()}
+    sizes = [f"model.base={folder}", *(f"model.{key}={value}" for key, value in own.items()), *SIZES]
+    return load_recipe(RECIPES[family.name], sizes)
+
+
+def teach(recipe: Recipe, base) -> dict:
+    """A LoRA folder for each of the recipe's teachers where it looks for it; {task: its field}."""
+    fields = {}
+    for seed, (task, spec) in enumerate(recipe.tasks.items()):
+        fields[task] = with_lora(base, spec.teacher, seed)
+        save_lora(base.transformer, spec.teacher, recipe.teachers[spec.teacher].path)
+    return fields
+
+
+def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
+    """Records whose targets are their teachers' pictures, but for the lower half of an edit, which stays."""
+    records = []
+    for task, field in fields.items():
+        plain = [
+            Record(f"{task}/{i}", task, f"{task} {i}", png(i) if recipe.tasks[task].needs_source else None, None, split)
+            for i, split in enumerate(SPLITS)
+        ]
+        encoded = encode_records(field.backbone, plain, 64, 64, None, "k", targets=False)
+        drawn = draw_field(field, encoded, [record.id for record in plain], recipe.evaluate)
+        for record, picture in zip(plain, drawn, strict=True):
+            if record.source is not None:
+                picture[32:] = read_picture(record.source, 64, 64, record.id)[32:]
+            records.append(replace(record, target=encode_picture(Image.fromarray(picture))))
+    folder.mkdir()
+    write_shard(records, folder / "records.parquet")
+
+
+@pytest.mark.slow
+@every_family
+def test_two_lora_teachers_become_one_student(folder_of, family, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the recipe's paths are relative
+    recipe = recipe_of(family, folder_of(family))
+    assert {teacher.kind for teacher in recipe.teachers.values()} == {"lora"} and len(recipe.teachers) == 2
+    base = load_backbone(folder_of(family), recipe.model)
+    write_dataset(recipe, teach(recipe, base), tmp_path / recipe.data.inputs[0])
+
+    workspace = tmp_path / "runs"
+    product = steps.resolve_base(recipe, workspace)
+    data = steps.build_data(recipe, workspace, repo=tmp_path)
+    teachers = {name: steps.finetune_teacher(recipe, name, product, data, workspace) for name in recipe.teachers}
+    student = steps.distill_student(recipe, product, data, teachers, workspace)
+    report = steps.evaluate_student(recipe, product, data, teachers, student, workspace)
+    assert (report.folder / "report.html").is_file()
+
+    exported = load_backbone(student.pipeline, recipe.model.model_copy(update={"dtype": "float32"}))
+    base = load_backbone(folder_of(family), recipe.model)
+    ready = steps.open_training(recipe, product, data, teachers, workspace)
+    for task, rows in ready.encoded.rows_by_task().items():
+        taught = load_field(base, task, teachers[recipe.tasks[task].teacher].folder)
+        fields = (base_field(base), base_field(exported), taught)
+        before, after, wanted = (
+            our_latents(f, ready.encoded.condition(rows), noise_of(base, len(rows)), 3) for f in fields
+        )
+        assert (after - wanted).pow(2).mean() < 0.9 * (before - wanted).pow(2).mean()

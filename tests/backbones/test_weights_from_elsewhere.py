@@ -1,0 +1,243 @@
+"""LoRA files and checkpoints of other programs: on every family the same velocity as ours, or a line on why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import base_field, condition_of, noise_of, with_lora
+from tiny_models import FAMILIES, FLUX2, QWEN_IMAGE, SD3, Z_IMAGE
+
+from danceopd.adapters import CONFIG, save_diffusers_lora, save_lora
+from danceopd.backbones import load_backbone
+from danceopd.checkpoint import field_kind, load_field, save_field
+from danceopd.errors import UserError
+from danceopd.files import read_json, write_json
+from danceopd.lora_files import save_comfyui_lora
+
+STRENGTH = 1.5  # alpha 3 over rank 2, as `with_lora` makes them
+
+
+@pytest.fixture(scope="module")
+def bases(folder_of):
+    """family -> a loaded base for LoRAs under many names; its own weights stay as they are."""
+    made = {}
+
+    def base(family):
+        if family.name not in made:
+            made[family.name] = load_backbone(folder_of(family), family.shape())
+        return made[family.name]
+
+    return base
+
+
+def velocity(field):
+    base = field.backbone
+    condition = condition_of(base, ["a red ring", ""], None, 64, 64)
+    with torch.no_grad():
+        return field(noise_of(base, 2), torch.tensor([0.8, 0.3]), condition)
+
+
+def diffusers_file(base, name, folder: Path) -> Path:
+    return save_diffusers_lora(base.transformer, name, folder)
+
+
+def comfyui_file(base, name, folder: Path) -> Path:
+    """Original names where the family has others than diffusers; strength multiplied in."""
+    if base.settings.backbone == FLUX2.name:
+        return save_comfyui_lora(base.transformer, name, folder)
+    state = load_file(diffusers_file(base, name, folder / "plain"))
+    state = {key.replace("transformer.", "diffusion_model.", 1): value * (STRENGTH if "lora_B" in key else 1)
+             for key, value in state.items()}  # fmt: skip
+    save_file(state, folder / "comfyui.safetensors")
+    return folder / "comfyui.safetensors"
+
+
+def kohya_file(base, name, folder: Path) -> Path:
+    """Names in one word, and an alpha beside each pair."""
+    state = {}
+    for key, value in load_file(comfyui_file(base, name, folder)).items():
+        module, _, part = key.removeprefix("diffusion_model.").partition(".lora_")
+        word = "lora_unet_" + module.replace(".", "_")
+        rank = float(value.shape[0] if part == "A.weight" else value.shape[1])
+        state[f"{word}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = value / (1 if part == "A.weight" else 2)
+        state[f"{word}.alpha"] = torch.tensor(2 * rank)
+    save_file(state, folder / "kohya.safetensors")
+    return folder / "kohya.safetensors"
+
+
+def peft_folder(base, name, folder: Path) -> Path:
+    save_lora(base.transformer, name, folder)
+    return folder
+
+
+KINDS = [(family, make) for family in FAMILIES for make in (peft_folder, diffusers_file, comfyui_file, kohya_file)
+         if family is not SD3 or make in (peft_folder, diffusers_file)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "make"), KINDS, ids=[f"{f.name}-{m.__name__}" for f, m in KINDS])
+def test_a_lora_of_any_layout_gives_its_own_velocity(bases, family, make, tmp_path):
+    base = bases(family)
+    own = f"{family.name}_{make.__name__}"
+    field = with_lora(base, own)
+    (tmp_path / "plain").mkdir()
+    path = make(base, own, tmp_path)
+    assert field_kind(path) == "lora"
+    again = load_field(base, f"{own}_again", path)
+    wanted, bare = velocity(field), velocity(base_field(base))
+    assert (wanted - bare).abs().max() > 1e-2
+    torch.testing.assert_close(velocity(again), wanted, atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad or p.dtype != torch.float32
+                   for key, p in base.transformer.named_parameters() if f".{again.adapter}." in key)  # fmt: skip
+    save_field(again, tmp_path / "field")  # as a teacher's product is kept
+    kept = load_field(base, f"{own}_kept", tmp_path / "field")
+    torch.testing.assert_close(velocity(kept), wanted, atol=1e-4, rtol=1e-4)
+
+
+def lora_state(base, tmp_path):
+    with_lora(base, f"made{len(base.transformer.peft_config) if hasattr(base.transformer, 'peft_config') else 0}")
+    name = list(base.transformer.peft_config)[-1]
+    return load_file(diffusers_file(base, name, tmp_path / "made"))
+
+
+def wide(state):
+    key = next(k for k in state if "lora_A" in k)
+    return state | {key: torch.zeros(2, 7)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k.replace("attn", "attention"): v for k, v in s.items()}, r"LoRA weights do not fit the base's "
+         r"Flux2Transformer2DModel: transformer_blocks\.0\.attention"),
+        (wide, r"1 of \d+ LoRA weights do not fit .* takes 7 features, the base has"),
+        (lambda s: s | {"transformer.x.lokr_w1": torch.zeros(1)}, "a LoKr adapter, which is no plain LoRA"),
+        (lambda s: s | {"transformer.x.dora_scale": torch.zeros(1)}, "a DoRA adapter, which is no plain LoRA"),
+        (lambda s: {k.replace("transformer.", "text_encoder."): v for k, v in s.items()},
+         "no LoRA weights of a transformer; found: text_encoder"),
+        (lambda s: {k.replace("transformer.", "diffusion_model.what."): v for k, v in s.items()},
+         "no LoRA that Flux2KleinPipeline knows"),
+    ],
+)  # fmt: skip
+def test_a_lora_file_that_does_not_fit_is_named(bases, change, message, tmp_path):
+    base = bases(FLUX2)
+    save_file(change(lora_state(base, tmp_path)), tmp_path / "lora.safetensors")
+    before = set(base.transformer.peft_config)
+    with pytest.raises(UserError, match=message):
+        load_field(base, "wrong", tmp_path / "lora.safetensors")
+    assert set(base.transformer.peft_config) == before
+
+
+def test_a_pickled_file_is_not_read(bases, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match=r"not a safetensors file .* pickled checkpoints are not read"):
+        load_field(bases(FLUX2), "wrong", tmp_path / "lora.pt")
+
+
+def test_what_shapes_a_peft_lora_is_heeded_and_what_makes_more_of_it_refused(bases, tmp_path):
+    base = bases(FLUX2)
+    field = with_lora(base, "plain", seed=3)
+    save_lora(base.transformer, "plain", tmp_path / "a")
+    config = read_json(tmp_path / "a" / CONFIG)
+    write_json(tmp_path / "a" / CONFIG, config | {"alpha_pattern": {"to_q": 0}, "use_rslora": False})
+    one = load_field(base, "without_q", tmp_path / "a")
+    assert (velocity(one) - velocity(field)).abs().max() > 1e-3
+    for change, message in (
+        ({"use_dora": True}, "use_dora is set, which is no plain LoRA"),
+        ({"bias": "all"}, "bias is set, which is no plain LoRA"),
+        ({"peft_type": "LOHA"}, "not a LoRA's configuration"),
+        ({"target_modules": ["nowhere"]}, "nowhere"),
+        ({"r": 5}, r"is \(2, \d+\), the transformer takes \(5, \d+\)"),
+    ):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        write_json(tmp_path / "b" / CONFIG, config | change)
+        with pytest.raises(UserError, match=message):
+            load_field(load_backbone_of(base), "wrong", tmp_path / "b")
+
+
+def load_backbone_of(base):
+    return load_backbone(base._folder, base.settings)
+
+
+# ------------------------------------------------------------------------------------------------------- whole weights
+
+
+def qkv_in_one(state):
+    """Z-Image's first release: query, key and value as one matrix, other names at both ends."""
+    state = dict(state)
+    for key in [k for k in state if k.endswith(".to_q.weight")]:
+        parts = [state.pop(key.replace("to_q", f"to_{x}")) for x in "qkv"]
+        state[key.replace("to_q", "qkv")] = torch.cat(parts)
+    names = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.", ".to_out.0.": ".out.",
+             ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}  # fmt: skip
+    for new, old in names.items():
+        state = {key.replace(new, old): value for key, value in state.items()}
+    return state
+
+
+def prefixed(state):
+    return {f"model.diffusion_model.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [(FLUX2, dict), (SD3, dict), (QWEN_IMAGE, prefixed), (Z_IMAGE, qkv_in_one)],
+    ids=["flux2_klein-diffusers", "sd3-diffusers", "qwen_image-prefixed", "z_image-original"],
+)  # fmt: skip
+def test_a_single_file_is_a_checkpoint(bases, folder_of, family, change, tmp_path):
+    base = bases(family)
+    state = load_file(next((folder_of(family) / "transformer").glob("*.safetensors")))
+    state = {key: value * 1.1 for key, value in state.items()}
+    save_file({k: v.contiguous() for k, v in change(state).items()}, tmp_path / "model.safetensors")
+    assert field_kind(tmp_path / "model.safetensors") == "full"
+    field = load_field(base, "other", tmp_path / "model.safetensors")
+    for key, value in field.network.state_dict().items():
+        torch.testing.assert_close(value, state[key])
+    assert (velocity(field) - velocity(base_field(base))).abs().max() > 1e-3
+    low = base.new_transformer(tmp_path / "model.safetensors", torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
+def cut(state):
+    return {k: v for k, v in state.items() if k != "proj_out.weight"} | {"extra": torch.zeros(1)}
+
+
+def squeezed(state):
+    return state | {"proj_out.weight": torch.zeros(2, 3)}
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, r"does not fit .*config; keys 1 missing: proj_out\.weight; 1 unexpected: extra"),
+        (squeezed, r"does not fit .*config; keys 1 of another shape: proj_out\.weight is \(2, 3\), not \(\d+, 32\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_says_which_keys(bases, folder_of, change, message, single, tmp_path):
+    whole = tmp_path / "pipeline"
+    shutil.copytree(folder_of(FLUX2), whole)
+    file = next((whole / "transformer").glob("*.safetensors"))
+    save_file(change(load_file(file)), file)
+    with pytest.raises(UserError, match=message):
+        bases(FLUX2).new_transformer(file if single else whole)
+    if not single:
+        with pytest.raises(UserError, match=message):
+            load_backbone(whole, FLUX2.shape())
+
+
+def test_what_is_no_checkpoint_of_the_family_is_named(bases, folder_of, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    for family in (FLUX2, Z_IMAGE, QWEN_IMAGE):
+        with pytest.raises(UserError, match=r"no checkpoint of a|does not fit the base's config"):
+            bases(family).new_transformer(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a ZImagePipeline folder, and this model\.backbone takes Flux2KleinPipeline"):
+        load_backbone(folder_of(Z_IMAGE), FLUX2.shape())
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "config.json").write_text(json.dumps(dict(bases(FLUX2).transformer.config)))
+    with pytest.raises(UserError, match="no safetensors file there"):
+        bases(FLUX2).new_transformer(tmp_path / "t")

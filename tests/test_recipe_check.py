@@ -1,0 +1,63 @@
+"""`danceopd recipe check`: figures from configurations, held against what the real thing counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from danceopd.errors import UserError
+from danceopd.outlook import look_ahead, what_is_there
+from danceopd.recipe import load_recipe
+from danceopd.recipe_commands import check
+
+
+@pytest.fixture
+def recipe(tiny_base):
+    def load(*settings):
+        return load_recipe("world", [f"model.base={tiny_base}", *settings])
+
+    return load
+
+
+def test_weights_and_forwards_are_those_of_the_run(recipe, tiny_base, tmp_path):
+    ahead = look_ahead(recipe("distill.window=[0.99, 1]"), tmp_path)
+    from diffusers import Flux2Transformer2DModel
+
+    network = Flux2Transformer2DModel.from_pretrained(tiny_base / "transformer")
+    assert ahead.parameters == sum(p.numel() for p in network.parameters())
+    assert ahead.forwards == 4  # the query is the first step: a teacher, the student's three
+    assert ahead.training.weights == ahead.training.gradients == 4 * ahead.parameters
+    assert ahead.tokens == (2 * 64 * 64 // 64, 24)
+    guided = look_ahead(recipe("distill.window=[0.99, 1]", "teachers.base={kind: base}", "teachers.strong={kind: base, "
+                               "guidance: 3}", "tasks.t2i.teacher=strong"), tmp_path)  # fmt: skip
+    assert 4 < guided.forwards < 5
+
+
+def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
+    plain = look_ahead(recipe(), tmp_path)
+    assert plain.held == 3 * 4 * plain.parameters  # the base and two fine-tuned teachers
+    small = look_ahead(recipe("model.dtype=bfloat16", "model.offload=true"), tmp_path)
+    assert small.held == 2 * 2 * plain.parameters
+    lora = look_ahead(recipe("distill.trainable=lora", "distill.start=base", "distill.activation_checkpointing=true"),
+                      tmp_path)  # fmt: skip
+    assert lora.training.sure < plain.training.sure / 2
+    assert lora.training.activations < plain.training.activations
+
+
+def test_the_command_tells_and_names_what_is_missing(tiny_base, tmp_path, capsys):
+    settings = [f"model.base={tiny_base}", "teachers.global_style={kind: lora, path: nowhere/lora}"]
+    with pytest.raises(UserError, match="teacher global_style: lora nowhere/lora: no such file or folder"):
+        check("world", settings, gpus=2, tflops=1.0, workspace=tmp_path)
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("fine-tuned on local_edit", "memory per GPU", "forwards", "2 GPUs"))
+    check("world", [], gpus=1, tflops=1.0, workspace=tmp_path)
+    assert "ships with the package" in capsys.readouterr().out
+
+
+def test_a_base_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    recipe = load_recipe("qwen_image_edit")
+    assert what_is_there(recipe)[0][2] is None
+    with pytest.raises(UserError, match=r"Qwen/Qwen-Image-Edit-2509.*hf download"):
+        look_ahead(recipe, tmp_path)
