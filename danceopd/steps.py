@@ -514,8 +514,8 @@ def _prove_other_than_base(recipe: Recipe, teacher: str, field: Field) -> None:
     log.info("teacher %s changes the base's velocity by %.3g of its size", teacher, change)
     if not change > NOTHING:  # NaN is refused, too
         raise UserError(
-            f"teachers.{teacher}: {spec.path} changes the base's velocity by {change:.1g} of its size, which is nothing: "
-            "an untrained LoRA, or this base's own weights? For the base itself write kind: base"
+            f"teachers.{teacher}: {spec.path} changes the base's velocity by {change:.1g} of its size, which is "
+            "nothing: an untrained LoRA, or this base's own weights? For the base itself write kind: base"
         )
 
 
