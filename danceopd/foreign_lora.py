@@ -61,7 +61,7 @@ def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[
     for mark, kind in _UNKNOWN.items():
         if any(mark in name for name in names):
             raise UserError(
-                f"{file}: a {kind} adapter, which is no plain LoRA; merge it into a checkpoint, and give that"
+                f"{file}: a {kind} adapter, which is no plain LoRA; merge it into a checkpoint and give that"
             )
     try:
         return pipeline.lora_state_dict(

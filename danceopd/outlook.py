@@ -28,7 +28,7 @@ BLOCK_BYTES, INPUT_BYTES = 34, 2
 _PROMPT = re.compile(
     r"add_[qkv]_proj|to_add_out|ff_context|txt_mlp|txt_in|context_embedder|context_refiner|cap_embedder"
 )
-_VECTOR = re.compile(r"norm\w*\.linear|adaLN|_mod\.|modulation|time|t_embedder|guidance|pooled|proj_out$|norm_out")
+_VECTOR = re.compile(r"norm\w*\.linear|adaLN|_mod\.|modulation|time_|(^|\.)t_embedder")
 
 
 @dataclass(frozen=True)
