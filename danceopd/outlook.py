@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from danceopd.backbones import open_outline
-from danceopd.backbones.base import Backbone
+from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.bases import SHIPPED, fetch_configs
 from danceopd.data.encoded import EncodedRecords
 from danceopd.fields import VelocityField
@@ -24,10 +24,11 @@ from danceopd.studies.cost import expected_forwards
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
 # A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
 BLOCK_BYTES, INPUT_BYTES = 34, 2
-# Modules that work on the prompt's tokens alone, and those that work on one vector a sample.
+# What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector a sample.
 _PROMPT = re.compile(
     r"add_[qkv]_proj|to_add_out|ff_context|txt_mlp|txt_in|context_embedder|context_refiner|cap_embedder"
 )
+_PICTURE = re.compile(r"noise_refiner|\.attn2\.")
 _VECTOR = re.compile(r"norm\w*\.linear|adaLN|_mod\.|modulation|time_|(^|\.)t_embedder")
 
 
@@ -136,8 +137,10 @@ def forward_operations(network: nn.Module, pictures: int, prompt: int) -> float:
         if isinstance(module, nn.Linear):
             tokens = 1 if _VECTOR.search(name) else prompt if _PROMPT.search(name) else _stream(name, pictures, prompt)
             total += 2 * tokens * module.in_features * module.out_features
-    blocks, width = _blocks(network)
-    return total + blocks * 4 * (pictures + prompt) ** 2 * width
+    for name, width in _attentions(network):
+        tokens = prompt if _PROMPT.search(name) else pictures if _PICTURE.search(name) else pictures + prompt
+        total += 4 * tokens**2 * width
+    return total
 
 
 def _stream(name: str, pictures: int, prompt: int) -> int:
@@ -146,12 +149,10 @@ def _stream(name: str, pictures: int, prompt: int) -> int:
     return pictures + (prompt if joint else 0)
 
 
-def _blocks(network: nn.Module) -> tuple[int, int]:
-    """How many blocks attend to everything, and how wide they are."""
-    kinds = set(getattr(network, "_repeated_blocks", None) or ())
-    count = sum(type(module).__name__ in kinds for module in network.modules())
-    widths = (m.in_features for name, m in network.named_modules() if name.endswith((".to_q", "qkv_mlp_proj")))
-    return count, next(widths)
+def _attentions(network: nn.Module) -> list[tuple[str, int]]:
+    """The attention layers: the name of what makes the queries, and how wide they are."""
+    made_by = (".to_q", ".to_qkv_mlp_proj")
+    return [(name, module.in_features) for name, module in network.named_modules() if name.endswith(made_by)]
 
 
 def _training(recipe: Recipe, backbone: Backbone, tokens: int, processes: int) -> MemoryEstimate:
@@ -159,7 +160,7 @@ def _training(recipe: Recipe, backbone: Backbone, tokens: int, processes: int) -
     parameters = trained_parameters(network, spec, backbone.lora_targets)
     share = processes if spec.parallel == "shard" else 1
     samples = -(-spec.batch // (processes * spec.accumulate))
-    blocks, width = _blocks(network)
+    blocks, (_, width) = len(repeated_blocks(network)), _attentions(network)[0]
     numbers = samples * tokens * width * (1 if spec.precision == "bfloat16" else 2)
     kept = blocks * INPUT_BYTES + BLOCK_BYTES if spec.activation_checkpointing else blocks * BLOCK_BYTES
     weights = parameters * 4 // share

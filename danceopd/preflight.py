@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # quantized weights have no storage
 
-from danceopd.backbones.base import Backbone, Condition
+from danceopd.backbones.base import Backbone, Condition, repeated_blocks
 from danceopd.data.encoded import EncodedRecords
 from danceopd.errors import UserError
 from danceopd.fields import Field, VelocityField
@@ -422,9 +422,8 @@ def estimate_memory(
     if spec.activation_checkpointing:
         # Each block's input (2 of the about 34 bytes a number that a block keeps, Korthikanti et al. 2022, section 4)
         # and one block in full.
-        kinds = set(getattr(student.network, "_repeated_blocks", None) or ())
-        blocks = sum(type(module).__name__ in kinds for module in student.network.modules())
-        once, one = once // max(blocks, 1), one // max(blocks, 1) + one * 2 // 34
+        blocks = max(len(repeated_blocks(student.network)), 1)
+        once, one = once // blocks, one // blocks + one * 2 // 34
     return MemoryEstimate(
         parameters=parameters,
         weights=held,

@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from danceopd.backbones.base import repeated_blocks
 from danceopd.processes import Processes
 
 
@@ -16,8 +17,7 @@ def shard_network(network: nn.Module, processes: Processes) -> None:
     rollouts of different length on different processes then need no further word between them.
     """
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    kinds = set(getattr(network, "_repeated_blocks", None) or ())
-    for block in [m for m in network.modules() if type(m).__name__ in kinds]:
+    for block in repeated_blocks(network):
         fully_shard(block, mesh=mesh, reshard_after_forward=False)
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
 

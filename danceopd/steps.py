@@ -739,7 +739,7 @@ def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path
     backbone.save(scratch / "pipeline", exported.network)
     rounded = model.dtype != "float32" or model.quantize is not None  # the base is, and the export is not
     proved = exported if rounded else student
-    save_file({"velocity": probe(proved, condition)}, scratch / "probe.safetensors")
+    save_file({"velocity": probe(proved, condition).contiguous()}, scratch / "probe.safetensors")
 
 
 # -------------------------------------------------------------------------------------------- evaluation, registration

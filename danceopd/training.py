@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from danceopd.adapters import adapter_parameters, add_lora, plain_copy
-from danceopd.backbones.base import Backbone
+from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.fields import VelocityField
 from danceopd.optim import build_optimizer, lr_factor
 from danceopd.processes import Processes, this_process
@@ -210,7 +210,8 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Velocit
     if spec.activation_checkpointing:
         network.enable_gradient_checkpointing()
     if spec.compile != "off":
-        network.compile_repeated_blocks(mode=spec.compile, dynamic=True)
+        for block in repeated_blocks(network):
+            block.compile(mode=spec.compile, dynamic=True)
     optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]

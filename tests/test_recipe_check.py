@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from danceopd.backbones import load_backbone
 from danceopd.errors import UserError
 from danceopd.outlook import look_ahead, what_is_there
 from danceopd.recipe import load_recipe
 from danceopd.recipe_commands import check
+from danceopd.world_base import SHAPE
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def test_weights_and_forwards_are_those_of_the_run(recipe, tiny_base, tmp_path):
     assert ahead.parameters == sum(p.numel() for p in network.parameters())
     assert ahead.forwards == 4  # the query is the first step: a teacher, the student's three
     assert ahead.training.weights == ahead.training.gradients == 4 * ahead.parameters
-    assert ahead.tokens == (2 * 64 * 64 // 64, 24)
+    tokens, _ = load_backbone(tiny_base, SHAPE).latent_shape(64, 64)
+    assert ahead.tokens == (2 * tokens, 24)
     guided = look_ahead(recipe("distill.window=[0.99, 1]", "teachers.base={kind: base}", "teachers.strong={kind: base, "
                                "guidance: 3}", "tasks.t2i.teacher=strong"), tmp_path)  # fmt: skip
     assert 4 < guided.forwards < 5

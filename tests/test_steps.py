@@ -213,7 +213,7 @@ def test_a_teacher_that_cannot_be_proved_is_not_trained(recipe, made, tmp_path, 
 
 
 def test_a_guided_teacher_no_better_than_the_base_is_refused(base_folder, workspace, made):
-    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong", "tasks.t2i.gates=[]"]
+    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong"]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     with pytest.raises(UserError, match="teacher 'strong' is no better than the base on its task 't2i'"):
         steps.finetune_teacher(guided, "strong", *made[:2], workspace)

@@ -40,6 +40,12 @@ class Condition:
         return Condition(self.prompt[index], source, self.height, self.width)
 
 
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks: what diffusers says repeats, or is never split; none of a network that says neither."""
+    kinds = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
+    return [module for module in network.modules() if type(module).__name__ in set(kinds)]
+
+
 class Backbone(Protocol):
     """A model family around one transformer architecture.
 

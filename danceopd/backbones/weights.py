@@ -58,11 +58,26 @@ def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: M
     wanted = _shapes(network)
     _file_shapes(file)  # is it one?
     state = {_PREFIX.sub("", key): value for key, value in load_file(file).items()}
-    if 2 * len(state.keys() & wanted.keys()) < len(wanted):  # hardly a name of diffusers'
-        state = _converted(kind, file, state, dict(config))
+    if not wanted.keys() <= state.keys():
+        state = _under_diffusers_names(kind, file, state, wanted, config)
     _check_fit(file, kind, wanted, {key: tuple(value.shape) for key, value in state.items()}, "the base's config")
     network.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return network
+
+
+def _under_diffusers_names(
+    kind: type[ModelMixin], file: Path, state: dict[str, torch.Tensor], wanted: Mapping[str, Shape],
+    config: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The checkpoint converted, if that brings more of the wanted names to light."""
+    known = len(wanted.keys() & state.keys())
+    try:
+        converted = _converted(kind, file, dict(state), dict(config))
+    except UserError:
+        if 2 * known < len(wanted):  # hardly a name of diffusers'
+            raise
+        return state
+    return converted if len(wanted.keys() & converted.keys()) > known else state
 
 
 def _converted(

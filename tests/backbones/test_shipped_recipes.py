@@ -9,7 +9,7 @@ from PIL import Image
 from test_families import base_field, every_family, noise_of, our_latents, png, with_lora
 
 from danceopd import steps
-from danceopd.adapters import save_lora
+from danceopd.adapters import adapter_parameters, save_lora
 from danceopd.backbones import load_backbone
 from danceopd.checkpoint import load_field
 from danceopd.data.encoded import encode_records
@@ -22,7 +22,7 @@ from danceopd.recipe import Recipe, load_recipe
 RECIPES = {"flux2_klein": "flux2_klein_local_global", "z_image": "zimage_local_global", "sd3": "sd35_two_loras",
            "qwen_image": "qwen_image_edit"}  # fmt: skip
 SIZES = [
-    "model.height=64", "model.width=64", "distill.lora={rank: 8, alpha: 8}", "distill.steps=12", "distill.lr=0.03",
+    "model.height=64", "model.width=64", "distill.lora={rank: 8, alpha: 8}", "distill.steps=12", "distill.lr=0.08",
     "distill.warmup=2", "distill.batch=8", "distill.accumulate=2", "distill.rollout_steps=3", "evaluate.steps=2",
     "evaluate.per_task=2", "evaluate.batch=4", "evaluate.drift=null",
 ]  # fmt: skip
@@ -40,12 +40,14 @@ def teach(recipe: Recipe, base) -> dict:
     fields = {}
     for seed, (task, spec) in enumerate(recipe.tasks.items()):
         fields[task] = with_lora(base, spec.teacher, seed)
+        for parameter in adapter_parameters(base.transformer, spec.teacher):
+            parameter.data.mul_(2)  # a teacher with something to teach
         save_lora(base.transformer, spec.teacher, recipe.teachers[spec.teacher].path)
     return fields
 
 
 def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
-    """Records whose targets are their teachers' pictures, but for the lower half of an edit, which stays."""
+    """Records whose targets are their teachers' pictures, but for the lowest rows of an edit, which stay."""
     records = []
     for task, field in fields.items():
         plain = [
@@ -56,7 +58,7 @@ def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
         drawn = draw_field(field, encoded, [record.id for record in plain], recipe.evaluate)
         for record, picture in zip(plain, drawn, strict=True):
             if record.source is not None:
-                picture[32:] = read_picture(record.source, 64, 64, record.id)[32:]
+                picture[60:] = read_picture(record.source, 64, 64, record.id)[60:]
             records.append(replace(record, target=encode_picture(Image.fromarray(picture))))
     folder.mkdir()
     write_shard(records, folder / "records.parquet")

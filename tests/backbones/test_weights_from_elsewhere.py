@@ -113,7 +113,7 @@ def wide(state):
     ("change", "message"),
     [
         (lambda s: {k.replace("attn", "attention"): v for k, v in s.items()}, r"LoRA weights do not fit the base's "
-         r"Flux2Transformer2DModel: transformer_blocks\.0\.attention"),
+         r"Flux2Transformer2DModel: \w*transformer_blocks\.0\.attention"),
         (wide, r"1 of \d+ LoRA weights do not fit .* takes 7 features, the base has"),
         (lambda s: s | {"transformer.x.lokr_w1": torch.zeros(1)}, "a LoKr adapter, which is no plain LoRA"),
         (lambda s: s | {"transformer.x.dora_scale": torch.zeros(1)}, "a DoRA adapter, which is no plain LoRA"),
