@@ -54,17 +54,24 @@ def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> 
     update = ahead.forwards * spec.batch
     seconds = spec.steps * update * ahead.operations / (gpus * tflops * 1e12)
     table = Table("takes", "about")
-    table.add_row("transformer", f"{ahead.parameters / 1e9:.3g} billion weights, "
+    table.add_row("transformer", f"{_large(ahead.parameters)} weights, "
                   f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens a sample at most")  # fmt: skip
     table.add_row("memory per GPU", f"{say_size(ahead.held + ahead.training.total)}: frozen weights "
                   f"{say_size(ahead.held)}, training {ahead.training}")  # fmt: skip
     table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
     table.add_row("forwards", f"{ahead.forwards:.1f} a sample, {update:,.0f} an update of {spec.batch}, "
                   f"{update * spec.steps:,.0f} in {spec.steps:,} updates")  # fmt: skip
-    table.add_row("one forward", f"{ahead.operations / 1e12:.3g} x 10^12 operations")
+    table.add_row("one forward", f"{_large(ahead.operations)} operations")
     table.add_row("time", f"{_duration(seconds)} on {gpus} GPU{'s' * (gpus > 1)} that reach {tflops:g} x 10^12 a "
                   "second (--tflops), without encoding, fine-tuned teachers and evaluation")  # fmt: skip
     console.print(table)
+
+
+def _large(number: float) -> str:
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:,.0f}"
 
 
 def _duration(seconds: float) -> str:
