@@ -1,7 +1,10 @@
 """Query windows: where on its own path the student asks its teacher.
 
-A window is a distribution over the noise level sigma (1 = noise, 0 = clean), never over the step index: on a shifted
-grid the same index is another noise level. A draw is then moved to the nearest state that the sampling grid visits.
+A window is a distribution over the noise level sigma (1 = noise, 0 = clean): on a shifted grid the same step is another
+noise level, and what a teacher has to say hangs on the noise. A draw is then moved to the nearest state that the grid
+visits. Two windows are over the grid's steps instead, as the paper's release draws (arXiv 2606.27377,
+`sample_query_indices`): for its published settings, and for grids that crowd their steps at high noise, where an early
+noise level comes late on the path.
 """
 
 from __future__ import annotations
@@ -14,18 +17,21 @@ from torch import Tensor
 from danceopd.errors import UserError, unknown_name
 
 # Beta(a, b) over sigma. `semantic`: the early, high-noise part, where layout and meaning are decided.
-# `low_noise`: the late part (arXiv 2606.27377 draws Beta(5, 2) over the index towards the clean end).
+# `low_noise`: the late part.
 NAMED = {"semantic": (5.0, 2.0), "mid": (4.0, 4.0), "low_noise": (2.0, 5.0), "uniform": (1.0, 1.0)}
+# Beta(a, b) over the share of the steps that are done: the release's `high_t` and `low_t`.
+BY_STEP = {"early_steps": (2.0, 5.0), "late_steps": (5.0, 2.0)}
 
 
 @dataclass(frozen=True)
 class QueryWindow:
-    """Beta(a, b), stretched over [low, high] in sigma."""
+    """Beta(a, b), stretched over [low, high] in sigma; or over the steps of the path, from its first to its last."""
 
     a: float
     b: float
     low: float = 0.0
     high: float = 1.0
+    by_step: bool = False
 
     def draw(self, count: int, grid: Tensor, generator: torch.Generator) -> Tensor:
         """Draw query states.
@@ -41,19 +47,25 @@ class QueryWindow:
         """
         shares = torch.tensor([self.a, self.b], dtype=torch.float64).expand(count, 2)
         gammas = torch._standard_gamma(shares, generator=generator)
-        sigma = self.low + (self.high - self.low) * gammas[:, 0] / gammas.sum(dim=1)
+        share = gammas[:, 0] / gammas.sum(dim=1)
+        if self.by_step:
+            states = len(grid) - 1
+            return (share * states).long().clamp(max=states - 1)
+        sigma = self.low + (self.high - self.low) * share
         return (sigma[:, None] - grid[None, :-1].double()).abs().argmin(dim=1)
 
 
 def query_window(spec: str | tuple[float, float] | list[float]) -> QueryWindow:
-    """A window by name (`semantic`, `mid`, `low_noise`, `uniform`) or by range `[sigma_lo, sigma_hi]`.
+    """A window by name (in `NAMED`, over sigma, or `BY_STEP`, over the steps) or by range `[sigma_lo, sigma_hi]`.
 
     Raises:
         UserError: for an unknown name or a range that is not 0 <= lo < hi <= 1.
     """
     if isinstance(spec, str):
+        if spec in BY_STEP:
+            return QueryWindow(*BY_STEP[spec], by_step=True)
         if spec not in NAMED:
-            raise unknown_name("query window", spec, NAMED)
+            raise unknown_name("query window", spec, {**NAMED, **BY_STEP})
         return QueryWindow(*NAMED[spec])
     if len(spec) != 2 or not 0 <= spec[0] < spec[1] <= 1:
         raise UserError(f"query window {list(spec)}: write [sigma_lo, sigma_hi] with 0 <= sigma_lo < sigma_hi <= 1")

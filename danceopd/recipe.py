@@ -142,7 +142,7 @@ def check_phases(what: str, ends: list[float]) -> None:
         raise ValueError(f"{what}: the phases end at {ends}; 'until' must rise and the last be 1")
 
 
-Window = Literal["semantic", "mid", "low_noise", "uniform"] | tuple[Fraction, Fraction]
+Window = Literal["semantic", "mid", "low_noise", "uniform", "early_steps", "late_steps"] | tuple[Fraction, Fraction]
 
 
 class WindowPhase(_Part):
@@ -494,7 +494,7 @@ class Recipe(_Part):
 def say_invalid(error: ValidationError, model: type[BaseModel], where: str) -> UserError:
     """The first thing that does not fit a model, as one line."""
     first = error.errors()[0]
-    path = ".".join(str(p) for p in first["loc"])
+    path = ".".join(str(p) for p in first["loc"] if "[" not in str(p))  # pydantic names a union's branches, too
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"no such field; here are: {', '.join(_fields_at(model, first['loc'][:-1]))}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from danceopd.errors import UserError
-from danceopd.queries import NAMED, WindowSchedule, query_window
+from danceopd.queries import BY_STEP, NAMED, WindowSchedule, query_window
 
 GRID = torch.linspace(1, 0, 17)
 SHIFTED = 3 * GRID / (1 + 2 * GRID)
@@ -17,7 +18,7 @@ def drawn_sigma(spec, grid=GRID, count=4000):
     return grid[index]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*NAMED, *BY_STEP])
 def test_draws_lie_on_the_grid_before_its_end(name):
     index = query_window(name).draw(2000, GRID, torch.Generator().manual_seed(1))
     assert index.min() >= 0
@@ -34,6 +35,18 @@ def test_windows_are_ordered_from_noise_to_clean():
 @pytest.mark.parametrize("name", NAMED)
 def test_a_window_means_the_same_noise_level_on_a_shifted_grid(name):
     assert drawn_sigma(name, SHIFTED).mean() == pytest.approx(drawn_sigma(name).mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("grid", [GRID, SHIFTED])
+def test_a_window_over_steps_is_the_releases_on_any_grid(grid):
+    """`int(u * states)` with u from Beta(5, 2), as `sample_query_indices` of the paper's release draws."""
+    generator = np.random.default_rng(0)
+    theirs = np.bincount((generator.beta(5, 2, 20_000) * 16).astype(int), minlength=16) / 20_000
+    late = query_window("late_steps").draw(20_000, grid, torch.Generator().manual_seed(0))
+    ours = np.bincount(late.numpy(), minlength=16) / 20_000
+    assert np.abs(ours - theirs).max() < 0.015
+    early = query_window("early_steps").draw(20_000, grid, torch.Generator().manual_seed(0))
+    assert early.float().mean() + late.float().mean() == pytest.approx(15, abs=0.2)
 
 
 def test_a_range_is_kept():
@@ -55,7 +68,7 @@ def test_a_range_that_is_none_is_refused(spec):
 
 
 def test_an_unknown_name_lists_the_right_ones():
-    with pytest.raises(UserError, match="'sematic' is not known; choose one of: low_noise, mid, semantic, uniform"):
+    with pytest.raises(UserError, match="'sematic' is not known; choose one of: early_steps, late_steps, low_noise, m"):
         query_window("sematic")
 
 

@@ -24,7 +24,7 @@ def test_recipes_of_the_paper_hold_its_settings(name):
     recipe = load_recipe(name)
     spec, model = recipe.distill, recipe.model
     assert (spec.method, spec.trainable, spec.lora.rank, spec.lora.alpha) == ("danceopd", "lora", 128, 128)
-    assert (spec.lr, spec.rollout_steps, spec.window, spec.steps) == (2e-4, 16, "low_noise", 3000)
+    assert (spec.lr, spec.rollout_steps, spec.window, spec.steps) == (2e-4, 16, "late_steps", 3000)
     assert (model.height, model.width) == (1024, 1024)
     for task in recipe.tasks.values():
         assert set(task.metrics) <= set(METRICS)
@@ -35,7 +35,7 @@ def test_recipes_of_the_paper_hold_its_settings(name):
     [
         ("distill.stps=3", r"distill\.stps: no such field; here are: accumulate, .*steps, "),
         ("teachers.local_edit.train.lrr=1", r"lrr: no such field; here are: accumulate, .*lr, "),
-        ("distill.window=sematic", "Input should be 'semantic', 'mid', 'low_noise' or 'uniform'"),
+        ("distill.window=sematic", "distill.window: Input should be .semantic., .* .early_steps. or .late_steps."),
         ("distill.window=[0.5, 0.2]", "sigma_lo < sigma_hi"),
         ("distill.window=[{until: 0.5, window: mid}]", "'until' must rise and the last be 1"),
         ("distill.window=[{until: 1, window: [0.5, 0.2]}]", "sigma_lo < sigma_hi"),

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,7 +21,7 @@ from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.files import read_json, write_json
 from danceopd.operators import GuidedField
-from danceopd.queries import NAMED
+from danceopd.queries import BY_STEP, NAMED
 from danceopd.recipe import MERGES, METHODS, load_recipe
 from danceopd.shipped import shipped_names
 from danceopd.studies import cells
@@ -203,7 +204,7 @@ def cost(backbone, training_set, *settings, method="danceopd"):
 SCHEDULE = "[{until: 0.3, window: semantic}, {until: 1, window: uniform}]"
 
 
-@pytest.mark.parametrize("window", [*NAMED, "[0.3, 0.6]", SCHEDULE])
+@pytest.mark.parametrize("window", [*NAMED, *BY_STEP, "[0.3, 0.6]", SCHEDULE])
 def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window):
     """Against the exact mean of the stops on the grid, found by integration over each window's density."""
     recipe = load_recipe("world", [f"distill.window={window}", "distill.start=base"])
@@ -222,6 +223,9 @@ def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window
 def mean_stop(window, grid) -> float:
     from scipy import stats
 
+    if window in BY_STEP:
+        reached = stats.beta(*BY_STEP[window]).cdf(np.arange(len(grid)) / (len(grid) - 1))
+        return float(sum(k * share for k, share in enumerate(np.diff(reached))))
     a, b = NAMED[window] if isinstance(window, str) else (1, 1)
     low, high = (0, 1) if isinstance(window, str) else window
     states = grid[:-1]
