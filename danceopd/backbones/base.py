@@ -55,6 +55,7 @@ class Backbone(Protocol):
     transformer: nn.Module
     lora_targets: str  # a regular expression over module names
     prompt_sees_source: bool  # whether a prompt's embedding depends on the source images it speaks of
+    most_sources: int | None  # source images a sample may have; None: any number
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, C) of a picture of this size."""

@@ -33,6 +33,7 @@ class PipelineBackbone:
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets: ClassVar[str]
     prompt_sees_source: ClassVar[bool] = False
+    most_sources: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, settings: ModelRecipe, folder: Path | None = None):
         """Wrap a loaded pipeline; `folder` is where its text encoders can be read again once they were freed."""

@@ -71,6 +71,10 @@ class QwenImage(PipelineBackbone):
             index = read_json(Path(folder) / "model_index.json")
             write_json(Path(folder) / "model_index.json", index | {"processor": ["transformers", "Qwen2VLProcessor"]})
 
+    @property
+    def most_sources(self) -> int | None:
+        return None if isinstance(self.pipeline, QwenImageEditPlusPipeline) else 0
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self._token_grid(height, width)
         return rows * columns, self.transformer.config.in_channels

@@ -25,6 +25,7 @@ class SD3(ShiftedLatentsBackbone):
 
     pipelines = (StableDiffusion3Pipeline,)
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    most_sources = 0
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:

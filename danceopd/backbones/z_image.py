@@ -34,6 +34,7 @@ class ZImage(ShiftedLatentsBackbone):
     """
 
     pipelines = (ZImagePipeline,)
+    most_sources = 1
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
 
     def __init__(self, pipeline: ZImagePipeline, settings: ModelRecipe, folder=None):
