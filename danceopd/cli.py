@@ -19,6 +19,7 @@ from danceopd import __version__
 from danceopd.data.commands import data_cache, data_import
 from danceopd.errors import Interrupted, UserError
 from danceopd.evaluation.commands import data_import_benchmark
+from danceopd.generate_commands import generate
 from danceopd.recipe import Recipe, load_recipe
 from danceopd.recipe_commands import recipe_app
 
@@ -329,26 +330,7 @@ def study(
     typer.echo(f"{summary['folder']}/study.md")
 
 
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="a student's pipeline folder")],
-    prompt: Annotated[str, typer.Argument(help="caption or instruction")],
-    image: Annotated[Path | None, typer.Option(help="picture to edit")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Euler steps")] = 8,
-) -> None:
-    """Draw one picture, or edit one."""
-    import io
-
-    from danceopd.files import write_atomic
-    from danceopd.generate import open_image, open_student
-
-    source = open_image(image) if image is not None else None
-    picture = open_student(model).draw([prompt], [source], [seed], steps)[0]
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    typer.echo(write_atomic(out, buffer.getvalue()))
+app.command()(generate)
 
 
 @world_app.command("build-base")

@@ -206,12 +206,18 @@ def read_size(text: object, where: str) -> tuple[int, int]:
     return int(found[2]), int(found[1])
 
 
-def to_pixels(image: Image.Image, height: int, width: int) -> Tensor:
-    """A picture as (3, height, width) float32 in [-1, 1]: turned upright by its EXIF tag, cropped, resized."""
+def to_fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """A picture turned upright by its EXIF tag, cropped to the ratio of a size and brought to it."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return image
+
+
+def to_pixels(image: Image.Image, height: int, width: int) -> Tensor:
+    """A picture as (3, height, width) float32 in [-1, 1], fitted to that size."""
+    pixels = np.array(to_fitted(image, height, width))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def decode_picture(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

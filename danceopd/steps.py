@@ -707,6 +707,7 @@ def _build_student(
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
     return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
             "forwards_per_sample": forwards,
+            "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
             "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
 
 
@@ -804,7 +805,8 @@ def _build_evaluation(
         "distillation forwards a sample": student.facts["forwards_per_sample"],
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {usable_cores()} cores",
     }
-    provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": student.facts}
+    training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
+    provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": training}
     evaluation = replace(evaluation, metrics=evaluation.metrics | {"versions": _versions(teachers)})
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")

@@ -39,6 +39,14 @@ def backbone(tiny_base):
 
 
 @pytest.fixture(scope="session")
+def student_pipeline(backbone, tmp_path_factory) -> Path:
+    """The tiny base exported as a student's pipeline folder. Do not change it."""
+    folder = tmp_path_factory.mktemp("student") / "pipeline"
+    backbone.save(folder, backbone.transformer)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     """A dataset folder of the small world: 12 train, 6 val and 6 test records a task."""
     from danceopd.data import world

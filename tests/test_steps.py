@@ -74,6 +74,15 @@ def test_products_say_what_they_are(made):
     assert base.pipeline.is_dir()
 
 
+def test_a_student_in_its_workspace_finds_what_it_was_made_of(made):
+    from danceopd.side_by_side import find_origins
+
+    base, _, teachers, student = made
+    origins = find_origins(student.pipeline)
+    assert origins.base == base.pipeline
+    assert origins.teachers == {name: product.folder.resolve() for name, product in teachers.items()}
+
+
 def test_what_is_there_is_reused(recipe, workspace, made, caplog):
     with caplog.at_level(logging.INFO, "danceopd"):
         again = run_to_student(recipe, workspace)

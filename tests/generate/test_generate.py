@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +15,13 @@ from danceopd.errors import UserError
 from danceopd.generate import (
     MAX_SEED,
     Drawer,
+    Sample,
     decode_picture,
     encode_picture,
     open_image,
     open_student,
     read_settings,
+    read_size,
     to_pixels,
 )
 
@@ -38,15 +39,8 @@ def same(a: Image.Image, b: Image.Image) -> bool:
 
 
 @pytest.fixture(scope="module")
-def exported(backbone, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("student") / "pipeline"
-    backbone.save(folder, backbone.transformer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def drawer(exported) -> Drawer:
-    return open_student(exported)
+def drawer(student_pipeline) -> Drawer:
+    return open_student(student_pipeline)
 
 
 def test_a_sample_does_not_depend_on_its_batch(drawer):
@@ -75,6 +69,52 @@ def test_prompt_image_seed_and_steps_all_matter(drawer):
         assert not np.array_equal(np.asarray(plain), np.asarray(others[0]))
     edits = drawer.draw(["red square"] * 2, [picture(1), picture(2)], [0, 0], STEPS)
     assert not np.array_equal(np.asarray(edits[0]), np.asarray(edits[1]))
+
+
+def test_one_sample_after_the_other_is_the_same_to_the_bit(drawer):
+    samples = [Sample("red square", (), 3, 2), Sample("make it green", (picture(1),), 4, 3), Sample("a", (), 3, 2, 2.0)]
+    together = drawer.draw_samples(samples)
+    for sample, drawn in zip(reversed(samples), reversed(together), strict=True):
+        assert drawer.draw_samples([sample])[0].tobytes() == drawn.tobytes()
+
+
+def test_every_source_image_matters_and_so_does_their_order(drawer):
+    one, two = picture(1), picture(2)
+    drawn = drawer.draw_samples([Sample("mix", shown, 0, 2) for shown in ((one,), (one, two), (two, one))], batch=3)
+    assert len({image.tobytes() for image in drawn}) == 3
+
+
+def test_guidance_one_is_the_plain_field_and_more_is_another(drawer):
+    plain, same_again, guided = drawer.draw_samples([Sample("ring", (), 0, 2, scale) for scale in (None, 1, 3.0)])
+    assert plain.tobytes() == same_again.tobytes() != guided.tobytes()
+
+
+def test_a_picture_of_another_size_is_drawn_and_edited(drawer):
+    drawn, edited = drawer.draw_samples(
+        [Sample("ring", (), 0, 2, size=(32, 96)), Sample("mix", (picture(1),), 0, 2, size=(32, 96))]
+    )
+    assert drawn.size == edited.size == (96, 32)
+
+
+def test_sizes_are_written_width_first():
+    assert read_size("96x32", "--size") == (32, 96)
+    for wrong in ("96", "96x", "0x32", "96X32", "-1x5", "1e3x5", None, 96):
+        with pytest.raises(UserError, match=r"--size: .* is no size; write WIDTHxHEIGHT"):
+            read_size(wrong, "--size")
+
+
+def test_what_a_family_cannot_take_is_refused(drawer, monkeypatch):
+    monkeypatch.setattr(drawer.field.backbone, "most_sources", 1)
+    with pytest.raises(UserError, match=r"here: 2 source image\(s\), and this student \(flux2_klein\) takes 1"):
+        drawer.check(Sample("mix", (picture(1), picture(2))), "here")
+    monkeypatch.setattr(drawer.field.backbone, "most_sources", 0)
+    with pytest.raises(UserError, match="draws only"):
+        drawer.check(Sample("mix", (picture(1),)), "here")
+    with pytest.raises(UserError, match="here: picture size 40x64: both sides must be multiples of 16"):
+        drawer.check(Sample("ring", size=(40, 64)), "here")
+    for scale in (0.5, 101.0, float("nan")):
+        with pytest.raises(UserError, match="guidance is"):
+            drawer.check(Sample("ring", guidance=scale), "here")
 
 
 def test_nothing_to_draw_is_nothing(drawer):
@@ -145,12 +185,12 @@ def test_settings_come_from_the_folder(drawer, backbone):
     assert drawer.settings.model_dump(exclude=exclude) == backbone.settings.model_dump(exclude=exclude)
 
 
-def test_a_folder_that_is_no_student_is_refused(exported, tiny_base, tmp_path):
+def test_a_folder_that_is_no_student_is_refused(student_pipeline, tiny_base, tmp_path):
     with pytest.raises(UserError, match=r"no danceopd.json there"):
         open_student(tiny_base)
     with pytest.raises(UserError, match=r"no danceopd.json there"):
         open_student(tmp_path / "none")
-    shutil.copy(exported / "danceopd.json", tmp_path)
+    shutil.copy(student_pipeline / "danceopd.json", tmp_path)
     with pytest.raises(UserError, match="no Flux2KleinPipeline folder"):
         open_student(tmp_path)
 
@@ -163,8 +203,8 @@ def test_a_folder_that_is_no_student_is_refused(exported, tiny_base, tmp_path):
         ({"colour": 1}, "colour: Extra inputs are not permitted"),
     ],
 )
-def test_damaged_settings_are_refused(exported, tmp_path, change, words):
-    settings = json.loads((exported / "danceopd.json").read_text())
+def test_damaged_settings_are_refused(student_pipeline, tmp_path, change, words):
+    settings = json.loads((student_pipeline / "danceopd.json").read_text())
     (tmp_path / "danceopd.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=words):
         read_settings(tmp_path)
