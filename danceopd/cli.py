@@ -22,6 +22,7 @@ from danceopd.evaluation.commands import data_import_benchmark
 from danceopd.generate_commands import generate
 from danceopd.recipe import Recipe, load_recipe
 from danceopd.recipe_commands import recipe_app
+from danceopd.serving.commands import serve
 
 # typer brings its own copy of click, whose error base it does not export.
 UsageError = typer.BadParameter.__bases__[0]
@@ -331,6 +332,7 @@ def study(
 
 
 app.command()(generate)
+app.command()(serve)
 
 
 @world_app.command("build-base")
