@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from danceopd.errors import UserError
 from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Drawer, Sample, encode_picture, read_size
@@ -39,6 +39,12 @@ class Limits:
     max_source_pixels: int = 32_000_000
 
 
+def _not_empty(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw or to change")
+    return prompt
+
+
 class Generation(BaseModel):
     """`POST /v1/images/generations`; `seed`, `steps` and `guidance` are our own.
 
@@ -47,7 +53,7 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, Field(max_length=32_000, pattern=r"\S", description="caption or instruction")]
+    prompt: Annotated[str, Field(max_length=32_000), AfterValidator(_not_empty)]
     model: str | None = None
     n: Annotated[int, Field(ge=1, description="pictures; their seeds count up from `seed`")] = 1
     size: str = Field("auto", description="WIDTHxHEIGHT, or auto: the student's own")
