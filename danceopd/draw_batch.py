@@ -119,11 +119,10 @@ def draw_batch(
     Raises:
         UserError: if `out` holds something, or the student cannot draw an item.
     """
-    out = Path(out).resolve()
     check_folder(out)
     check_items(drawer, items)
     entries, tiles = [], []
-    with atomic_folder(out) as scratch:
+    with atomic_folder(Path(out).resolve()) as scratch:
         for name in fields:
             (scratch / name).mkdir()
         for part, sources, drawn in _draw(drawer, fields, items, batch):
@@ -136,7 +135,8 @@ def draw_batch(
                 entries.append(_entry(item, files, data, next(iter(pictures.values())).size))
                 if grid:
                     tiles.append([[_tile(s) for s in sources[place]], [_tile(p) for p in pictures.values()]])
-            log.info("drawn %d of %d", len(entries), len(items))
+            if 10 * len(entries) // len(items) > 10 * (len(entries) - len(part)) // len(items):  # ten lines at most
+                log.info("drawn %d of %d", len(entries), len(items))
         grids = _write_grids(scratch, list(fields), items, tiles) if grid else []
         manifest = {"danceopd": __version__, "student": about, "fields": list(fields), "grids": grids}
         write_json(scratch / MANIFEST, manifest | {"pictures": entries})
@@ -180,7 +180,7 @@ def _write_grids(folder: Path, fields: list[str], items: list[Item], tiles: list
     most = max(len(sources) for sources, _ in tiles)
     heads = ["source"] if most == 1 else [f"source {number + 1}" for number in range(most)]
     rows = [[*sources, *[None] * (most - len(sources)), *drawn] for sources, drawn in tiles]
-    titles = [f"{item.sample.seed} · {item.sample.prompt}" for item in items]
+    titles = [f"seed {item.sample.seed}: {item.sample.prompt}" for item in items]
     pages = range(0, len(rows), GRID_ROWS)
     names = ["grid.png"] if len(pages) == 1 else [f"grid-{page + 1:03d}.png" for page in range(len(pages))]
     for name, start in zip(names, pages, strict=True):

@@ -89,7 +89,7 @@ def test_a_batch_is_a_folder_with_a_manifest(run, student, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, out, err = run(student, "--prompts", "p.jsonl", "--out", "drawn", "--seed", 1, "--seed", 2, "--steps", 2)
     assert code == 0, err
-    assert out.strip() == str(tmp_path / "drawn")
+    assert out == "drawn\n"
     manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
     files = {str(p.relative_to(tmp_path / "drawn")) for p in (tmp_path / "drawn").rglob("*.png")}
     assert files == {"student/ring-seed1.png", "student/ring-seed2.png", "student/0002.png"}
