@@ -16,7 +16,7 @@ from danceopd.batch_files import Row, refuse
 from danceopd.errors import UserError
 from danceopd.evaluation.grids import fit_scale, picture_grid, resize
 from danceopd.fields import Field
-from danceopd.files import atomic_folder, write_json
+from danceopd.files import atomic_folder, hash_file, write_json
 from danceopd.generate import Drawer, Sample, encode_picture, open_image, to_fitted
 
 log = logging.getLogger(__name__)
@@ -121,69 +121,81 @@ def draw_batch(
     """
     check_folder(out)
     check_items(drawer, items)
-    entries, tiles = [], []
+    entries = []
     with atomic_folder(Path(out).resolve()) as scratch:
         for name in fields:
             (scratch / name).mkdir()
-        for part, sources, drawn in _draw(drawer, fields, items, batch):
-            for place, item in enumerate(part):
-                pictures = {name: column[place] for name, column in drawn.items()}
-                files = {name: f"{name}/{item.name}.png" for name in fields}
-                data = {name: encode_picture(picture) for name, picture in pictures.items()}
-                for name, path in files.items():
-                    (scratch / path).write_bytes(data[name])
-                entries.append(_entry(item, files, data, next(iter(pictures.values())).size))
-                if grid:
-                    tiles.append([[_tile(s) for s in sources[place]], [_tile(p) for p in pictures.values()]])
-            if 10 * len(entries) // len(items) > 10 * (len(entries) - len(part)) // len(items):  # ten lines at most
+        pages = _Pages(scratch, list(fields), items) if grid else None
+        for item, sources, pictures in _draw(drawer, fields, items, batch):
+            entries.append(_write_pictures(scratch, item, pictures))
+            if pages is not None:
+                pages.add(item, sources, list(pictures.values()))
+            if 10 * len(entries) // len(items) > 10 * (len(entries) - 1) // len(items):  # ten lines at most
                 log.info("drawn %d of %d", len(entries), len(items))
-        grids = _write_grids(scratch, list(fields), items, tiles) if grid else []
-        manifest = {"danceopd": __version__, "student": about, "fields": list(fields), "grids": grids}
-        write_json(scratch / MANIFEST, manifest | {"pictures": entries})
+        manifest = {"danceopd": __version__, "student": about, "fields": list(fields), "pictures": entries}
+        write_json(scratch / MANIFEST, manifest | {"grids": [] if pages is None else pages.names})
     return out
 
 
 def _draw(
     drawer: Drawer, fields: Mapping[str, Field], items: list[Item], batch: int
-) -> Iterator[tuple[list[Item], list[list[Image.Image]], dict[str, list[Image.Image]]]]:
-    """Parts of the items, in order, with their source images and pictures; never more than a part in memory."""
+) -> Iterator[tuple[Item, list[Image.Image], dict[str, Image.Image]]]:
+    """The items, in order, with their source images as the student sees them and each field's picture."""
+    own = drawer.settings.height, drawer.settings.width
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         samples = [with_sources(item) for item in part]
-        height, width = drawer.settings.height, drawer.settings.width
-        shown = [[to_fitted(image, *(s.size or (height, width))) for image in s.sources] for s in samples]
-        yield part, shown, drawer.draw_fields(fields, samples, batch)
+        drawn = drawer.draw_fields(fields, samples, batch)
+        for place, (item, sample) in enumerate(zip(part, samples, strict=True)):
+            shown = [to_fitted(image, *(sample.size or own)) for image in sample.sources]
+            yield item, shown, {name: pictures[place] for name, pictures in drawn.items()}
 
 
-def _entry(item: Item, files: dict[str, str], data: dict[str, bytes], size: tuple[int, int]) -> dict:
-    sample = item.sample
+def _write_pictures(folder: Path, item: Item, pictures: dict[str, Image.Image]) -> dict:
+    """Write an item's pictures, and return its entry in the manifest."""
+    sample, files, hashes = item.sample, {}, {}
+    for field, picture in pictures.items():
+        data = encode_picture(picture)
+        files[field], hashes[field] = f"{field}/{item.name}.png", hashlib.sha256(data).hexdigest()
+        (folder / files[field]).write_bytes(data)
+    width, height = picture.size
     return {
         "files": files,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in data.items()},
+        "sha256": hashes,
         "prompt": sample.prompt,
-        "sources": [
-            {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in item.sources
-        ],
+        "sources": [{"file": str(path), "sha256": hash_file(path)} for path in item.sources],
         "seed": sample.seed,
         "steps": sample.steps,
         "guidance": sample.guidance,
-        "size": f"{size[0]}x{size[1]}",
+        "size": f"{width}x{height}",
     }
+
+
+class _Pages:
+    """Writes rows of pictures as `grid.png`, or as numbered files of `GRID_ROWS` rows; holds the rows of one."""
+
+    def __init__(self, folder: Path, fields: list[str], items: list[Item]):
+        self._folder, self._left = folder, len(items)
+        self._most = max(len(item.sources) for item in items)
+        heads = ["source"] if self._most == 1 else [f"source {number + 1}" for number in range(self._most)]
+        self._heads = [*heads, *fields]
+        self._single = len(items) <= GRID_ROWS
+        self._rows: list[list[np.ndarray | None]] = []
+        self._titles: list[str] = []
+        self.names: list[str] = []
+
+    def add(self, item: Item, sources: list[Image.Image], drawn: list[Image.Image]) -> None:
+        """One row; the last of a file writes it."""
+        places = [*map(_tile, sources), *[None] * (self._most - len(sources))]
+        self._rows.append([*places, *map(_tile, drawn)])
+        self._titles.append(f"seed {item.sample.seed}: {item.sample.prompt}")
+        self._left -= 1
+        if len(self._rows) == GRID_ROWS or not self._left:
+            self.names.append("grid.png" if self._single else f"grid-{len(self.names) + 1:03d}.png")
+            picture_grid(self._rows, self._heads, self._titles, scale=1).save(self._folder / self.names[-1])
+            self._rows, self._titles = [], []
 
 
 def _tile(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     return np.asarray(resize(pixels, fit_scale(pixels, TILE)))
-
-
-def _write_grids(folder: Path, fields: list[str], items: list[Item], tiles: list) -> list[str]:
-    most = max(len(sources) for sources, _ in tiles)
-    heads = ["source"] if most == 1 else [f"source {number + 1}" for number in range(most)]
-    rows = [[*sources, *[None] * (most - len(sources)), *drawn] for sources, drawn in tiles]
-    titles = [f"seed {item.sample.seed}: {item.sample.prompt}" for item in items]
-    pages = range(0, len(rows), GRID_ROWS)
-    names = ["grid.png"] if len(pages) == 1 else [f"grid-{page + 1:03d}.png" for page in range(len(pages))]
-    for name, start in zip(names, pages, strict=True):
-        stop = start + GRID_ROWS
-        picture_grid(rows[start:stop], [*heads[:most], *fields], titles[start:stop], scale=1).save(folder / name)
-    return names

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # slow to import, and --help needs none of it
 
 KEY = "DANCEOPD_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAMED = [*LOOPBACK, "[::1]"]  # in a request's Host header
 
 
 def serve(
@@ -55,7 +56,7 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     run_server(
         lambda: open_student(model, dtype), listener, name or _name(model), limits, key, queue, grace,
-        list(LOOPBACK) if host in LOOPBACK else None,
+        NAMED if host in LOOPBACK else None,
         lambda: typer.echo(f"http://{shown}:{listener.getsockname()[1]}/"),
     )  # fmt: skip
 
