@@ -36,7 +36,7 @@ def generate(
         bool, typer.Option("--grid", help="teachers and student side by side, from the same noise")
     ] = False,
     teacher: Annotated[
-        list[str], typer.Option(help="for --grid: NAME=FOLDER, repeatable; default: those it was distilled from")
+        list[str], typer.Option(help="for --grid: NAME=WEIGHTS, repeatable; default: those it was distilled from")
     ] = [],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="for --teacher: the base they belong to")] = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures a forward pass; the last bit may depend on it")] = 1,
@@ -112,14 +112,14 @@ def _origins(model: Path, base: str | None, teachers: list[str]) -> Origins:
 
     if not teachers:
         if base is not None:
-            raise UserError("--base belongs to --teacher NAME=FOLDER; without one the student's own base is taken")
+            raise UserError("--base belongs to --teacher NAME=WEIGHTS; without one the student's own base is taken")
         return find_origins(model)
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for text in teachers:
-        name, sign, folder = text.partition("=")
-        if not sign or not folder:
-            raise UserError(f"--teacher {text!r}: write NAME=FOLDER")
+        name, sign, weights = text.partition("=")
+        if not sign or not weights:
+            raise UserError(f"--teacher {text!r}: write NAME=WEIGHTS")
         if read_name(name, f"--teacher {text!r}") in named:
             raise UserError(f"--teacher {text!r}: {name} is named twice")
-        named[name] = Path(folder)
+        named[name] = weights
     return named_origins(base, named, Path("runs"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from danceopd.backbones import load_backbone
-from danceopd.bases import fetch_base
+from danceopd.bases import fetch_base, fetch_weights
 from danceopd.checkpoint import field_kind, load_fields
 from danceopd.devices import best_device
 from danceopd.errors import UserError
@@ -19,7 +19,7 @@ from danceopd.generate import Drawer, read_settings
 from danceopd.steps import STEP, Product, open_product
 
 STUDENT = "student"
-_MEND = "name them: --teacher NAME=FOLDER, and --base for teachers that are LoRAs or the base itself"
+_MEND = "name them: --teacher NAME=WEIGHTS, and --base for teachers that are LoRAs or the base itself"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Origins:
 
     Attributes:
         base: the base's pipeline folder; None: not known.
-        teachers: field folders by name.
+        teachers: by name, field folders or other weights that `checkpoint.field_kind` knows.
     """
 
     base: Path | None
@@ -64,25 +64,24 @@ def _product(folder: Path, digest: str, what: str) -> Product:
     raise UserError(f"{folder}: the {what} the student was made of is not there any more; {_MEND}")
 
 
-def named_origins(base: str | None, teachers: Mapping[str, Path], workspace: Path) -> Origins:
-    """Teachers by the folders a user names.
+def named_origins(base: str | None, teachers: Mapping[str, str], workspace: Path) -> Origins:
+    """Teachers by the weights a user names.
 
     Args:
         base: as a recipe's `model.base` names it; None: every teacher must be a whole checkpoint.
-        teachers: folders that `checkpoint.field_kind` knows, by name.
-        workspace: where a base that lies elsewhere is downloaded to.
+        teachers: by name, what a recipe's `teachers.<name>.path` may name, or a teacher's folder of a workspace.
+        workspace: where weights that lie elsewhere are downloaded to.
 
     Raises:
-        UserError: if a folder holds no field, a name is taken, or a teacher needs a base and none is named.
+        UserError: if there are no such weights, a name is taken, or a teacher needs a base and none is named.
     """
     if STUDENT in teachers:
         raise UserError(f"--teacher {STUDENT}=...: that name is the student's own; choose another")
-    needy = [name for name, folder in teachers.items() if field_kind(folder) != "full"]
+    found = {name: fetch_weights(where, workspace, f"--teacher {name}=") for name, where in teachers.items()}
+    needy = [name for name, weights in found.items() if field_kind(weights) != "full"]
     if needy and base is None:
-        raise UserError(
-            f"teacher {needy[0]!r} is no whole checkpoint: it needs the base it belongs to; name it by --base"
-        )
-    return Origins(None if base is None else fetch_base(base, None, workspace).folder, dict(teachers))
+        raise UserError(f"teacher {needy[0]!r} is no whole checkpoint: it needs the base it belongs to; add --base")
+    return Origins(None if base is None else fetch_base(base, None, workspace).folder, found)
 
 
 def open_side_by_side(model: Path, origins: Origins, dtype: str = "float32") -> tuple[Drawer, dict[str, Field]]:

@@ -130,9 +130,9 @@ def test_a_grid_lays_teachers_beside_the_student(run, student, tiny_base, worksp
 def test_teachers_can_be_named(student, tiny_base, workspace, tmp_path):
     lora, copy = workspace / "teachers" / "style-1", tmp_path / "elsewhere"
     shutil.copytree(student, copy)
-    _, fields = open_side_by_side(copy, named_origins(str(tiny_base), {"style": lora}, tmp_path))
+    _, fields = open_side_by_side(copy, named_origins(str(tiny_base), {"style": str(lora)}, tmp_path))
     assert list(fields) == ["style", "student"]
-    _, fields = open_side_by_side(copy, named_origins(None, {"whole": copy}, tmp_path))
+    _, fields = open_side_by_side(copy, named_origins(None, {"whole": str(copy)}, tmp_path))
     assert list(fields) == ["whole", "student"]
 
 
@@ -165,10 +165,11 @@ def test_many_rows_make_several_grids(student, tmp_path, monkeypatch):
         (["a", "--seed", "1", "--seed", "2", "--out", "x.png"], "several pictures and a grid go to a folder"),
         (["a", "--seed", "1", "--seed", "2", "--out", "full"], "full: exists already"),
         (["a", "--teacher", "x=y"], "--teacher and --base are for --grid"),
-        (["a", "--grid", "--teacher", "x"], "--teacher 'x': write NAME=FOLDER"),
+        (["a", "--grid", "--teacher", "x"], "--teacher 'x': write NAME=WEIGHTS"),
         (["a", "--grid", "--teacher", "a/b=y"], "'a/b'; use letters"),
         (["a", "--grid", "--teacher", "student=full"], "that name is the student's own"),
-        (["a", "--grid", "--teacher", "x=full"], "full: neither a PEFT LoRA folder"),
+        (["a", "--grid", "--teacher", "x=full"], "full: neither a LoRA (a PEFT folder"),
+        (["a", "--grid", "--teacher", "x=gone"], "--teacher x= 'gone': no such file or folder"),
         (["a", "--grid", "--base", "world"], "--base belongs to --teacher"),
     ],
 )
@@ -188,7 +189,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(run, student, 
 def test_teachers_that_are_not_known_or_gone_are_said(student, workspace, student_pipeline, tmp_path):
     from danceopd.errors import UserError
 
-    with pytest.raises(UserError, match=r"not in the workspace it was made in.*--teacher NAME=FOLDER"):
+    with pytest.raises(UserError, match=r"not in the workspace it was made in.*--teacher NAME=WEIGHTS"):
         find_origins(student_pipeline)
     copy = tmp_path / "w"
     shutil.copytree(workspace, copy)
@@ -199,7 +200,7 @@ def test_teachers_that_are_not_known_or_gone_are_said(student, workspace, studen
     with pytest.raises(UserError, match="does not say what the student was made of"):
         find_origins(copy / "students" / "world-1" / "pipeline")
     with pytest.raises(UserError, match="teacher 'style' is no whole checkpoint: it needs the base"):
-        named_origins(None, {"style": workspace / "teachers" / "style-1"}, tmp_path)
+        named_origins(None, {"style": str(workspace / "teachers" / "style-1")}, tmp_path)
 
 
 def test_a_failure_while_drawing_leaves_nothing(run, student, tmp_path, monkeypatch):
