@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.errors import UserError
-from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, open_image, read_size
+from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, check_prompt, open_image, read_size
 
 SHOWN = 5  # problems told of a file; the others are counted
 LISTED = ";"  # between the source images of one CSV cell
@@ -139,8 +139,7 @@ def _row(path: Path, line: int, found: dict[str, Any], problems: list[str]) -> R
 
 
 def _read_prompt(value: Any, where: str, _: Path) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: no text; say what to draw or to change")
+    check_prompt(value, where)
     return value
 
 

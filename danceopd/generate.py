@@ -143,8 +143,7 @@ class Drawer:
         Raises:
             UserError: naming `where`.
         """
-        if not isinstance(sample.prompt, str) or not sample.prompt.strip():
-            raise UserError(f"{where}: the prompt is empty; say what to draw or to change")
+        check_prompt(sample.prompt, where)
         if not 0 <= sample.seed <= MAX_SEED:
             raise UserError(f"{where}: seed {sample.seed} is out of range; use 0 to {MAX_SEED}")
         if not 1 <= sample.steps <= MAX_STEPS:
@@ -192,6 +191,18 @@ class Drawer:
         source = torch.cat(places, dim=1).to(device) if places else None
         prompt = backbone.encode_prompts([sample.prompt for sample in samples], shown if places else None)
         return Condition(prompt.to(device), source, height, width)
+
+
+def check_prompt(prompt: object, where: str) -> None:
+    """Refuse what is no text that a tokenizer takes.
+
+    Raises:
+        UserError: naming `where`.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: the prompt is empty; say what to draw or to change")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # JSON can write them, UTF-8 cannot
+        raise UserError(f"{where}: the prompt holds half a character (a lone surrogate); write it anew")
 
 
 def read_size(text: object, where: str) -> tuple[int, int]:

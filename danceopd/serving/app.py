@@ -24,7 +24,7 @@ from danceopd.generate import Sample, decode_picture, to_fitted
 from danceopd.serving.errors import RequestError
 from danceopd.serving.guard import BodyTooLarge, Guard
 from danceopd.serving.metrics import CONTENT_TYPE, Metrics
-from danceopd.serving.schema import Generation, Limits, answer_of, samples_of
+from danceopd.serving.schema import Generation, Limits, answer_of, edit_form, samples_of
 from danceopd.serving.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def _field_error(errors: list) -> RequestError:
         return RequestError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', first['msg'])})")
     if first["type"] == "extra_forbidden":
         return RequestError(400, f"unknown parameter: {param!r}", param, "unknown_parameter")
+    if first["type"] == "value_error":  # our own words
+        return RequestError(400, str(first["ctx"]["error"]), param, "invalid_value")
     given = "" if first["type"] == "missing" or "input" not in first else f", got {str(first['input'])[:80]!r}"
     return RequestError(400, f"{param or 'body'}: {first['msg']}{given}", param, first["type"])
 
@@ -109,7 +111,7 @@ def _add_images(app: FastAPI, worker: Worker, name: str, limits: Limits) -> None
         """Draw pictures from a prompt."""
         return await _draw(request, worker, samples_of(asked, 0, worker.admit(), name, limits))
 
-    @app.post("/v1/images/edits")
+    @app.post("/v1/images/edits", openapi_extra=edit_form())
     async def edits(request: Request) -> dict:
         """Edit one or more source images: a multipart form with `image` (or `image[]`, repeatable) and `prompt`."""
         drawer = worker.admit()  # before an upload is read

@@ -44,7 +44,8 @@ def serve(
     if steps > max_steps:
         raise UserError(f"--steps {steps} is more than --max-steps {max_steps}")
     key = os.environ.get(KEY)
-    if key is not None and not key.strip():
+    key = None if key is None else key.strip()  # a key that was read from a file may end in a line break
+    if key == "":
         raise UserError(f"{KEY} is set and empty; give it a key, or unset it")
     listener = _listen(host, port)
 

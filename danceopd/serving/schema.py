@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from danceopd.errors import UserError
-from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Drawer, Sample, encode_picture, read_size
+from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Drawer, Sample, check_prompt, encode_picture, read_size
 from danceopd.serving.errors import RequestError
 
 
@@ -39,9 +39,8 @@ class Limits:
     max_source_pixels: int = 32_000_000
 
 
-def _not_empty(prompt: str) -> str:
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; say what to draw or to change")
+def _prompt(prompt: str) -> str:
+    check_prompt(prompt, "prompt")
     return prompt
 
 
@@ -53,7 +52,7 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Annotated[str, Field(max_length=32_000), AfterValidator(_not_empty)]
+    prompt: Annotated[str, Field(max_length=32_000), AfterValidator(_prompt)]
     model: str | None = None
     n: Annotated[int, Field(ge=1, description="pictures; their seeds count up from `seed`")] = 1
     size: str = Field("auto", description="WIDTHxHEIGHT, or auto: the student's own")
@@ -66,6 +65,15 @@ class Generation(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="none: one is drawn and told")
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
+
+
+def edit_form() -> dict:
+    """The multipart form of `POST /v1/images/edits`, for OpenAPI: a generation's fields and the source images."""
+    schema = Generation.model_json_schema()
+    picture = {"type": "string", "format": "binary"}
+    schema["properties"] |= {"image": {"type": "array", "items": picture, "description": "or image[]; repeatable"}}
+    schema["required"] = [*schema["required"], "image"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def samples_of(asked: Generation, sources: int, drawer: Drawer, name: str, limits: Limits) -> list[Sample]:

@@ -50,9 +50,10 @@ def test_jsonl_and_csv_say_the_same(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"prompt": " "}, "field 'prompt': no text"),
+        ({"prompt": " "}, "field 'prompt': the prompt is empty"),
+        ({"prompt": "a \ud800"}, "field 'prompt': the prompt holds half a character"),
         ({"prompt": None}, "field 'prompt': missing"),
-        ({"prompt": 5}, "field 'prompt': no text"),
+        ({"prompt": 5}, "field 'prompt': the prompt is empty"),
         ({"source": "in/gone.png"}, "field 'source': .*gone.png: no such image file"),
         ({"source": "in/broken.png"}, "field 'source': .*broken.png: not a readable image"),
         ({"source": [1]}, "field 'source': .*give the path of a picture"),

@@ -130,6 +130,8 @@ def test_several_source_images_are_taken_in_order(client, drawer):
     ("change", "status", "param", "words"),
     [
         ({"prompt": " "}, 400, "prompt", "the prompt is empty"),
+        ({"prompt": "a" * 32_001}, 400, "prompt", "at most 32000 characters"),
+        ({"guidance": "nan"}, 400, "guidance", "finite number"),
         ({"prompt": None}, 400, "prompt", "prompt: Input should be a valid string"),
         ({"n": 0}, 400, "n", "greater than or equal to 1"),
         ({"n": 4}, 400, "n", "n is 4; at most 3"),
@@ -204,6 +206,16 @@ def test_what_is_no_json_or_no_route_is_said(client):
     assert client.get("/v1/nowhere").json()["error"]["message"] == "no such path: /v1/nowhere"
     answer = client.get(GENERATIONS)
     assert (answer.status_code, answer.json()["error"]["message"]) == (405, f"GET is not for {GENERATIONS}")
+
+
+def test_half_a_character_is_refused(client):
+    answer = client.post(GENERATIONS, content=b'{"prompt": "a \\ud800"}', headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt"), answer.text
+
+
+def test_openapi_knows_the_form(client):
+    form = client.get("/openapi.json").json()["paths"][EDITS]["post"]["requestBody"]["content"]["multipart/form-data"]
+    assert form["schema"]["required"] == ["prompt", "image"] and "steps" in form["schema"]["properties"]
 
 
 def test_a_student_that_cannot_edit_says_so(client, drawer, monkeypatch):
