@@ -423,6 +423,17 @@ def _novelty(metrics: dict) -> list[dict]:
     ]
 
 
+def _role(key: str) -> str:
+    """What a column of pictures is: `source`, `teacher`, `student` or `target`."""
+    return "student" if key == f"field {STUDENT}" else "teacher" if key.startswith("field ") else key
+
+
+def _comparisons(keys: list[str]) -> list[tuple[str, str]]:
+    """What the student's pictures can be laid over, as (role, words for it)."""
+    words = {"source": "source \N{RIGHTWARDS ARROW} student", "teacher": "teacher | student"}
+    return [(role, words[role]) for key in keys if (role := _role(key)) in words]
+
+
 def _gallery(evaluation: Evaluation, task: str, examples: list[Example]) -> dict:
     name = _mark(evaluation, task)
     unit = metric(name).unit
@@ -440,6 +451,7 @@ def _gallery(evaluation: Evaluation, task: str, examples: list[Example]) -> dict
     def cell(example: Example, key: str, title: str) -> dict:
         picture = _picture(example, key)
         return {
+            "role": _role(key),
             "title": title,
             "uri": None if picture is None else _data_uri(picture),
             "pixelated": picture is not None and max(picture.shape[:2]) <= _GRID_SIDE,
@@ -453,6 +465,7 @@ def _gallery(evaluation: Evaluation, task: str, examples: list[Example]) -> dict
         "rate": unit == "rate",
         "count": evaluation.metrics["records"][task],
         "columns": len(shown),
+        "views": _comparisons([key for key, _ in shown]),
         "samples": [
             {
                 "prompt": example.record.prompt,

@@ -217,6 +217,25 @@ def test_the_matrix_and_the_provenance_are_shown(tmp_path):
         assert text in page.text
 
 
+def test_pictures_can_be_laid_over_one_another_without_a_script(tmp_path):
+    evaluation = make_evaluation(wrong=1)
+    page = write(tmp_path, dataclasses.replace(evaluation, worst={TASK: evaluation.examples[TASK][:1]}))
+    radios = [a for t, a in page.tags if t == "input"]
+    names = {a["name"] for a in radios}
+    offered = [[a["value"] for a in radios if a["name"] == name] for name in ("worst-1", "pictures-1", "pictures-2")]
+    assert len(names) == 3 and all(a["type"] == "radio" for a in radios)
+    assert offered == [["side", "source", "teacher"], ["side", "teacher"], ["side", "source", "teacher"]]
+    assert [a["value"] for a in radios if "checked" in a] == ["side"] * 3  # nothing is hidden until it is asked for
+    roles = [a["data-is"] for t, a in page.tags if t == "figure"]
+    assert roles[:4] == ["source", "teacher", "student", "target"] and roles[4:7] == ["teacher", "student", "target"]
+    style = re.search(r"<style>(.*?)</style>", (tmp_path / "report.html").read_text(), re.S).group(1)
+    for value in ("source", "teacher"):
+        assert f".views:has([value={value}]:checked) + .gallery {{" in style
+        assert f"figure[data-is={value}] .layer {{ clip-path: inset(0 50% 0 0); }}" in style
+    tracks = [a for t, a in page.tags if a.get("class") == "track"]
+    assert len(tracks) == 1 + 6 + 6 and all(a["tabindex"] == "0" and a["aria-label"] for a in tracks)
+
+
 def test_large_pictures_are_embedded_smaller(tmp_path):
     evaluation = make_evaluation()
     example = evaluation.examples[TASK][0]
