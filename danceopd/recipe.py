@@ -368,6 +368,9 @@ class JudgeRecipe(_Part):
                              "and its name into key_env")  # fmt: skip
         if (self.price_prompt is None) != (self.price_completion is None):
             raise ValueError("give both 'price_prompt' and 'price_completion', or neither")
+        if taken := sorted({"model", "messages", "stream", "n"} & set(self.parameters)):
+            raise ValueError(f"parameters: {', '.join(taken)} cannot be given; the judge sets what it asks and reads "
+                             "one whole answer")  # fmt: skip
         return self
 
 

@@ -162,7 +162,7 @@ def test_gedit_files_that_are_wrong_are_named(tmp_path):
         ("[]", "must be a JSON object with an entry an edit"),
         ('{"1": 3}', "entry '1': must be an object"),
         ('{"1": {"prompt": "p"}}', "entry '1': 'id' is null"),
-        ('{"1": {"id": "a.png"}}', "'prompt' is null|picture a.png is not in"),
+        ('{"1": {"id": "a.png"}}', "entry '1': 'prompt' is null"),
         ('{"1": {"id": "a.png", "prompt": "p"}}', "picture a.png is not in .*; name the pictures' folder"),
         ('{"1": {"id": "../../etc/passwd", "prompt": "p"}}', "'id' leads out of"),
         ("{", "not valid JSON"),
@@ -171,6 +171,11 @@ def test_gedit_files_that_are_wrong_are_named(tmp_path):
 def test_an_imgedit_entry_that_is_wrong_is_named(tmp_path, text, said):
     (tmp_path / "basic_edit.json").write_text(text)
     refused("imgedit", Asked(tmp_path, "edit"), tmp_path, said)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "evaluation_metadata.jsonl").write_bytes(b"\xff\xfe\x00")
+    refused("geneval", Asked(tmp_path, "t"), tmp_path, "evaluation_metadata.jsonl: not readable as UTF-8 text")
 
 
 def test_a_missing_file_and_an_unknown_benchmark_are_named(tmp_path):

@@ -318,6 +318,7 @@ def test_the_key_is_in_one_header_and_nowhere_else(server, tmp_path, caplog):
         ({"url": f"https://host/v1?key={KEY}"}, "holds a user, a password or a query"),
         ({"key_env": KEY}, "should match pattern"),
         ({"price_prompt": 1}, "both 'price_prompt' and 'price_completion'"),
+        ({"parameters": {"stream": True, "model": "x", "seed": 1}}, "parameters: model, stream cannot be given"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused_without_repeating_a_secret(settings, said):
