@@ -24,3 +24,14 @@ def usable_cores() -> int:
     if allowed.isdigit() and int(allowed) > 0:
         return int(allowed)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware(device: torch.device, processes: int = 1) -> dict[str, str | int]:
+    """What processes compute on, alike each: the accelerator's `device` name, or `cpu`, and `count`, of devices or of
+    the CPU's cores."""
+    import torch
+
+    if device.type == "cpu":
+        return {"device": "cpu", "count": processes * usable_cores()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "count": processes}

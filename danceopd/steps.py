@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -17,9 +18,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danceopd.cost import TRAINED, Spent, cost_table
 from danceopd.errors import UserError
 from danceopd.files import FIELD, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
 from danceopd.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
@@ -449,13 +452,16 @@ def _build_teacher(
         return {"kind": "base", "scores": {}}
 
     from danceopd.checkpoint import load_field, save_field
+    from danceopd.devices import hardware
     from danceopd.fields import VelocityField
     from danceopd.operators import GuidedField
+    from danceopd.processes import this_process
 
     if not isinstance(spec, ChampionTeacher):
         _require_held_out(recipe, data, teacher)
     backbone = _open_backbone(recipe, base)
-    facts: dict[str, Any] = {"kind": spec.kind}
+    device = next(backbone.transformer.parameters()).device
+    facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
     if isinstance(spec, FinetunedTeacher):
         from danceopd.finetune import finetune
         from danceopd.resume import Checkpoints
@@ -465,7 +471,8 @@ def _build_teacher(
         saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
         field, history = finetune(backbone, teacher, encoded, spec.train, saves)
         write_json(scratch / "history.json", history)
-        facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"]}
+        forwards = TRAINED * spec.train.batch * spec.train.steps
+        facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
     elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
         from danceopd.preflight import check_pipeline, settle
 
@@ -669,6 +676,7 @@ def _build_student(
     recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
     checkpoints: Path,
 ) -> dict:  # fmt: skip
+    from danceopd.devices import hardware
     from danceopd.distill import distill
     from danceopd.evaluation.validate import GateValidator
     from danceopd.model_card import write_card
@@ -706,7 +714,8 @@ def _build_student(
     write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
     return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
-            "forwards_per_sample": forwards,
+            "forwards_per_sample": forwards, "forwards": round(forwards * recipe.distill.batch * history[-1]["step"]),
+            "hardware": hardware(next(backbone.transformer.parameters()).device, processes.count),
             "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
             "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
 
@@ -785,7 +794,7 @@ def _build_evaluation(
     import torch
 
     from danceopd.data.assemble import open_dataset
-    from danceopd.devices import usable_cores
+    from danceopd.devices import hardware
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
     from danceopd.fields import VelocityField
@@ -798,26 +807,35 @@ def _build_evaluation(
     dataset = open_dataset(Path(data.facts["dataset"]))
     started = time.monotonic()
     evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", _encoding_key(recipe, base))
-    device = str(next(backbone.transformer.parameters()).device)
-    cost = {f"{name} (s)": seconds for name, seconds in _seconds(teachers, student).items()} | {
-        "evaluation (s)": round(time.monotonic() - started, 1),
-        "evaluation forwards": evaluation.metrics["forwards"],
-        "distillation forwards a sample": student.facts["forwards_per_sample"],
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{device}, {usable_cores()} cores",
-    }
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
-    provenance = lineage(recipe, base, data, teachers, student) | {"cost": cost, "training": training}
+    spent = _spent(teachers, student)
+    machine = hardware(next(backbone.transformer.parameters()).device)
+    spent.append(Spent("evaluation", time.monotonic() - started, machine, evaluation.metrics["forwards"]))
+    provenance = lineage(recipe, base, data, teachers, student) | {
+        "cost": cost_table(spent), "software": _software(), "training": training,
+        "the whole recipe": recipe.model_dump(mode="json"),
+    }  # fmt: skip
     evaluation = replace(evaluation, metrics=evaluation.metrics | {"versions": _versions(teachers)})
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")
     return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
 
 
-def _seconds(teachers: dict[str, Product], student: Product) -> dict[str, float]:
-    """How long the trained products took, each on the machine it was made on."""
+def _spent(teachers: dict[str, Product], student: Product) -> list[Spent]:
+    """What the products that took time took, each on the machine it was made on."""
     made = {f"teacher {name}": product for name, product in sorted(teachers.items())} | {"distillation": student}
-    seconds = {name: read_json(product.folder / STEP)["seconds"] for name, product in made.items()}
-    return {name: value for name, value in seconds.items() if value > 0}
+    rows = []
+    for name, product in made.items():
+        seconds = read_json(product.folder / STEP)["seconds"]
+        if seconds > 0:
+            rows.append(Spent(name, seconds, product.facts.get("hardware"), product.facts.get("forwards")))
+    return rows
+
+
+def _software() -> dict[str, str]:
+    """The versions that figures depend on."""
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+    return {"python": platform.python_version()} | packages
 
 
 def _versions(teachers: dict[str, Product]) -> dict[str, dict]:

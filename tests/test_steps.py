@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,18 @@ def test_evaluation_and_registration_follow(recipe, workspace, made):
     metrics = read_json(evaluation.folder / "metrics.json")
     assert set(metrics["scores"]) == {"base", "local_edit", "global_style", "student"}
     assert (evaluation.folder / "report.html").stat().st_size > 10_000
+    told = (evaluation.folder / "report.md").read_text()
+    facts = student.facts
+    assert facts["forwards"] == pytest.approx(
+        facts["forwards_per_sample"] * recipe.distill.batch * facts["steps"], abs=1
+    )
+    assert re.search(rf"- cost, distillation: [\d,]+ s on \d+ CPU cores?, {facts['forwards']:,} forwards\n", told)
+    assert re.search(rf"- cost, evaluation: [\d,]+ s on \d+ CPU cores?, {metrics['forwards']:,} forwards\n", told)
+    trained = sum(teacher.facts.get("forwards", 0) for teacher in teachers.values())
+    assert trained > 0 and f"- cost, forwards: {trained + facts['forwards'] + metrics['forwards']:,}\n" in told
+    assert re.search(r"- cost, CPU core hours: [\d.e-]+\n", told) and f"- software, torch: {torch.__version__}" in told
+    for fact in ("recipe", "code", "dvc", "data", "base", "student"):
+        assert f"- Run, {fact}: " in told
     lineage = steps.lineage(recipe, base, data, teachers, student)
     assert lineage["teachers"] == {name: product.digest for name, product in teachers.items()}
     assert json.dumps(lineage)
