@@ -284,7 +284,8 @@ def _beside_teachers(metrics: dict) -> str:
         if part is not None and part["margin"] is not None and not part["sure"]
     ]
     said = f"Beside its teachers, record by record: {_count([part['verdict'] for part in found])}"
-    return said + (f"; the interval crosses the gate on {', '.join(doubt)}" if doubt else "")
+    said += f"; the interval crosses the gate on {', '.join(doubt)}" if doubt else ""
+    return said + (f"; not measured: {', '.join(metrics['skipped'])}" if metrics["skipped"] else "")
 
 
 def _plots(metrics: dict, plots: dict[str, bytes]) -> dict:

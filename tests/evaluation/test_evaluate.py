@@ -466,6 +466,7 @@ def test_the_report_tells_what_was_not_measured(mixed_metrics, tmp_path):
     page, notes = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     assert "<b>clip_score</b> was not measured: evaluate.networks.clip does not name" in page
     assert "t2i: clip_score could not be judged: evaluate.networks.clip does not name" in page
+    assert "; not measured: clip_score." in page[: page.index("Retention")]
     assert "clip_score (not measured)" in notes and "- clip_score was not measured: evaluate.networks" in notes
     assert not re.search(r">\s*-?nan\b", page.lower()) and ">edits<" in page
 
