@@ -48,9 +48,10 @@ def figure(value: float | None, unit: str) -> str:
 
 
 def retention(entry: dict[str, float | None], unit: str) -> str:
-    """What the student kept of its teacher: a share, or for decibels a difference."""
-    if unit == "dB":
-        return NONE if entry["difference"] is None else f"{entry['difference']:+.1f} dB"
+    """What the student kept of its teacher: a share, or for decibels and distances a difference."""
+    if unit in ("dB", "distance"):
+        digits, suffix = (1, " dB") if unit == "dB" else (3, "")
+        return NONE if entry["difference"] is None else f"{entry['difference']:+.{digits}f}{suffix}"
     return NONE if entry["ratio"] is None else f"{100 * entry['ratio']:.1f} %"
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipelines import local
 from pipelines.cli import app
-from pipelines.summary import registration_line, summary_table
+from pipelines.summary import registration_line, retention, summary_table
 
 METRICS = {
     "recipe": "world", "split": "test", "units": {"hit": "rate", "out": "dB", "ssim": "index"},
@@ -40,10 +40,10 @@ REGISTERED = {"registered": True, "version": "3", "alias": ["challenger", "champ
 REFUSED = {"registered": False, "version": None, "alias": [], "reasons": ["edit.hit is 0.5, its gate is 0.94"]}
 
 
-def rows(registration: dict) -> list[str]:
+def rows(registration: dict, metrics: dict = METRICS) -> list[str]:
     """The table's lines, each run of spaces as one."""
     out = io.StringIO()
-    Console(file=out, width=110).print(summary_table(METRICS, registration))
+    Console(file=out, width=110).print(summary_table(metrics, registration))
     return [" ".join(line.split()) for line in out.getvalue().splitlines()]
 
 
@@ -54,6 +54,17 @@ def test_the_table_has_a_row_a_task_and_metric_each_in_its_unit():
     assert "out 9.5 dB 31.0 dB 29.5 dB -1.5 dB 33.2 dB" in table
     assert "ssim - 0.900 0.880 - -" in table
     assert "(taught by local)" in table
+
+
+def test_a_metric_that_was_not_measured_says_so():
+    unmeasured = METRICS | {"skipped": {"ssim": "no such file"}}
+    assert "(not measured)" in rows(REGISTERED, unmeasured) and "(not measured)" not in rows(REGISTERED)
+
+
+def test_of_a_distance_the_difference_is_kept():
+    entry = {"teacher": -0.25, "student": -0.375, "ratio": None, "difference": -0.125}
+    assert retention(entry, "distance") == "-0.125" and retention(entry, "dB") == "-0.1 dB"
+    assert retention(entry | {"difference": None}, "distance") == retention(entry, "index") == "-"
 
 
 @pytest.mark.parametrize(
