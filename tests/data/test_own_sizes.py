@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from danceopd.backbones import load_backbone
 from danceopd.data.cache import EncodingCache, encode_cached
 from danceopd.data.encoded import Sizing, encode_records, load_pixels
 from danceopd.data.png import encode_png
@@ -21,6 +22,7 @@ from danceopd.processes import Processes
 from danceopd.queries import query_window
 from danceopd.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
 from danceopd.training import new_learner
+from danceopd.world_base import SHAPE
 
 SQUARE, WIDE, TALL = (64, 64), (32, 96), (96, 32)
 LORA = {"trainable": "lora", "lora": LoraRecipe(rank=4, alpha=8), "lr": 3e-3, "warmup": 1, "log_every": 1}
@@ -33,6 +35,12 @@ def picture(size, seed):
 def record(number, task, size, edits, target=True):
     source = picture(size, 100 + number) if edits else None
     return Record(str(number), task, f"prompt {number % 3}", source, picture(size, number) if target else None, "train")
+
+
+@pytest.fixture
+def base(tiny_base):
+    """A base of the test's own, to train on."""
+    return load_backbone(tiny_base, SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -112,35 +120,35 @@ def test_a_size_the_base_cannot_take_is_named_with_its_record(backbone, records,
     encode_records(backbone, odd, 64, 64, None, "k", targets=True)
 
 
-def test_a_student_learns_from_all_sizes_in_one_batch(backbone, records):
-    encoded = own(backbone, records, targets=False)
-    teacher = backbone.new_transformer().requires_grad_(False)
+def test_a_student_learns_from_all_sizes_in_one_batch(base, records):
+    encoded = own(base, records, targets=False)
+    teacher = base.new_transformer().requires_grad_(False)
     teacher.proj_out.weight.mul_(1.5)
-    teachers = {"base": VelocityField("base", backbone, backbone.transformer),
-                "editor": VelocityField("editor", backbone, teacher)}  # fmt: skip
+    teachers = {"base": VelocityField("base", base, base.transformer),
+                "editor": VelocityField("editor", base, teacher)}  # fmt: skip
     teacher_of, weights = {"draw": "base", "edit": "editor"}, {"draw": 1.0, "edit": 1.0}
     spec = DistillRecipe(lr=3e-3, warmup=1, log_every=1, steps=12, batch=13, rollout_steps=3)
-    setup = Distillation(backbone, encoded, teachers, teacher_of, 3)
-    learner, window, rows = new_learner(backbone, "probe", spec), query_window("uniform"), list(range(13))
+    setup = Distillation(base, encoded, teachers, teacher_of, 3)
+    learner, window, rows = new_learner(base, "probe", spec), query_window("uniform"), list(range(13))
     tags = [encoded.tasks[row] for row in rows]
     whole = draw_groups(setup, HardRoutedOnPolicy(), learner, rows, tags, weights, window, torch.Generator())
     assert sum(float(group.weights.sum()) for group in whole) == pytest.approx(1)
     for group in whole:
         size = (group.condition.height, group.condition.width)
-        assert group.noise.shape[1:] == tuple(backbone.latent_shape(*size))
-        assert torch.equal(group.grid, backbone.sigmas(3, *size))
-    _, history = distill(backbone, encoded, teachers, teacher_of, weights, spec)
+        assert group.noise.shape[1:] == tuple(base.latent_shape(*size))
+        assert torch.equal(group.grid, base.sigmas(3, *size))
+    _, history = distill(base, encoded, teachers, teacher_of, weights, spec)
     losses = [entry["loss"]["edit"] for entry in history]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
-def test_processes_share_the_groups_of_one_batch(backbone, records, monkeypatch):
-    encoded = own(backbone, records, targets=False)
+def test_processes_share_the_groups_of_one_batch(base, records, monkeypatch):
+    encoded = own(base, records, targets=False)
     spec = DistillRecipe(**LORA, steps=1, batch=12, rollout_steps=2)
-    setup = Distillation(backbone, encoded, {}, {}, 2)
+    setup = Distillation(base, encoded, {}, {}, 2)
     taken = []
     for rank in range(4):
-        learner = new_learner(backbone, f"probe{rank}", spec)
+        learner = new_learner(base, f"probe{rank}", spec)
         monkeypatch.setattr(learner, "processes", Processes(rank, 4, torch.device("cpu")))
         tags = [encoded.tasks[row] for row in range(12)]
         weights, window = {"draw": 1.0, "edit": 1.0}, query_window("uniform")
@@ -152,12 +160,12 @@ def test_processes_share_the_groups_of_one_batch(backbone, records, monkeypatch)
     assert sorted(row for rows in taken for row in rows) == list(range(12))
 
 
-def test_a_teacher_is_fine_tuned_on_all_sizes(backbone, records):
-    encoded = own(backbone, records[:12])
+def test_a_teacher_is_fine_tuned_on_all_sizes(base, records):
+    encoded = own(base, records[:12])
     spec = FinetuneRecipe(**LORA, steps=2, batch=12, prompt_dropout=0.3)
-    field, history = finetune(backbone, "all", encoded, spec)
+    field, history = finetune(base, "all", encoded, spec)
     assert len(history) == 2
     condition = encoded.condition([2])
-    noise = torch.zeros(1, *backbone.latent_shape(condition.height, condition.width))
+    noise = torch.zeros(1, *base.latent_shape(condition.height, condition.width))
     velocity = field(noise, torch.ones(1), condition)
     assert velocity.isfinite().all()
