@@ -55,7 +55,7 @@ def check_recipe(
     from components.checking import check, of_each_teacher, write_checked
     from components.running import running
 
-    with running("check-recipe", recipe, workspace, overrides=overrides) as step:
+    with running("check-recipe", recipe, workspace, overrides=overrides, tracking_uri=tracking_uri) as step:
         found = check(step, data_revision, tracking_uri, distill_on, nodes, gpus, placement)
         write_checked(found, resolved, revision, pod_gpus, pod_cpu, pod_memory, pod_nodes)
         return of_each_teacher(step.recipe, found)
