@@ -84,7 +84,7 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
         return Outcome(0, 0)
     count = sum(map(len, waiting.values()))
     if not tracking.answers(tracking_uri):
-        return _away(count, store, "no one answers there")
+        return _away(count, store, "no one listens there")
     try:
         client = tracking.open_client(tracking_uri)
         return _deliver_all(client, tracking_uri, waiting)

@@ -59,7 +59,7 @@ def entry(journal: Journal, name: str, found: Mapping[str, Any]) -> None:
 def model_made(journal: Journal, name: str, folder: Path, digest: str, facts: Mapping[str, Any]) -> None:
     """A teacher or student that is finished, with what was measured of it."""
     step = facts.get("steps", 0)
-    journal.model(name, digest, step, {"folder": folder, "kind": facts.get("kind", "student")})
+    journal.model(name, digest, step, {"folder": str(folder), "kind": facts.get("kind", "student")})
     scores = {f"{who}/{task}/{key}": value for task, row in facts.get("scores", {}).items()
               for who, of in row.items() for key, value in of.items()}  # fmt: skip
     loss = facts.get("loss", {})
