@@ -46,14 +46,18 @@ def begin(
 def entry(journal: Journal, name: str, found: Mapping[str, Any]) -> None:
     """One entry of a training history: figures by step, and a validated state as a model with its scores."""
     step = found["step"]
-    loss = found["loss"] if isinstance(found["loss"], Mapping) else {"": found["loss"]}
-    values = {f"loss/{task}".rstrip("/"): value for task, value in loss.items()}
-    journal.points(step, values | {n: found.get(n) for n in ("grad_norm", "forwards_per_sample")})
+    values = _losses("loss", found["loss"]) | {name: found.get(name) for name in ("grad_norm", "forwards_per_sample")}
+    journal.points(step, values)
     if validated := found.get("validation"):
         state = f"{journal.folder.name if journal.folder else ''}-step-{step}"
         journal.model(f"{name}-step-{step}", state, step, {"best_step": found["best_step"]})
         scores = {f"validation/{key}": value for key, value in by_task(validated["figures"]).items()}
         journal.points(step, {"validation/margin": validated["score"]} | scores, model=state)
+
+
+def _losses(name: str, loss: float | Mapping[str, float]) -> dict[str, float | None]:
+    """One loss, or one a task."""
+    return {f"{name}/{task}": v for task, v in loss.items()} if isinstance(loss, Mapping) else {name: loss}
 
 
 def model_made(journal: Journal, name: str, folder: Path, digest: str, facts: Mapping[str, Any]) -> None:
@@ -62,9 +66,7 @@ def model_made(journal: Journal, name: str, folder: Path, digest: str, facts: Ma
     journal.model(name, digest, step, {"folder": str(folder), "kind": facts.get("kind", "student")})
     scores = {f"{who}/{task}/{key}": value for task, row in facts.get("scores", {}).items()
               for who, of in row.items() for key, value in of.items()}  # fmt: skip
-    loss = facts.get("loss", {})
-    loss = loss if isinstance(loss, Mapping) else {"loss": loss}
-    journal.points(step, scores | {f"final_loss/{task}": value for task, value in loss.items()}, model=digest)
+    journal.points(step, scores | _losses("final_loss", facts.get("loss", {})), model=digest)
 
 
 def evaluated(journal: Journal, metrics: Mapping[str, Any], folder: Path, student: str) -> None:

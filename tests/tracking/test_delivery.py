@@ -236,7 +236,7 @@ def test_an_evaluation_names_the_student_that_another_step_made(store, experimen
     recording.evaluated(book, {"scores": scores}, tmp_path, "weights of distill")
     deliver(tmp_path, store.uri)
     runs = store.runs(experiment)
-    [used] = runs["evaluate"].inputs.model_inputs
+    [used] = store.client.get_run(runs["evaluate"].info.run_id).inputs.model_inputs
     assert used.model_id == runs["distill"].outputs.model_outputs[0].model_id
     assert runs["evaluate"].data.metrics == {"t2i/psnr": 29.0, "base/t2i/psnr": 20.0}
     found = store.client.get_logged_model(used.model_id).metrics

@@ -22,7 +22,8 @@ def kinds(book) -> list[str]:
 def test_training_that_goes_on_leaves_no_point_model_or_picture_twice(tmp_path):
     picture = tmp_path / "grid.png"
     picture.write_bytes(b"first")
-    for book in (open_journal(tmp_path, "students-x"), open_journal(tmp_path, "students-x")):
+    for _ in range(2):
+        book = open_journal(tmp_path, "students-x")
         book.points(10, {"loss": 0.5, "none": None})
         book.model("student-step-10", "digest", 10, {})
         book.image("samples", 10, picture)
