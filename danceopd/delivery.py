@@ -7,6 +7,7 @@ it is sent again. A store that is away costs seconds and one warning; what it sh
 from __future__ import annotations
 
 import fcntl
+import functools
 import itertools
 import json
 import logging
@@ -84,7 +85,7 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
         return Outcome(0, 0)
     count = sum(map(len, waiting.values()))
     if not tracking.answers(tracking_uri):
-        return _away(count, store, "no one listens there")
+        return _away(count, store, tracking.AWAY)
     try:
         client = tracking.open_client(tracking_uri)
         return _deliver_all(client, tracking_uri, waiting)
@@ -179,6 +180,7 @@ class _Sender:
         state = _state(folder)
         self.run_id, self.experiment = state.get("run_id"), state.get("experiment")
         self.offset = state.get("offset", 0)
+        self._models: dict[str, str] = {}
 
     def send(self) -> bool:
         """Send what is new; afterwards the store has all the journal says."""
@@ -242,8 +244,7 @@ class _Sender:
         key = tracking.clean_key(line["name"])
         mark = f"images/{key.replace('/', '~')}+step+{line['step']}+timestamp+{line['time']}+"
         # MLflow gives each picture a random name: one that a broken delivery left is known by its beginning.
-        there = {item.path for item in self.client.list_artifacts(self.run_id, "images")}
-        if any(name.startswith(mark) and name.endswith(".webp") for name in there):
+        if any(name.startswith(mark) and name.endswith(".webp") for name in self._images_there):
             return
         path = self.folder / journal.FILES / line["file"]
         if path.is_file():
@@ -252,6 +253,10 @@ class _Sender:
                     self.run_id, picture.convert("RGB"), key=key, step=line["step"], timestamp=line["time"],
                     synchronous=True,
                 )  # fmt: skip
+
+    @functools.cached_property
+    def _images_there(self) -> list[str]:
+        return [item.path for item in self.client.list_artifacts(self.run_id, "images")]
 
     def _file(self, line: dict) -> None:
         path = self.folder / journal.FILES / line["file"]
@@ -284,7 +289,9 @@ class _Sender:
         use_model(self.client, self.run_id, self.experiment, line["digest"])
 
     def _model_of(self, digest: str) -> str | None:
-        return _model_of(self.client, self.experiment, digest)
+        if digest not in self._models and (model := _model_of(self.client, self.experiment, digest)) is not None:
+            self._models[digest] = model
+        return self._models.get(digest)
 
 
 def use_model(client: MlflowClient, run_id: str, experiment: str, digest: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ ENVIRONMENT = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
 HIDDEN = "(hidden)"
+AWAY = "no server answers there"
 DIGEST = 36  # the most that MLflow keeps of a dataset's hash
 _SQLITE = "sqlite:///"
 _SECRET = re.compile(r"(^|[_\-])(secret|token|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
@@ -32,7 +32,7 @@ _USER_INFO = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
 _QUERY = re.compile(r"(\w[\w+.-]*://[^\s?]+)\?\S+")
 _CHUNK = 100  # MLflow takes at most 100 parameters and 1000 metrics a call
 _METRICS = 1000
-_CONNECT = 3.0  # seconds a server gets to take a connection
+_PATIENCE = 5.0  # seconds
 
 
 def default_tracking_uri(workspace: Path) -> str:
@@ -52,9 +52,8 @@ def import_mlflow():
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow's own patience with a server that is away is many minutes; here it is seconds.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of 7, over minutes: what fails is sent again later
     import mlflow
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # if it was imported before
@@ -68,9 +67,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
         UserError: if the address is none, or the store does not answer.
     """
     if not answers(tracking_uri):
-        raise UserError(
-            f"MLflow store {redact(tracking_uri)} does not answer: no one listens there; check {ENVIRONMENT}"
-        )
+        raise UserError(f"MLflow store {redact(tracking_uri)} does not answer: {AWAY}; check {ENVIRONMENT}")
     mlflow = import_mlflow()
     if tracking_uri.startswith(_SQLITE):
         Path(tracking_uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
@@ -84,18 +81,26 @@ def open_client(tracking_uri: str) -> MlflowClient:
 
 
 def answers(tracking_uri: str) -> bool:
-    """Whether someone takes connections at a server's address; for files and databases only opening them can tell."""
+    """Whether a server answers within seconds, be it with a refusal; of files and databases only opening them can tell.
+
+    MLflow's own client tries for many minutes.
+    """
     parts = urlsplit(tracking_uri)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return True
-    import urllib.request  # slow, and for servers only
+    import http.client  # all slow, and for servers only
+    import ssl
+    import urllib.error
+    import urllib.request
 
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return True  # the proxy is asked, not the server
+    place = parts.netloc.rpartition("@")[2]
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT).close()
-    except (OSError, ValueError):
+        urllib.request.urlopen(f"{parts.scheme}://{place}{parts.path.rstrip('/')}/health", timeout=_PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        return error.code not in (502, 503, 504)  # a gateway speaks for a server that is away
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # MLflow may be told to trust it all the same
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 

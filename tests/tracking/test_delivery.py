@@ -168,7 +168,7 @@ def test_a_store_that_is_away_costs_one_line_and_gets_it_later(store, experiment
     assert time.monotonic() - started < 2
     assert (outcome.delivered, outcome.waiting) == (0, 1)
     [line] = caplog.messages
-    assert "http://127.0.0.1:9: no one listens there; 1 journal(s) stay" in line and "secret" not in line
+    assert "http://127.0.0.1:9: no server answers there; 1 journal(s) stay" in line and "secret" not in line
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9: 1 journal\(s\) still wait"):
         deliver_named(tmp_path, NOBODY)
     assert deliver_named(tmp_path, store.uri).delivered == 1
@@ -251,7 +251,7 @@ def test_by_hand(store, experiment, tmp_path):
 
     assert "no journals there" in str(ask(tmp_path / "none", store.uri).exception)
     tell(tmp_path, experiment)
-    assert "1 journal(s) still wait (no one listens there)" in str(ask(tmp_path, NOBODY).exception)
+    assert "1 journal(s) still wait (no server answers there)" in str(ask(tmp_path, NOBODY).exception)
     done = ask(tmp_path, store.uri)
     assert done.exit_code == 0 and done.output.endswith("mlflow.db: 1 journal(s) delivered\n")
     assert "0 journal(s) delivered" in ask(tmp_path, store.uri).output
