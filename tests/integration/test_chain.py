@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from danceopd import delivery, tracking
+
 pytestmark = pytest.mark.slow
 
 SMALL = [
@@ -57,6 +59,28 @@ def test_the_chain_ends_well_and_prints_its_table(chain):
     metrics = json.loads(next((workspace / "evaluations").glob("*/metrics.json")).read_text())
     assert metrics["passed"]
     assert metrics["scores"]["student"]["t2i"]["scene_accuracy"] > 0.5
+
+
+def test_mlflow_has_one_run_with_a_child_a_step(chain):
+    workspace, _ = chain
+    client = tracking.open_client(f"sqlite:///{workspace / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("danceopd-world").experiment_id])
+    [parent] = [run for run in runs if delivery.PARENT_TAG not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    steps = {"base", "data", "distill", "evaluate", "register"}
+    assert set(children) == {f"{step} world" for step in steps} | {
+        f"teacher {name}" for name in ("base", "local_edit", "global_style")
+    }
+    assert {run.data.tags[delivery.PARENT_TAG] for run in children.values()} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    wanted = children["evaluate world"].data.metrics["t2i/scene_accuracy"]
+    assert parent.data.metrics["t2i/scene_accuracy"] == wanted
+    [version] = client.search_model_versions("name = 'danceopd-world'")
+    registered = client.get_logged_model(client.get_run(version.run_id).outputs.model_outputs[0].model_id)
+    assert {m.key: m.value for m in registered.metrics}["t2i/scene_accuracy"] == wanted
+    [trained] = client.get_run(version.run_id).inputs.model_inputs
+    assert trained.model_id == children["distill world"].outputs.model_outputs[0].model_id
+    assert delivery.pending(workspace) == []
 
 
 def test_a_second_run_reuses_everything(chain):
