@@ -39,7 +39,7 @@ def check_recipe(
         gpus: of each of them.
         placement: what the pipeline was compiled with for the distillation step.
         workspace: folder all steps share.
-        tracking_uri: MLflow tracking server that may hold a champion; empty: a store in the workspace.
+        tracking_uri: MLflow tracking server that hears of it, and may hold a champion; empty: a store in the workspace.
         data_revision: identity of the data; empty: found by looking.
         code_revision: identity of the code, shown with the step.
         resolved: the whole recipe as JSON text, which every later step reads.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,6 +19,7 @@ from danceopd.cli import app
 from danceopd.delivery import Courier, deliver, deliver_named, pending
 from danceopd.errors import UserError
 from danceopd.journal import DatasetUse, Journal, begin_run, end_run, open_journal
+from danceopd.tracking_commands import TELLING, add_tracking
 
 NOBODY = "http://me:secret@127.0.0.1:9"  # the discard port, where nothing listens
 DATA = DatasetUse("world", "d" * 64, {"dvc": "abc", "git": "c0de"}, "training", {"t2i": {"train": 3}})
@@ -52,7 +56,7 @@ def place(monkeypatch):
 
 @pytest.fixture
 def experiment(request) -> str:
-    return request.node.name
+    return re.sub(r"\W", "-", request.node.name)
 
 
 def tell(workspace: Path, experiment: str, name: str = "distill", end: str | None = "FINISHED") -> Journal:
@@ -255,3 +259,30 @@ def test_by_hand(store, experiment, tmp_path):
     done = ask(tmp_path, store.uri)
     assert done.exit_code == 0 and done.output.endswith("mlflow.db: 1 journal(s) delivered\n")
     assert "0 journal(s) delivered" in ask(tmp_path, store.uri).output
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_single_command_delivers_at_its_end_though_it_failed(store, experiment, tmp_path, monkeypatch, inside):
+    other = typer.Typer()
+
+    @other.command()
+    def distill(
+        recipe: str = "world",
+        overrides: Annotated[list[str], typer.Option("--set")] = [],  # noqa: B006
+        workspace: Annotated[Path | None, typer.Option()] = None,
+    ) -> None:
+        """As the real one: it tells, and then breaks."""
+        tell(workspace, experiment, end="FAILED")
+        raise UserError("broke")
+
+    add_tracking(other)
+    monkeypatch.setenv(tracking.ENVIRONMENT, store.uri)
+    if inside:  # the step that started the command delivers
+        monkeypatch.setenv(journal.RUN, "run-1")
+    done = CliRunner().invoke(other, ["distill", "--workspace", str(tmp_path)])
+    assert str(done.exception) == "broke"
+    assert [run.info.status for run in store.runs(experiment).values()] == ([] if inside else ["FAILED"])
+
+
+def test_the_commands_that_tell_are_there():
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} >= set(TELLING)
