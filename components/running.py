@@ -18,12 +18,12 @@ import yaml
 from components.tracked import end_tracked, tracked
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import read_json, write_atomic, write_json
+from danceopd.journal import NO_LAST_WORD
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 
 RUN_ID = "KFP_RUN_ID"
 BAD_INPUT = 2
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
-NO_LAST_WORD = "ended without a word; was it stopped, or out of memory?"
 log = logging.getLogger(__name__)
 
 

@@ -51,6 +51,7 @@ def end_tracked(workspace: Path, run: str, state: str, tracking_uri: str) -> Non
         tracking_uri: of the store; empty: `MLFLOW_TRACKING_URI`, else the workspace's own.
     """
     with _of_run(run):
+        journal.end_silent(workspace)
         journal.end_run(workspace, journal.FINISHED if state in GOOD_ENDS else journal.FAILED)
         delivery.deliver(workspace, tracking_uri or default_tracking_uri(workspace))
 

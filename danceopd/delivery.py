@@ -71,7 +71,7 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
         tracking_uri: of the store.
         by_hand: send what was meant for any store.
 
-    A store that does not answer is no error: the outcome says so, and a line in the log.
+    A store that does not answer is no error: the outcome says so and, unless by hand, a line in the log.
     """
     store, own = tracking.redact(tracking_uri), journal.run_folder(workspace)
     if own.is_dir() and not (own / STORE).is_file():
@@ -85,18 +85,19 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
         return Outcome(0, 0)
     count = sum(map(len, waiting.values()))
     if not tracking.answers(tracking_uri):
-        return _away(count, store, tracking.AWAY)
+        return _away(count, store, tracking.AWAY, by_hand)
     try:
         client = tracking.open_client(tracking_uri)
         return _deliver_all(client, tracking_uri, waiting)
     except Exception as error:  # a store's driver decides what it raises
         left = sum(len(pending(workspace, f.name)) for f in waiting)
-        return _away(left, store, " ".join(tracking.redact(str(error)).split())[:200])
+        return _away(left, store, " ".join(tracking.redact(str(error)).split())[:200], by_hand)
 
 
-def _away(waiting: int, store: str, reason: str) -> Outcome:
-    log.warning("MLflow store %s: %s; %d journal(s) stay in the workspace and are delivered by the next step, or by: "
-                "danceopd tracking deliver", store, reason, waiting)  # fmt: skip
+def _away(waiting: int, store: str, reason: str, by_hand: bool) -> Outcome:
+    if not by_hand:  # who asked is told by the outcome
+        log.warning("MLflow store %s: %s; %d journal(s) stay in the workspace and are delivered by the next step, or "
+                    "by: danceopd tracking deliver", store, reason, waiting)  # fmt: skip
     return Outcome(0, waiting, reason)
 
 
@@ -176,7 +177,7 @@ class _Sender:
 
     def __init__(self, client: MlflowClient, uri: str, run: Path, folder: Path, parent: str | None):
         self.client, self.uri, self.folder, self.parent = client, uri, folder, parent
-        self.name = f"{run.name}/{folder.name}"
+        self.name = tracking.clean_key(f"{run.name}/{folder.name}")
         state = _state(folder)
         self.run_id, self.experiment = state.get("run_id"), state.get("experiment")
         self.offset = state.get("offset", 0)

@@ -24,6 +24,7 @@ from danceopd.files import write_json
 RUN = "DANCEOPD_RUN"  # names the pipeline run this process is a step of
 ALONE = "alone"  # the folder of commands that belong to no pipeline run
 TRACKING, LINES, FILES, RUN_FILE, END_FILE = "tracking", "journal.jsonl", "files", "run.json", "end.json"
+NO_LAST_WORD = "ended without a word; was it stopped, or out of memory?"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
@@ -72,6 +73,14 @@ def end_run(workspace: Path, status: str, metrics: Mapping[str, float | None] | 
     if before.get("status") != status:
         figures = before.get("metrics", {}) | {n: v for n, v in (metrics or {}).items() if v is not None}
         write_json(path, {"status": status, "metrics": figures, "time": now()})
+
+
+def end_silent(workspace: Path) -> None:
+    """End the journals of a pipeline run that is over whose steps were killed before they could say so."""
+    for path in sorted(run_folder(workspace).glob(f"*/{LINES}")):
+        states = [line for line in read_lines(path.parent)[0] if line["kind"] in ("start", "end")]
+        if current_run() is not None and states and states[-1]["kind"] == "start":
+            Journal(path.parent).end(KILLED, NO_LAST_WORD)
 
 
 def open_journal(workspace: Path, name: str) -> Journal:

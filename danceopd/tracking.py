@@ -67,7 +67,7 @@ def open_client(tracking_uri: str) -> MlflowClient:
         UserError: if the address is none, or the store does not answer.
     """
     if not answers(tracking_uri):
-        raise UserError(f"MLflow store {redact(tracking_uri)} does not answer: {AWAY}; check {ENVIRONMENT}")
+        raise UserError(f"MLflow store {redact(tracking_uri)} does not answer; check {ENVIRONMENT}")
     mlflow = import_mlflow()
     if tracking_uri.startswith(_SQLITE):
         Path(tracking_uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,19 @@ def test_the_summary_ends_the_parent(tmp_path, delivered, state, status):
     assert delivered == [("run-1", f"sqlite:///{tmp_path}/mlflow.db")]
 
 
+def test_a_step_that_was_killed_is_ended_with_its_run(tmp_path, delivered):
+    with tracked(RECIPE, tmp_path, "run-1", ""):
+        for name in ("killed", "ended"):
+            journal.open_journal(tmp_path, name).start(name, "e", {}, {})
+        journal.open_journal(tmp_path, "ended").end("FINISHED")
+    journal.open_journal(tmp_path, "alone").start("of a command", "e", {}, {})
+    end_tracked(tmp_path, "run-1", "FAILED", "")
+    folders = [journal.run_folder(tmp_path, "run-1") / name for name in ("killed", "ended")]
+    last = [journal.read_lines(folder)[0][-1]["status"] for folder in folders]
+    assert last == ["KILLED", "FINISHED"]
+    assert len(journal.read_lines(journal.run_folder(tmp_path) / "alone")[0]) == 1
+
+
 def test_a_run_whose_store_is_away_ends_well_and_waits(tmp_path, caplog):
     with tracked(RECIPE, tmp_path, "run-1", NOBODY):
         book = journal.open_journal(tmp_path, "students-x")
