@@ -123,7 +123,8 @@ def test_generate_draws_and_edits_from_the_students_folder(chain, tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
-def test_a_step_that_fails_is_named_and_the_summary_is_written(tmp_path):
+def test_a_step_that_fails_is_named_and_the_summary_is_written_though_mlflow_is_away(tmp_path, monkeypatch):
+    monkeypatch.setenv(tracking.ENVIRONMENT, "http://127.0.0.1:9")  # the discard port, where nothing listens
     workspace = tmp_path / "runs"
     done = run_pipeline(workspace, "teachers.global_style.train.lr=1e-12", "teachers.global_style.train.steps=2")
     assert done.returncode == 1
@@ -131,3 +132,5 @@ def test_a_step_that_fails_is_named_and_the_summary_is_written(tmp_path):
     summary = next((workspace / "notes").glob("*/summary.md")).read_text()
     assert "no better than the base" in summary
     assert not (workspace / "students").exists()
+    assert "finetune base | MLflow store http://127.0.0.1:9: no server answers there" in done.stdout
+    assert len(delivery.pending(workspace)) == 5, "base, data and three teachers"
