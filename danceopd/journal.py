@@ -20,6 +20,7 @@ from typing import Any
 
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import write_json
+from danceopd.tracking import flatten, redact
 
 RUN = "DANCEOPD_RUN"  # names the pipeline run this process is a step of
 ALONE = "alone"  # the folder of commands that belong to no pipeline run
@@ -61,7 +62,7 @@ def begin_run(workspace: Path, name: str, experiment: str, params: Mapping[str, 
     """Say what the parent of this run's steps is called and holds; every step may, the first that comes is heard."""
     path = run_folder(workspace) / RUN_FILE
     if current_run() is not None and not path.is_file():
-        write_json(path, {"name": name, "experiment": experiment, "params": dict(params), "time": now()})
+        write_json(path, {"name": name, "experiment": experiment, "params": flatten(params), "time": now()})
 
 
 def end_run(workspace: Path, status: str, metrics: Mapping[str, float | None] | None = None) -> None:
@@ -105,10 +106,10 @@ class Journal:
         Args:
             title: what it is called in lists.
             experiment: in MLflow.
-            params: settings, nested as you like; secrets are hidden when they are delivered.
+            params: settings, nested as you like; secrets are hidden.
             tags: short texts to search by.
         """
-        self._write("start", title=title, experiment=experiment, params=dict(params), tags=dict(tags))
+        self._write("start", title=title, experiment=experiment, params=flatten(params), tags=dict(tags))
 
     def points(self, step: int, values: Mapping[str, float | None], model: str | None = None) -> None:
         """Figures of one step; `model` is the digest of what they were measured of, on the dataset that was read."""
@@ -153,7 +154,7 @@ class Journal:
     def end(self, status: str, error: str = "") -> None:
         """Say how it ended, if it ever started."""
         if self.folder is not None and (self.folder / LINES).is_file():
-            self._write("end", status=status, error=error)
+            self._write("end", status=status, error=redact(error))
 
     def _keep(self, path: Path, name: str) -> str:
         """Keep a file under the journal, as a second name for it where the file system can do that."""

@@ -93,7 +93,7 @@ def test_each_step_told_mlflow_what_it_did(workspace, made):
     assert {(lines[0]["kind"], lines[-1].get("status")) for lines in told.values()} == {("start", "FINISHED")}
     by_kind = {kind: [line for line in told["students-world"] if line["kind"] == kind] for kind in
                ("start", "dataset", "uses", "image", "points", "model", "file")}  # fmt: skip
-    assert by_kind["start"][0]["params"]["distill"]["steps"] == 3
+    assert by_kind["start"][0]["params"]["distill.steps"] == "3"
     assert (by_kind["dataset"][0]["digest"], by_kind["dataset"][0]["context"]) == (made[1].facts["content"], "training")
     assert {line["digest"] for line in by_kind["uses"]} == {teacher.digest for teacher in made[2].values()}
     assert [(line["name"], line["step"]) for line in by_kind["image"]] == [("samples", 2), ("samples", 3)]

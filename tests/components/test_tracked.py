@@ -44,7 +44,7 @@ def test_a_step_and_what_it_starts_belong_to_its_run(tmp_path):
     assert journal.RUN not in os.environ
     about = run_file(tmp_path, "run-1")
     assert (about["name"], about["experiment"]) == ("world", RECIPE.register_as.experiment)
-    assert about["params"]["distill"]["steps"] == RECIPE.distill.steps
+    assert about["params"]["distill.steps"] == str(RECIPE.distill.steps)
 
 
 def test_a_step_without_a_run_has_no_parent(tmp_path):

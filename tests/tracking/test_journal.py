@@ -90,6 +90,17 @@ def test_how_a_block_ended(tmp_path, raised, status, error):
     assert (last["kind"], last["status"], last["error"]) == ("end", status, error)
 
 
+def test_no_secret_lies_in_the_workspace(tmp_path, monkeypatch):
+    monkeypatch.setenv(journal.RUN, "run-1")
+    params = {"store": {"api_key": "word", "base": "https://me:word@host/x?key=word"}}
+    begin_run(tmp_path, "world", "e", params)
+    book = open_journal(tmp_path, "x")
+    book.start("x", "e", params, {})
+    book.end("FAILED", "https://me:word@host/x")
+    written = "".join(path.read_text() for path in run_folder(tmp_path).rglob("*") if path.is_file())
+    assert "word" not in written and written.count("https://host/x") == 3
+
+
 def test_what_never_started_has_no_end(tmp_path):
     with ending(open_journal(tmp_path, "x")):
         pass
