@@ -15,14 +15,15 @@ from typing import Any
 
 import yaml
 
+from components.tracked import end_tracked, tracked
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import read_json, write_atomic, write_json
+from danceopd.journal import NO_LAST_WORD
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 
 RUN_ID = "KFP_RUN_ID"
 BAD_INPUT = 2
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
-NO_LAST_WORD = "ended without a word; was it stopped, or out of memory?"
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +48,9 @@ def notes_folder(workspace: Path, run: str | None = None) -> Path:
 
 
 @contextmanager
-def running(step: str, recipe: str, workspace: str, part: str = "", overrides: Sequence[str] = ()) -> Iterator[Step]:
+def running(
+    step: str, recipe: str, workspace: str, part: str = "", overrides: Sequence[str] = (), tracking_uri: str = ""
+) -> Iterator[Step]:  # fmt: skip
     """Run a step's body.
 
     A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
@@ -59,13 +62,16 @@ def running(step: str, recipe: str, workspace: str, part: str = "", overrides: S
         workspace: the folder all steps share.
         part: which of several, for a step that runs once per teacher.
         overrides: of the recipe, each `key.sub=value`.
+        tracking_uri: where MLflow hears of it; see `components.tracked`.
     """
     label = f"{step} {part}".strip()
     _log_as(label)
     with _one_line_errors():
         folder = _writable(Path(workspace))
         with _noted(label, folder) as results:
-            yield Step(read_recipe(recipe, overrides), folder, results)
+            read = read_recipe(recipe, overrides)
+            with tracked(read, folder, os.environ.get(RUN_ID, ""), tracking_uri):
+                yield Step(read, folder, results)
 
 
 @contextmanager
@@ -156,13 +162,14 @@ def failures(notes: list[dict]) -> list[str]:
     return [f"{note['step']}: {note.get('error', NO_LAST_WORD)}" for note in ended]
 
 
-def write_summary(workspace: str, state: str, path: str, **revisions: str) -> None:
+def write_summary(workspace: str, state: str, path: str, tracking_uri: str = "", **revisions: str) -> None:
     """Write the run's summary as Markdown: how it ended, what failed and why, the registration, the figures.
 
     Args:
         workspace: of the run.
         state: how the pipeline ended, in its own words.
         path: of the file; a copy lies beside the run's notes.
+        tracking_uri: where MLflow hears how it ended; see `components.tracked`.
         revisions: code and data revision, by name; one that is empty is what a step noted.
     """
     notes = read_notes(Path(workspace))
@@ -170,6 +177,7 @@ def write_summary(workspace: str, state: str, path: str, **revisions: str) -> No
     text = summary_markdown(notes, state, noted | {name: value for name, value in revisions.items() if value})
     write_atomic(notes_folder(Path(workspace)) / "summary.md", text)
     write_atomic(Path(path), text)
+    end_tracked(Path(workspace), os.environ.get(RUN_ID, ""), state, tracking_uri)
 
 
 def summary_markdown(notes: list[dict], state: str, revisions: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ from danceopd.generate_commands import generate
 from danceopd.recipe import Recipe, load_recipe
 from danceopd.recipe_commands import recipe_app
 from danceopd.serving.commands import serve
+from danceopd.tracking_commands import add_tracking
 
 # typer brings its own copy of click, whose error base it does not export.
 UsageError = typer.BadParameter.__bases__[0]
@@ -349,6 +350,9 @@ def world_build_base(
     given = {"vae_steps": vae_steps, "steps": steps}
     figures = build_base(out, replace(BuildPlan(), **{k: v for k, v in given.items() if v is not None}))
     typer.echo(figures)
+
+
+add_tracking(app)
 
 
 def _mount_commands() -> None:

@@ -289,6 +289,7 @@ def distill(
     preview: Callable[[VelocityField, int], None] | None = None,
     checkpoints: Checkpoints | None = None,
     validate: Callable[[VelocityField], Validation] | None = None,
+    record: Callable[[dict], None] | None = None,
 ) -> tuple[VelocityField, list[dict]]:
     """Distill the teachers into one student that starts from the base, or from the teacher `spec.start` names.
 
@@ -304,6 +305,7 @@ def distill(
         preview: called with the student and the step every `spec.preview_every` steps and at the end.
         checkpoints: where training is saved, and resumed from; None: it is not.
         validate: scores the student every `spec.select.every` steps; needed if the recipe selects.
+        record: called with every entry of the history as it is made, and again after an interruption.
 
     Returns:
         The student's field, frozen, and its history: one entry a logged step with the mean loss by task since the
@@ -315,8 +317,11 @@ def distill(
         UserError: if there are fewer samples in a batch than processes, or the start is none of the fields.
     """
     method = method_of(spec)
+    record = record or (lambda entry: None)
     if spec.method in MERGES:
-        return _merged(method, backbone, teachers, teacher_of, spec, preview, validate)
+        student, history = _merged(method, backbone, teachers, teacher_of, spec, preview, validate)
+        record(history[0])
+        return student, history
     starts = dict.fromkeys(("base", *teachers))
     if spec.start not in starts:
         raise UserError(f"distill.start {spec.start!r}: no such field was given; there are: {', '.join(starts)}")
@@ -330,6 +335,8 @@ def distill(
     progress = StepProgress("distill", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])
+        for entry in history:
+            record(entry)
         since = UpdateFigures(**keeper.kept.get("since", {}))
         selection = Selection(**keeper.kept.get("selection", {}))
         for step in progress.steps(keeper.start):
@@ -356,6 +363,7 @@ def distill(
             last = last or selection.ended
             if done % spec.log_every == 0 or last:
                 history.append(_entry(done, since, norm, selection.news(done)))
+                record(history[-1])
                 since = UpdateFigures()
             if preview is not None and (last or (spec.preview_every and done % spec.preview_every == 0)):
                 with learner.shown() as field:

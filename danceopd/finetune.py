@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,7 @@ def finetune(
     encoded: EncodedRecords,
     spec: FinetuneRecipe,
     checkpoints: Checkpoints | None = None,
+    record: Callable[[dict], None] | None = None,
 ) -> tuple[VelocityField, list[dict]]:
     """Fine-tune the base on encoded records with targets (they should be of one task).
 
@@ -36,6 +37,7 @@ def finetune(
         encoded: training records, all with targets.
         spec: the recipe's section.
         checkpoints: where training is saved, and resumed from; None: it is not.
+        record: called with every entry of the history as it is made, and again after an interruption.
 
     Returns:
         The teacher's field, frozen, and its history: one {"step", "loss", "grad_norm"} a logged step.
@@ -43,6 +45,7 @@ def finetune(
     Raises:
         Interrupted: after a save, if SIGTERM came.
     """
+    record = record or (lambda entry: None)
     learner = new_learner(backbone, name, spec)
     device, processes = learner.device, learner.processes
     if spec.batch < processes.count:
@@ -53,6 +56,8 @@ def finetune(
     progress = StepProgress(f"finetune {name}", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])
+        for entry in history:
+            record(entry)
         for step in progress.steps(keeper.start):
             rows, _ = sampler.draw({"all": spec.batch})
             parts = list(_parts(backbone, encoded, rows, spec, generator, processes))
@@ -75,6 +80,7 @@ def finetune(
             progress.show(step, loss=total)
             if (step + 1) % spec.log_every == 0 or step + 1 == spec.steps:
                 history.append({"step": step + 1, "loss": total, "grad_norm": norm})
+                record(history[-1])
             keeper.after(step + 1, step + 1 == spec.steps, history=history)
     return learner.finish(), history
 

@@ -23,7 +23,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danceopd import tracking
+from danceopd import delivery, journal, tracking
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import hash_file, hash_folder, read_json, write_atomic, write_json
 from danceopd.model_card import write_card
@@ -108,7 +108,7 @@ def register_student(
         champion = _compare_with_champion(client, recipe, _Measured(model, None, metrics, values, tags["data"]))
         origins = _origins(lineage)
         version = _create_version(
-            recipe, student, evaluation, metrics, champion, origins, tags, tracking_uri, workspace
+            client, recipe, student, evaluation, metrics, champion, origins, tags, tracking_uri, workspace
         )
     if DECISION not in version.tags:  # new, or a registration that broke off here
         version = _decide(client, recipe, version, metrics, values)
@@ -258,7 +258,7 @@ def _find_version(client: MlflowClient, model: str, tags: Mapping[str, str]) -> 
 
 
 def _create_version(
-    recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, origins: dict,
+    client: MlflowClient, recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, origins: dict,
     tags: dict[str, str], uri: str, workspace: Path,
 ) -> Any:  # fmt: skip
     """Log figures, report and model in one run, then make it a version, with its tags from the start.
@@ -276,12 +276,16 @@ def _create_version(
                      (card, "")]  # fmt: skip
         if (student / LORA).is_dir():
             artifacts.append((student / LORA, LORA))
+        parent = delivery.parent_run(client, uri, Path(workspace))
         run_id = tracking.log_step(
-            uri, recipe.register_as.experiment, f"register {recipe.name}",
-            params=recipe.model_dump(mode="json"), metrics=scores, tags=tags, artifacts=artifacts,
+            uri, recipe.register_as.experiment, f"register {recipe.name}", params=recipe.model_dump(mode="json"),
+            tags=tags | ({delivery.PARENT_TAG: parent} if parent else {}), artifacts=artifacts,
         )  # fmt: skip
+        delivery.use_model(client, run_id, client.get_run(run_id).info.experiment_id, tags["student"])
         with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
             info = _log_model(mlflow, pipeline, Path(workspace))
+            points = [(name, value, journal.now(), 0) for name, value in scores.items()]
+            tracking.log_points(client, run_id, points, info.model_id, (recipe.name, tags["data"]))
             return mlflow.register_model(info.model_uri, recipe.register_as.model, tags=tags)
 
 

@@ -22,9 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danceopd import recording
 from danceopd.cost import TRAINED, Spent, cost_table
 from danceopd.errors import UserError
 from danceopd.files import FIELD, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
+from danceopd.journal import FINISHED, Journal, end_run, open_journal
 from danceopd.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 STEP = "step.json"
 STUDENTS = "students"
 NOTHING = 1e-5  # of the velocity: two fields that differ by less differ by rounding
+MODELS = ("teachers", STUDENTS)  # steps whose products are models
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def _make(
         shutil.rmtree(checkpoints, ignore_errors=True)
         log.info("%s %s: reused from %s", step, name, folder)
     else:
-        _build(folder, checkpoints, step, name, key, build)
+        _build(Path(workspace), folder, checkpoints, step, name, key, build)
     if processes is not None:
         processes.wait()
     return open_product(folder)
@@ -120,13 +123,16 @@ def _key(step: str, name: str, inputs: Any) -> str:
 
 
 def _build(
-    folder: Path, checkpoints: Path, step: str, name: str, key: str, build: Callable[[Path, Path], dict]
-) -> None:
+    workspace: Path, folder: Path, checkpoints: Path, step: str, name: str, key: str,
+    build: Callable[[Path, Path], dict],
+) -> None:  # fmt: skip
     started = time.monotonic()
-    with atomic_folder(folder) as scratch:
+    with atomic_folder(folder) as scratch, recording.recorded(workspace, checkpoints.name):
         facts = build(scratch, checkpoints)
         seconds = round(time.monotonic() - started, 1)
         digest = hash_folder(scratch)
+        if step in MODELS:
+            recording.model_made(open_journal(workspace, checkpoints.name), name, folder, digest, facts)
         write_json(scratch / STEP, {"step": step, "key": key, "digest": digest, "facts": facts, "seconds": seconds})
     shutil.rmtree(checkpoints, ignore_errors=True)
     log.info("%s %s: done in %.0f s, %s", step, name, seconds, folder)
@@ -163,7 +169,9 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
         None if model.transformer is None else fetch_weights(model.transformer, Path(workspace), "model.transformer")
     )
 
-    def build(scratch: Path, _: Path) -> dict:
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        settings = {"model": recipe.model.model_dump(mode="json")}
+        recording.begin(recipe, workspace, checkpoints.name, f"base {source.name}", settings)
         if other is not None:
             _join_transformer(recipe, source.folder, other, scratch / "pipeline")
         elif source.shipped:
@@ -228,7 +236,9 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
         "git": versioning.git_revision(repo) if repo else None,
     }
 
-    def build(scratch: Path, _: Path) -> dict:
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        settings = {"data": recipe.data.model_dump(mode="json")}
+        recording.begin(recipe, workspace, checkpoints.name, f"data {recipe.name}", settings, facts, "data")
         write_json(scratch / "dataset.json", facts)
         return facts
 
@@ -447,7 +457,11 @@ def _build_teacher(
 ) -> dict:  # fmt: skip
     """Write a teacher's field folder; `fetched` is where the weights lie of one that exists already."""
     spec = recipe.teachers[teacher]
-    if isinstance(spec, BaseTeacher) and spec.guidance is None:
+    settings = {"model": recipe.model.model_dump(mode="json"), "teacher": spec.model_dump(mode="json")}
+    plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
+    read = None if plain_base else data.facts
+    journal = recording.begin(recipe, workspace, checkpoints.name, f"teacher {teacher}", settings, read)
+    if plain_base:
         write_json(scratch / FIELD, {"kind": "base", "name": teacher})
         return {"kind": "base", "scores": {}}
 
@@ -469,7 +483,7 @@ def _build_teacher(
         encoded = _encode_train(recipe, backbone, base, data, workspace, True, (spec.task,))
         _require_targets(encoded, spec.task)
         saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
-        field, history = finetune(backbone, teacher, encoded, spec.train, saves)
+        field, history = finetune(backbone, teacher, encoded, spec.train, saves, _recorder(journal, teacher))
         write_json(scratch / "history.json", history)
         forwards = TRAINED * spec.train.batch * spec.train.steps
         facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
@@ -524,6 +538,11 @@ def _prove_other_than_base(recipe: Recipe, teacher: str, field: Field) -> None:
             f"teachers.{teacher}: {spec.path} changes the base's velocity by {change:.1g} of its size, which is "
             "nothing: an untrained LoRA, or this base's own weights? For the base itself write kind: base"
         )
+
+
+def _recorder(journal: Journal, name: str) -> Callable[[dict], None]:
+    """What takes a training's history down, entry by entry."""
+    return functools.partial(recording.entry, journal, name)
 
 
 def _require_targets(encoded: EncodedRecords, task: str) -> None:
@@ -686,12 +705,21 @@ def _build_student(
     from danceopd.processes import this_process
     from danceopd.resume import Checkpoints
 
+    title, settings = f"distill {recipe.name}", recipe.model_dump(mode="json")
+    journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, data.facts)
+    for product in teachers.values():
+        journal.uses(product.digest)
     ready = open_training(recipe, base, data, teachers, workspace)
     backbone, fields, tasks = ready.backbone, ready.fields, tuple(recipe.tasks)
     shown = _encode(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
     previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
     previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
+
+    def show(field: Field, step: int) -> None:
+        previewer(field, step)
+        journal.image("samples", step, previews / f"step-{step:06d}.png")
+
     saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
     validate = None
     if recipe.distill.select is not None:
@@ -703,11 +731,13 @@ def _build_student(
     counts, processes = data.facts["counts"], this_process()
     settle(preflight(recipe, backbone, base.pipeline, fields, facts, ready.encoded, counts, processes.count))
     student, history = distill(
-        backbone, ready.encoded, fields, ready.teacher_of, ready.weights, recipe.distill, previewer, saves, validate
-    )
+        backbone, ready.encoded, fields, ready.teacher_of, ready.weights, recipe.distill, show, saves, validate,
+        _recorder(journal, "student"),
+    )  # fmt: skip
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
+    journal.file(scratch / "previews" / "training.png")
     _export(student, recipe, base, scratch)
     origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
     origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
@@ -763,8 +793,14 @@ def evaluate_student(
               recipe.model.decisive(), recipe.evaluate.model_dump(mode="json"),
               {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}, *_looks_with(recipe)]  # fmt: skip
 
-    def build(scratch: Path, _: Path) -> dict:
-        return _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        sections = recipe.model_dump(mode="json")
+        settings = {name: sections[name] for name in ("model", "tasks", "evaluate")}
+        title, read = f"evaluate {recipe.name}", data.facts
+        journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, read, recording.EVALUATION)
+        facts = _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
+        recording.evaluated(journal, read_json(scratch / "metrics.json"), scratch, student.digest)
+        return facts
 
     return _make(workspace, "evaluations", recipe.name, inputs, build)
 
@@ -864,11 +900,19 @@ def lineage(
 def register_student(
     recipe: Recipe, student: Product, evaluation: Product, lineage: dict, tracking_uri: str | None, workspace: Path
 ) -> Registration:
-    """Register the student in MLflow if its gates hold; the default store lies in the workspace."""
-    from danceopd import registry
+    """Register the student in MLflow if its gates hold; the default store lies in the workspace.
+
+    Raises:
+        UserError: as `registry.register_student` does.
+    """
+    from danceopd import delivery, registry
 
     uri = _store(tracking_uri, workspace)
-    return registry.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+    delivery.deliver(workspace, uri)  # so that the version can name what it comes from
+    done = registry.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+    end_run(workspace, FINISHED, recording.by_task(evaluation.facts["scores"]))
+    delivery.deliver(workspace, uri)
+    return done
 
 
 def move_champion(

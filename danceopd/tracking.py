@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from danceopd.errors import UserError
 
@@ -23,12 +24,15 @@ ENVIRONMENT = "MLFLOW_TRACKING_URI"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
 HIDDEN = "(hidden)"
+AWAY = "no server answers there"
+DIGEST = 36  # the most that MLflow keeps of a dataset's hash
 _SQLITE = "sqlite:///"
 _SECRET = re.compile(r"(^|[_\-])(secret|token|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
 _USER_INFO = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
 _QUERY = re.compile(r"(\w[\w+.-]*://[^\s?]+)\?\S+")
 _CHUNK = 100  # MLflow takes at most 100 parameters and 1000 metrics a call
 _METRICS = 1000
+_PATIENCE = 5.0  # seconds
 
 
 def default_tracking_uri(workspace: Path) -> str:
@@ -48,6 +52,8 @@ def import_mlflow():
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of 7, over minutes: what fails is sent again later
     import mlflow
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # if it was imported before
@@ -60,6 +66,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
     Raises:
         UserError: if the address is none, or the store does not answer.
     """
+    if not answers(tracking_uri):
+        raise UserError(f"MLflow store {redact(tracking_uri)} does not answer; check {ENVIRONMENT}")
     mlflow = import_mlflow()
     if tracking_uri.startswith(_SQLITE):
         Path(tracking_uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +78,31 @@ def open_client(tracking_uri: str) -> MlflowClient:
         text = " ".join(redact(str(error)).split())[:300]
         raise UserError(f"MLflow store {redact(tracking_uri)} does not answer: {text}; check {ENVIRONMENT}") from error
     return client
+
+
+def answers(tracking_uri: str) -> bool:
+    """Whether a server answers within seconds, be it with a refusal; of files and databases only opening them can tell.
+
+    MLflow's own client tries for many minutes.
+    """
+    parts = urlsplit(tracking_uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return True
+    import http.client  # all slow, and for servers only
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    place = parts.netloc.rpartition("@")[2]
+    try:
+        urllib.request.urlopen(f"{parts.scheme}://{place}{parts.path.rstrip('/')}/health", timeout=_PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        return error.code not in (502, 503, 504)  # a gateway speaks for a server that is away
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # MLflow may be told to trust it all the same
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True
 
 
 def has_store(tracking_uri: str) -> bool:
@@ -148,8 +181,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _key(name: str) -> str:
+def clean_key(name: str) -> str:
+    """A name as MLflow takes it."""
     return re.sub(r"[^\w\-. /]", "_", name)[:250]
+
+
+def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as MLflow takes them, without what addresses may carry."""
+    return {clean_key(name): redact(str(value)) for name, value in tags.items()}
 
 
 def _chunks(values: Iterable, size: int) -> Iterator[list]:
@@ -201,16 +240,48 @@ def log_step(
 def _log_figures(
     client: MlflowClient, run_id: str, params: Mapping, metrics: Mapping, series: Mapping, tags: Mapping
 ) -> None:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import RunTag
 
     now = int(time.time() * 1000)
-    points = [Metric(_key(name), float(value), now, 0) for name, value in metrics.items()]
-    points += [Metric(_key(name), float(v), now, int(step)) for name, curve in series.items() for step, v in curve]
-    for part in _chunks((Param(_key(k), v) for k, v in flatten(params).items()), _CHUNK):
-        client.log_batch(run_id, params=part)
-    for part in _chunks((RunTag(_key(k), redact(str(v))) for k, v in tags.items()), _CHUNK):
+    points = [(name, value, now, 0) for name, value in metrics.items()]
+    points += [(name, value, now, step) for name, curve in series.items() for step, value in curve]
+    log_params(client, run_id, params)
+    for part in _chunks((RunTag(k, v) for k, v in clean_tags(tags).items()), _CHUNK):
         client.log_batch(run_id, tags=part)
-    for part in _chunks(points, _METRICS):
+    log_points(client, run_id, points)
+
+
+def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    """Log settings, flattened; MLflow never changes one, so those the run has are left as they are."""
+    from mlflow.entities import Param
+
+    flat = {clean_key(name): value for name, value in flatten(params).items()}
+    known = client.get_run(run_id).data.params if flat else {}
+    for part in _chunks((Param(name, value) for name, value in flat.items() if name not in known), _CHUNK):
+        client.log_batch(run_id, params=part)
+
+
+def log_points(
+    client: MlflowClient, run_id: str, points: Iterable[tuple[str, float, int, int]], model: str | None = None,
+    dataset: tuple[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Log figures.
+
+    Args:
+        client: of the store.
+        run_id: whose figures.
+        points: (name, value, milliseconds since 1970, step) each; what the run has already, it does not get twice.
+        model: id of the logged model they were measured of.
+        dataset: name and hash of the dataset they were measured on.
+    """
+    from mlflow.entities import Metric
+
+    of = {} if dataset is None else {"dataset_name": dataset[0], "dataset_digest": dataset[1][:DIGEST]}
+    metrics = [
+        Metric(clean_key(name), float(value), when, int(step), model_id=model, **of)
+        for name, value, when, step in points
+    ]
+    for part in _chunks(metrics, _METRICS):
         client.log_batch(run_id, metrics=part)
 
 
@@ -220,7 +291,7 @@ def _log_files(client: MlflowClient, run_id: str, images: Mapping, artifacts: Se
     for name, frames in images.items():
         for step, path in frames:
             with Image.open(path) as image:
-                client.log_image(run_id, image.convert("RGB"), key=_key(name), step=int(step), synchronous=True)
+                client.log_image(run_id, image.convert("RGB"), key=clean_key(name), step=int(step), synchronous=True)
     for path, place in artifacts:
         log = client.log_artifacts if Path(path).is_dir() else client.log_artifact
         log(run_id, str(path), place or None)

@@ -61,7 +61,7 @@ def build_pipeline(options: PipelineOptions) -> Callable:
         """
         way = {"distill_on": distill_on, "nodes": nodes, "gpus": gpus}
         code = {"workspace": workspace, "code_revision": code_revision}
-        summary = place(summarize(data_revision=data_revision, **code))
+        summary = place(summarize(data_revision=data_revision, tracking_uri=tracking_uri, **code))
         with dsl.ExitHandler(summary, name="chain"):
             given = {
                 "recipe": recipe,

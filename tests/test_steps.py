@@ -18,6 +18,7 @@ from danceopd.checkpoint import load_field, probe
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.files import read_json
+from danceopd.journal import read_lines, run_folder
 from danceopd.recipe import load_recipe
 from danceopd.world_base import OUT_LAYERS, PROMPT_TOKENS
 
@@ -82,6 +83,26 @@ def test_a_student_in_its_workspace_finds_what_it_was_made_of(made):
     origins = find_origins(student.pipeline)
     assert origins.base == base.pipeline
     assert origins.teachers == {name: product.folder.resolve() for name, product in teachers.items()}
+
+
+def test_each_step_told_mlflow_what_it_did(workspace, made):
+    """All of it still lies in the workspace: no step waits for a store."""
+    told = {path.name.rpartition("-")[0]: read_lines(path)[0] for path in run_folder(workspace).iterdir()}
+    assert set(told) == {
+        "base-tiny", "data-world", "teachers-base", "teachers-local_edit", "teachers-global_style", "students-world",
+    }  # fmt: skip
+    assert {(lines[0]["kind"], lines[-1].get("status")) for lines in told.values()} == {("start", "FINISHED")}
+    by_kind = {kind: [line for line in told["students-world"] if line["kind"] == kind] for kind in
+               ("start", "dataset", "uses", "image", "points", "model", "file")}  # fmt: skip
+    assert by_kind["start"][0]["params"]["distill.steps"] == "3"
+    assert (by_kind["dataset"][0]["digest"], by_kind["dataset"][0]["context"]) == (made[1].facts["content"], "training")
+    assert {line["digest"] for line in by_kind["uses"]} == {teacher.digest for teacher in made[2].values()}
+    assert [(line["name"], line["step"]) for line in by_kind["image"]] == [("samples", 2), ("samples", 3)]
+    history = [(line["step"], line["values"]["grad_norm"]) for line in by_kind["points"] if line["model"] is None]
+    assert history == [(entry["step"], entry["grad_norm"]) for entry in read_json(made[3].folder / "history.json")]
+    assert [line["digest"] for line in by_kind["model"]] == [made[3].digest]
+    curve = [line["step"] for line in told["teachers-global_style"] if "loss" in line.get("values", {})]
+    assert curve == [entry["step"] for entry in read_json(made[2]["global_style"].folder / "history.json")]
 
 
 def test_what_is_there_is_reused(recipe, workspace, made, caplog):

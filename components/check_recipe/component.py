@@ -39,7 +39,7 @@ def check_recipe(
         gpus: of each of them.
         placement: what the pipeline was compiled with for the distillation step.
         workspace: folder all steps share.
-        tracking_uri: MLflow tracking server that may hold a champion; empty: a store in the workspace.
+        tracking_uri: MLflow tracking server that hears of it, and may hold a champion; empty: a store in the workspace.
         data_revision: identity of the data; empty: found by looking.
         code_revision: identity of the code, shown with the step.
         resolved: the whole recipe as JSON text, which every later step reads.
@@ -55,7 +55,7 @@ def check_recipe(
     from components.checking import check, of_each_teacher, write_checked
     from components.running import running
 
-    with running("check-recipe", recipe, workspace, overrides=overrides) as step:
+    with running("check-recipe", recipe, workspace, overrides=overrides, tracking_uri=tracking_uri) as step:
         found = check(step, data_revision, tracking_uri, distill_on, nodes, gpus, placement)
         write_checked(found, resolved, revision, pod_gpus, pod_cpu, pod_memory, pod_nodes)
         return of_each_teacher(step.recipe, found)

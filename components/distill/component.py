@@ -37,7 +37,7 @@ def distill(
         gpus: of each of them; 0: CPU.
         job: options of `danceopd job render`: what a job's pods are and take.
         workspace: folder all steps share.
-        tracking_uri: MLflow tracking server that may hold a champion; empty: a store in the workspace.
+        tracking_uri: MLflow tracking server that hears of it, and may hold a champion; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         student: card of the student.
@@ -46,6 +46,6 @@ def distill(
     from components.running import running
     from components.training import Way, train_student
 
-    with running("distill", recipe, workspace) as step:
+    with running("distill", recipe, workspace, tracking_uri=tracking_uri) as step:
         given, way = (read_card(base), read_card(data), read_cards(teachers)), Way(distill_on, nodes, gpus)
         write_card(student, train_student(step, *given, way, job, tracking_uri))

@@ -29,7 +29,7 @@ def finetune(
         base: card of the base.
         data: card of the dataset.
         workspace: folder all steps share.
-        tracking_uri: MLflow tracking server that a champion is fetched from; empty: a store in the workspace.
+        tracking_uri: MLflow tracking server that hears of it, and has the champion; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         field: card of the teacher.
@@ -38,7 +38,7 @@ def finetune(
     from components.running import running
     from danceopd import steps
 
-    with running("finetune", recipe, workspace, teacher) as step:
+    with running("finetune", recipe, workspace, teacher, tracking_uri=tracking_uri) as step:
         made, store = (read_card(base), read_card(data)), tracking_uri or None
         product = steps.finetune_teacher(step.recipe, teacher, *made, step.workspace, store)
         write_card(field, product, teacher)

@@ -43,7 +43,7 @@ def register(
     from components.running import running
     from danceopd import steps
 
-    with running("register", recipe, workspace) as step:
+    with running("register", recipe, workspace, tracking_uri=tracking_uri) as step:
         made, judged = read_card(student), read_card(evaluation)
         step.results["evaluation"] = str(judged.folder)
         lineage = steps.lineage(step.recipe, read_card(base), read_card(data), read_cards(teachers), made)

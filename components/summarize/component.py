@@ -13,6 +13,7 @@ from components.image import IMAGE
 def summarize(
     status: dsl.PipelineTaskFinalStatus,
     workspace: str,
+    tracking_uri: str,
     data_revision: str,
     code_revision: str,
     summary: dsl.Output[dsl.Markdown],
@@ -22,10 +23,12 @@ def summarize(
     Args:
         status: how the rest of the pipeline ended.
         workspace: folder all steps share.
+        tracking_uri: MLflow tracking server, which hears how the run ended; empty: a store in the workspace.
         data_revision: identity of the data, named in the summary.
         code_revision: identity of the code, named in the summary.
         summary: the summary.
     """
     from components.running import write_summary
 
-    write_summary(workspace, status.state, summary.path, data_revision=data_revision, code_revision=code_revision)
+    revisions = {"data_revision": data_revision, "code_revision": code_revision}
+    write_summary(workspace, status.state, summary.path, tracking_uri, **revisions)

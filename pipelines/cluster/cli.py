@@ -19,6 +19,7 @@ from rich.table import Table
 
 from components.image import IMAGE
 from danceopd.errors import UserError
+from danceopd.journal import RUN
 from pipelines.one_line import BAD_INPUT, one_line_errors
 
 FAILED, AGAIN = 1, 75
@@ -54,6 +55,7 @@ def render(
     queue: Annotated[str, typer.Option(help="Kueue's LocalQueue that admits it")] = "",
     selector: Annotated[list[str], typer.Option("--node-selector", help="label=value, repeatable")] = [],  # noqa: B006
     tolerations: Annotated[list[str], typer.Option("--toleration", help="key of a taint, repeatable")] = [],  # noqa: B006
+    run: Annotated[str, typer.Option(envvar=RUN, help="pipeline run it is a part of, for MLflow")] = "",
     out: Annotated[Path | None, typer.Option(help="YAML file to write; default: standard output")] = None,
 ) -> None:
     """Write a job's manifest, for `danceopd job submit` or kubectl."""
@@ -65,6 +67,7 @@ def render(
             step=step, teacher=teacher, recipe=recipe, overrides=tuple(overrides), name=name, kind=kind, image=image,
             nodes=nodes, gpus=gpus, gpu=gpu, cpu=cpu, memory=memory, hours=hours, retries=retries, claim=claim,
             workspace=workspace, queue=queue, node_selector=_labels(selector), tolerations=tuple(tolerations),
+            run=run,
         )  # fmt: skip
         text = to_yaml(manifests(plan))
         typer.echo(write_atomic(out, text) if out else text, nl=out is not None)

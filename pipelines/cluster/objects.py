@@ -13,6 +13,7 @@ import yaml
 
 from components.image import IMAGE
 from danceopd.errors import UserError, unknown_name
+from danceopd.journal import RUN
 
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous
@@ -48,6 +49,7 @@ class JobPlan:
         queue: Kueue's LocalQueue that admits it; empty: none.
         node_selector: labels of the nodes it may run on.
         tolerations: keys of taints it tolerates.
+        run: the pipeline run it is a part of, for MLflow; empty: none.
     """
 
     step: str
@@ -69,6 +71,7 @@ class JobPlan:
     queue: str = ""
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: tuple[str, ...] = ()
+    run: str = ""
 
     def __post_init__(self):
         if self.step not in STEPS:
@@ -153,7 +156,7 @@ def job(plan: JobPlan) -> dict:
                         "name": CONTAINER,
                         "image": plan.image,
                         **command(plan),
-                        "env": [*_rendezvous(plan), *environment(plan.cpu // plan.processes)],
+                        "env": [*_rendezvous(plan), *environment(plan.cpu // plan.processes, plan.run)],
                         "resources": resources(plan),
                     },
                     plan.claim,
@@ -193,7 +196,7 @@ def train_job(plan: JobPlan) -> dict:
             "trainer": {
                 "image": plan.image,
                 **command(plan),
-                "env": environment(plan.cpu // plan.processes),
+                "env": environment(plan.cpu // plan.processes, plan.run),
                 "numNodes": plan.nodes,
                 "numProcPerNode": plan.processes,
                 "resourcesPerNode": resources(plan),
@@ -257,7 +260,7 @@ def failure_policy(container: str) -> dict:
     }
 
 
-def environment(threads: int) -> list[dict]:
+def environment(threads: int, run: str) -> list[dict]:
     """What every training container is told."""
     server = {"name": "danceopd-tracking", "key": "uri", "optional": True}
     return [
@@ -268,6 +271,7 @@ def environment(threads: int) -> list[dict]:
             "name": "HF_TOKEN",
             "valueFrom": {"secretKeyRef": {"name": "danceopd-hub", "key": "token", "optional": True}},
         },
+        *([{"name": RUN, "value": run}] if run else []),
     ]
 
 

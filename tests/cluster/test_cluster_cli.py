@@ -15,6 +15,7 @@ from kubernetes import config
 from typer.testing import CliRunner
 
 from danceopd.errors import UserError
+from danceopd.journal import RUN
 from pipelines.cluster import cli, connect
 from pipelines.cluster.objects import JobPlan, manifests, to_yaml
 
@@ -209,6 +210,14 @@ def test_a_folder_without_a_kustomization_or_a_tool_to_build_it(tmp_path, monkey
 def test_bad_plans_are_one_line(arguments, message):
     result = invoke("render", *arguments)
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["Job", "TrainJob"])
+def test_a_job_that_a_runs_step_renders_belongs_to_the_run(kind, monkeypatch):
+    monkeypatch.delenv(RUN, raising=False)
+    assert RUN not in invoke("render", "distill", "--kind", kind).stdout
+    monkeypatch.setenv(RUN, "run-1")
+    assert f"- name: {RUN}\n" in (text := invoke("render", "distill", "--kind", kind).stdout) and "value: run-1" in text
 
 
 def test_rendering_to_a_file(tmp_path):

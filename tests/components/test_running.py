@@ -21,14 +21,16 @@ from components.running import (
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import write_atomic, write_json
 from danceopd.recipe import load_recipe
+from danceopd.tracking import ENVIRONMENT
 
 RECIPE = load_recipe("world")
 
 
 @pytest.fixture(autouse=True)
 def one_run(monkeypatch):
-    """A run of its own, and the loggers as they were afterwards."""
+    """A run of its own, no MLflow store, and the loggers as they were afterwards."""
     monkeypatch.setenv(RUN_ID, "run-1")
+    monkeypatch.setenv(ENVIRONMENT, "http://127.0.0.1:9")  # the discard port, where nothing listens
     loggers = [logging.getLogger(name) for name in ("danceopd", "components")]
     before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield

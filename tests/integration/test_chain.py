@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from danceopd import delivery, tracking
+
 pytestmark = pytest.mark.slow
 
 SMALL = [
@@ -59,6 +61,28 @@ def test_the_chain_ends_well_and_prints_its_table(chain):
     assert metrics["scores"]["student"]["t2i"]["scene_accuracy"] > 0.5
 
 
+def test_mlflow_has_one_run_with_a_child_a_step(chain):
+    workspace, _ = chain
+    client = tracking.open_client(f"sqlite:///{workspace / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("danceopd-world").experiment_id])
+    [parent] = [run for run in runs if delivery.PARENT_TAG not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    steps = {"base", "data", "distill", "evaluate", "register"}
+    assert set(children) == {f"{step} world" for step in steps} | {
+        f"teacher {name}" for name in ("base", "local_edit", "global_style")
+    }
+    assert {run.data.tags[delivery.PARENT_TAG] for run in children.values()} == {parent.info.run_id}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    wanted = children["evaluate world"].data.metrics["t2i/scene_accuracy"]
+    assert parent.data.metrics["t2i/scene_accuracy"] == wanted
+    [version] = client.search_model_versions("name = 'danceopd-world'")
+    registered = client.get_logged_model(client.get_run(version.run_id).outputs.model_outputs[0].model_id)
+    assert {m.key: m.value for m in registered.metrics}["t2i/scene_accuracy"] == wanted
+    [trained] = client.get_run(version.run_id).inputs.model_inputs
+    assert trained.model_id == children["distill world"].outputs.model_outputs[0].model_id
+    assert delivery.pending(workspace) == []
+
+
 def test_a_second_run_reuses_everything(chain):
     workspace, _ = chain
     before = {p: p.stat().st_mtime_ns for p in workspace.glob("*/*/step.json")}
@@ -99,7 +123,8 @@ def test_generate_draws_and_edits_from_the_students_folder(chain, tmp_path):
     assert not (tmp_path / "c.png").exists()
 
 
-def test_a_step_that_fails_is_named_and_the_summary_is_written(tmp_path):
+def test_a_step_that_fails_is_named_and_the_summary_is_written_though_mlflow_is_away(tmp_path, monkeypatch):
+    monkeypatch.setenv(tracking.ENVIRONMENT, "http://127.0.0.1:9")  # the discard port, where nothing listens
     workspace = tmp_path / "runs"
     done = run_pipeline(workspace, "teachers.global_style.train.lr=1e-12", "teachers.global_style.train.steps=2")
     assert done.returncode == 1
@@ -107,3 +132,5 @@ def test_a_step_that_fails_is_named_and_the_summary_is_written(tmp_path):
     summary = next((workspace / "notes").glob("*/summary.md")).read_text()
     assert "no better than the base" in summary
     assert not (workspace / "students").exists()
+    assert "finetune base | MLflow store http://127.0.0.1:9: no server answers there" in done.stdout
+    assert len(delivery.pending(workspace)) == 5, "base, data and three teachers"

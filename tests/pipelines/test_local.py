@@ -135,12 +135,14 @@ def test_weights_replaced_behind_a_path_are_another_revision(tmp_path, setting):
 def test_a_failed_step_is_named_with_its_reason_and_the_summary_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv(RUN_ID, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: a store that is away
     nowhere = tmp_path / "no-such-base"
     recipe = load_recipe("world", [*BASE_ONLY, f"model.base={nowhere}"])
     with pytest.raises(StepFailed, match=f"resolve-base: model.base '{nowhere}'"):
         run_local(recipe, tmp_path / "ws")
     shown = capsys.readouterr().out
     assert "check-recipe | finished" in shown and "resolve-base | failed: model.base" in shown
+    assert "1 journal(s) stay in the workspace" in shown, "the base's; the run fails for its own reason"
     assert "Traceback" not in shown and "finetune" not in shown
     [summary] = (tmp_path / "ws" / "notes").glob("*/summary.md")
     assert summary.read_text().startswith("# DanceOPD run: FAILED")

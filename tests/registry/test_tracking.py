@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import io
 import logging
 import os
+import socket
+import threading
 
 import pytest
 from PIL import Image
@@ -134,6 +137,35 @@ def test_a_store_that_is_none_is_named(tmp_path):
         tracking.open_client(f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(UserError, match="nonsense://host/x does not answer"):
         tracking.open_client("nonsense://me:secret@host/x")
+
+
+class _Answering(http.server.BaseHTTPRequestHandler):
+    """Answers with the code its path begins with."""
+
+    def do_GET(self):
+        self.send_response(int(self.path.split("/")[1]))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_who_answers_and_who_does_not(monkeypatch):
+    monkeypatch.setattr(tracking, "_PATIENCE", 0.2)
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Answering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"me:secret@127.0.0.1:{server.server_port}"
+    for code, there in {200: True, 401: True, 404: True, 502: False, 503: False}.items():
+        assert tracking.answers(f"http://{address}/{code}/") == there
+    assert tracking.answers(f"https://{address}"), "not a certificate to trust: MLflow itself is to say so"
+    server.shutdown()
+    server.server_close()
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        assert not tracking.answers(f"http://127.0.0.1:{mute.getsockname()[1]}")
+    assert not tracking.answers("http://127.0.0.1:9")
+    assert tracking.answers("sqlite:///x.db") and tracking.answers("postgresql://u:p@nowhere.invalid/x")
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 does not answer; check MLFLOW"):
+        tracking.open_client("http://me:secret@127.0.0.1:9")
 
 
 @pytest.mark.slow
