@@ -1,5 +1,7 @@
 """LoRA files of other programs as adapters: diffusers', kohya's and ComfyUI's, by diffusers' own converters.
 
+For Stable Diffusion 3 diffusers has no converter; here is one.
+
 A LoRA whose names fit nothing would load as the bare base without a word, so every weight is held against the
 transformer's modules first.
 """
@@ -9,14 +11,19 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from danceopd.adapters import freeze_adapter
 from danceopd.errors import UserError
+from danceopd.original_names import ORIGINAL, SD3_MODULATIONS, module_pattern
 
 log = logging.getLogger(__name__)
+_ORIGINAL_PREFIXES = ("diffusion_model.", "lora_unet_")  # ComfyUI's and kohya's
+_PARTS = {"lora_A": "first", "lora_down": "first", "lora_B": "second", "lora_up": "second"}
 _UNKNOWN = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
 
 
@@ -63,6 +70,8 @@ def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[
             raise UserError(
                 f"{file}: a {kind} adapter, which is no plain LoRA; merge it into a checkpoint and give that"
             )
+    if pipeline is StableDiffusion3Pipeline and any(name.startswith(_ORIGINAL_PREFIXES) for name in names):
+        return _from_original_sd3(file), None
     try:
         return pipeline.lora_state_dict(
             str(file.parent), weight_name=file.name, return_lora_metadata=True, use_safetensors=True,
@@ -71,6 +80,50 @@ def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: no LoRA that {pipeline.__name__} knows ({reason}); first name: {names[0]}") from error
+
+
+def _from_original_sd3(file: Path) -> dict[str, Tensor]:
+    """A LoRA under Stable Diffusion 3's original names, under diffusers'; its strength in the second factor."""
+    state = load_file(file)
+    found = {
+        f"text_encoder.{key}": value for key, value in state.items() if key.startswith(("lora_te", "text_encoder"))
+    }
+    pairs = _pairs(file, {key: value for key, value in state.items() if f"text_encoder.{key}" not in found})
+    for word, (first, second) in pairs.items():
+        name = word.removeprefix("diffusion_model.").removeprefix("lora_unet_")
+        modules, turned = _sd3_modules(name)
+        if not modules:
+            raise UserError(f"{file}: no LoRA that {StableDiffusion3Pipeline.__name__} knows (nothing there is called "
+                            f"{name}); first name: {next(iter(state))}")  # fmt: skip
+        if turned and len(second) == 2 * first.shape[1]:  # shift and scale alone
+            second = torch.cat(second.chunk(2)[::-1])
+        for module, part in zip(modules, second.chunk(len(modules)), strict=True):
+            found |= {f"transformer.{module}.lora_A.weight": first, f"transformer.{module}.lora_B.weight": part}
+    return found
+
+
+def _pairs(file: Path, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (first factor (r, in), second factor (out, r) times strength)."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        module, _, part = key.removesuffix(".weight").rpartition(".")
+        factors.setdefault(module, {})[_PARTS.get(part, part)] = value
+    pairs = {}
+    for module, of in factors.items():
+        if not {"first", "second"} <= set(of) <= {"first", "second", "alpha"} or of["first"].ndim != 2:
+            raise UserError(f"{file}: {module} holds {', '.join(sorted(of))}, which is no plain LoRA of a matrix")
+        strength = float(of["alpha"]) / len(of["first"]) if "alpha" in of else 1.0
+        pairs[module] = (of["first"], of["second"] * strength)
+    return pairs
+
+
+def _sd3_modules(name: str) -> tuple[list[str], bool]:
+    """Diffusers' modules that an original matrix is made of, and whether it may have its halves turned round."""
+    for table, turned in ((ORIGINAL["SD3Transformer2DModel"], False), (SD3_MODULATIONS, True)):
+        for original, modules in table.items():
+            if matched := module_pattern(original, "[._]").fullmatch(name):
+                return [module.format(*matched.groups()) for module in modules], turned
+    return [], False
 
 
 def load_lora_file(network: nn.Module, name: str, file: Path, pipeline: type[DiffusionPipeline]) -> None:

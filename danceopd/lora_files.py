@@ -1,15 +1,14 @@
 """A LoRA student as other programs take it: diffusers' file and ComfyUI's, each read back before it counts.
 
 ComfyUI knows a model by its original checkpoint's names (`diffusion_model.double_blocks.0.img_attn.qkv`), in which
-query, key and value are one matrix. Three adapters of rank r become one of rank 3r without any loss: their first
-factors lie below each other, their second ones on a block diagonal. The strength (alpha / rank) is multiplied into the
-second factor, since a file without alphas is applied at strength 1.
+query, key and value are one matrix (`original_names.py`). Three adapters of rank r become one of rank 3r without any
+loss: their first factors lie below each other, their second ones on a block diagonal. The strength (alpha / rank) is
+multiplied into the second factor, since a file without alphas is applied at strength 1.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,33 +24,13 @@ from danceopd.checkpoint import probe
 from danceopd.errors import UserError
 from danceopd.fields import VelocityField
 from danceopd.foreign_lora import read_lora_file
+from danceopd.original_names import ORIGINAL, module_pattern
 
 log = logging.getLogger(__name__)
 
 COMFYUI = "comfyui_lora.safetensors"
 TOLERANCE, ROUGH_TOLERANCE = 1e-4, 0.05  # of velocities, whose size is about 1; the second in 16 or 8 bits
 _CHECK = "read_back"
-
-# Original name -> diffusers' modules, in the order in which they lie in one matrix.
-_FLUX2 = {
-    "double_blocks.{}.img_attn.qkv": [f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"],
-    "double_blocks.{}.txt_attn.qkv": [f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"],
-    "double_blocks.{}.img_attn.proj": ["transformer_blocks.{}.attn.to_out.0"],
-    "double_blocks.{}.txt_attn.proj": ["transformer_blocks.{}.attn.to_add_out"],
-    "double_blocks.{}.img_mlp.0": ["transformer_blocks.{}.ff.linear_in"],
-    "double_blocks.{}.img_mlp.2": ["transformer_blocks.{}.ff.linear_out"],
-    "double_blocks.{}.txt_mlp.0": ["transformer_blocks.{}.ff_context.linear_in"],
-    "double_blocks.{}.txt_mlp.2": ["transformer_blocks.{}.ff_context.linear_out"],
-    "single_blocks.{}.linear1": ["single_transformer_blocks.{}.attn.to_qkv_mlp_proj"],
-    "single_blocks.{}.linear2": ["single_transformer_blocks.{}.attn.to_out"],
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "final_layer.linear": ["proj_out"],
-    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
-    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
-    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
-}
-_NAMES = {"Flux2Transformer2DModel": _FLUX2}  # by transformer class
 
 
 def export_lora(student: VelocityField, folder: Path, condition: Condition) -> list[Path]:
@@ -80,12 +59,12 @@ def export_lora(student: VelocityField, folder: Path, condition: Condition) -> l
 def save_comfyui_lora(network: nn.Module, name: str, folder: Path) -> Path | None:
     """Write one adapter under ComfyUI's names; None, with a warning, if the model or one of its modules has none."""
     kind = type(network).__name__
-    if kind not in _NAMES:
+    if kind not in ORIGINAL:
         log.warning("no ComfyUI LoRA file: the names of %s are not known", kind)
         return None
     factors = _factors(network, name)
     state: dict[str, Tensor] = {}
-    for original, parts in _matrices(_NAMES[kind], factors):
+    for original, parts in _matrices(ORIGINAL[kind], factors):
         first, second = _fused(network, [(part, factors.pop(part, None)) for part in parts])
         state |= {
             f"diffusion_model.{original}.lora_A.weight": first,
@@ -117,7 +96,7 @@ def _matrices(names: dict[str, list[str]], factors: dict[str, Any]) -> list[tupl
     found = {}
     for original, parts in names.items():
         for part in parts:
-            pattern = re.compile(re.escape(part).replace(r"\{\}", r"(\d+)"))
+            pattern = module_pattern(part)
             for module in factors:
                 if matched := pattern.fullmatch(module):
                     found[original.format(*matched.groups())] = [p.format(*matched.groups()) for p in parts]

@@ -5,6 +5,7 @@ Sizes are exact where they are counts of weights; activations, operations and wi
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from danceopd.backbones import open_outline
 from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.weights import file_shapes, weight_files
 from danceopd.bases import SHIPPED, fetch_configs
 from danceopd.data.encoded import EncodedRecords
 from danceopd.fields import VelocityField
@@ -41,7 +43,7 @@ class Outlook:
         tokens: of the longest sample, as (picture and sources, prompt).
         forwards: passes of the transformer a sample, in the mean over training.
         operations: of one forward pass of the longest sample.
-        held: bytes of frozen weights on each GPU while it trains.
+        held: bytes of frozen weights on each GPU while it trains: the base's and the teachers'.
         training: what training adds to them.
     """
 
@@ -78,7 +80,7 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
         tokens=tokens,
         forwards=expected_forwards(recipe, backbone, _stand_ins(recipe), _fields(recipe, backbone)),
         operations=forward_operations(network, *tokens),
-        held=frozen + min(waiting, len(whole)) * parameters * BYTES[model.dtype],
+        held=frozen + min(waiting, len(whole)) * parameters * BYTES[model.dtype] + _adapters(recipe, backbone),
         training=_training(recipe, backbone, sum(tokens), processes),
     )
 
@@ -90,6 +92,23 @@ def _holds_all(teacher: object) -> bool:
     if isinstance(teacher, FinetunedTeacher):
         return teacher.train.trainable == "full"
     return not isinstance(teacher, BaseTeacher)
+
+
+def _adapters(recipe: Recipe, backbone: Backbone) -> int:
+    """Bytes of the teachers' LoRAs: counted in their files, or taken to be like the student's where none is here."""
+    numbers = 0
+    for teacher in recipe.teachers.values():
+        if isinstance(teacher, FinetunedTeacher) and teacher.train.trainable == "lora":
+            numbers += trained_parameters(backbone.transformer, teacher.train, backbone.lora_targets)
+        elif isinstance(teacher, CheckpointTeacher) and teacher.kind == "lora":
+            files = [] if "://" in teacher.path else weight_files(Path(teacher.path))
+            alike = recipe.distill.model_copy(update={"trainable": "lora"})
+            numbers += (
+                sum(math.prod(shape) for file in files for shape in file_shapes(file).values())
+                if files
+                else trained_parameters(backbone.transformer, alike, backbone.lora_targets)
+            )
+    return numbers * BYTES["float32"]
 
 
 def _tokens(recipe: Recipe, backbone: Backbone) -> tuple[int, int]:

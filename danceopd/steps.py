@@ -493,14 +493,16 @@ def _build_teacher(
         settle(check_pipeline(teacher, fetched, base.pipeline))
         field = load_field(backbone, teacher, fetched, lambda: _encode_empty(recipe, backbone, base, workspace))
         if isinstance(spec, CheckpointTeacher):
-            _prove_other_than_base(recipe, teacher, field)
+            _check_kind(teacher, spec, field)
     else:
         field = VelocityField(teacher, backbone, backbone.transformer)
-    if spec.guidance is not None:
-        plain = field.field if isinstance(field, GuidedField) else field  # the recipe's scale goes before the folder's
+    plain = field.field if isinstance(field, GuidedField) else field
+    if spec.guidance is not None:  # the recipe's scale goes before the folder's
         field = GuidedField(
             plain, spec.guidance, _encode_empty(recipe, backbone, base, workspace), spec.guidance_batched
         )
+    # Guidance would make another field of the base's own weights, too: where there are others, they are looked at.
+    _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base)
     save_field(field, scratch)
     if not isinstance(spec, ChampionTeacher):
         facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
@@ -515,29 +517,41 @@ def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
                             "measured against the base; move some there (a record's 'split')")  # fmt: skip
 
 
-def _prove_other_than_base(recipe: Recipe, teacher: str, field: Field) -> None:
-    """Hold a teacher from elsewhere against what the recipe calls it, and against the base.
-
-    Raises:
-        UserError: if it is of another kind, or changes nothing.
-    """
-    from danceopd.backbones.base import Condition
-    from danceopd.checkpoint import probe
-    from danceopd.fields import VelocityField
-
-    spec, backbone, model = recipe.teachers[teacher], field.backbone, recipe.model
+def _check_kind(teacher: str, spec: CheckpointTeacher, field: Field) -> None:
     found = "checkpoint" if field.adapter is None else "lora"
     if spec.kind != found:
         raise UserError(f"teachers.{teacher}.kind is {spec.kind}, and {spec.path} holds a {found}; write kind: {found}")
+
+
+def _prove_other_than_base(recipe: Recipe, field: Field, base: Product) -> None:
+    """Hold a teacher against the base.
+
+    Raises:
+        UserError: if it changes nothing.
+    """
+    from danceopd.backbones.base import Condition
+    from danceopd.backbones.weights import same_weights
+    from danceopd.checkpoint import probe
+    from danceopd.fields import VelocityField
+
+    spec, backbone, model = recipe.teachers[field.name], field.backbone, recipe.model
     condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
-    mine, base = (probe(f, condition) for f in (field, VelocityField("base", backbone, backbone.transformer)))
-    change = float((mine - base).square().mean().sqrt() / base.square().mean().sqrt())
-    log.info("teacher %s changes the base's velocity by %.3g of its size", teacher, change)
+    mine, bare = (probe(f, condition) for f in (field, VelocityField("base", backbone, backbone.transformer)))
+    change = float((mine - bare).square().mean().sqrt() / bare.square().mean().sqrt())
+    if field.network is not backbone.transformer and same_weights(field.network, base.pipeline / "transformer"):
+        change = 0.0  # what differs is how the base's weights are rounded
+    log.info("teacher %s changes the base's velocity by %.3g of its size", field.name, change)
     if not change > NOTHING:  # NaN is refused, too
-        raise UserError(
-            f"teachers.{teacher}: {spec.path} changes the base's velocity by {change:.1g} of its size, which is "
-            "nothing: an untrained LoRA, or this base's own weights? For the base itself write kind: base"
-        )
+        if isinstance(spec, CheckpointTeacher):
+            why = f"{spec.path}: an untrained LoRA, or this base's own weights? For the base itself write kind: base"
+        elif isinstance(spec, FinetunedTeacher):
+            why = f"train it longer, or at a higher rate (teachers.{field.name}.train)"
+        elif isinstance(spec, ChampionTeacher):
+            why = "the registered champion has this base's own weights; promote another version"
+        else:
+            why = "guidance finds no difference between a prompt and none; write kind: base without guidance"
+        raise UserError(f"teachers.{field.name} changes the base's velocity by {change:.1g} of its size, which is "
+                        f"nothing; {why}")  # fmt: skip
 
 
 def _recorder(journal: Journal, name: str) -> Callable[[dict], None]:

@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from danceopd.errors import UserError
 
@@ -42,7 +43,7 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
         config = kind.load_config(str(path), local_files_only=True)
         wanted, found = _shapes(_empty(kind, config)), {}
         for file in sorted(path.glob("*.safetensors")):
-            found |= _file_shapes(file)
+            found |= file_shapes(file)
         if not found:
             raise UserError(f"{path}: no transformer checkpoint (no safetensors file there)")
         _check_fit(path, kind, wanted, found, "its config")
@@ -53,10 +54,29 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
         raise UserError(f"{path}: no transformer checkpoint ({' '.join(str(error).split())})") from error
 
 
+def same_weights(network: nn.Module, folder: Path) -> bool:
+    """Whether a network holds the weights of a transformer folder, as far as bfloat16 tells them apart.
+
+    Args:
+        network: of plain weights under diffusers' names.
+        folder: holds safetensors files of the same class of transformer.
+    """
+    state = network.state_dict()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                mine = state.get(key)
+                if mine is None or mine.shape != tuple(opened.get_slice(key).get_shape()):
+                    return False
+                if not torch.equal(mine.cpu().bfloat16(), opened.get_tensor(key).bfloat16()):
+                    return False
+    return True
+
+
 def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> ModelMixin:
     network = _empty(kind, config)
     wanted = _shapes(network)
-    _file_shapes(file)  # is it one?
+    file_shapes(file)  # is it one?
     state = {_PREFIX.sub("", key): value for key, value in load_file(file).items()}
     if not wanted.keys() <= state.keys():
         state = _under_diffusers_names(kind, file, state, wanted, config)
@@ -105,8 +125,17 @@ def _shapes(network: ModelMixin) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def _file_shapes(file: Path) -> dict[str, Shape]:
-    """Names and shapes from a file's header."""
+def weight_files(path: Path) -> list[Path]:
+    """A safetensors file, or those anywhere in a folder; none if there is nothing."""
+    return [path] if path.is_file() else sorted(path.glob("**/*.safetensors"))
+
+
+def file_shapes(file: Path) -> dict[str, Shape]:
+    """Names and shapes from a safetensors file's header.
+
+    Raises:
+        UserError: if it is no such file.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (not a dict)

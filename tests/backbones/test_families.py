@@ -55,9 +55,9 @@ def picture(seed, height, width):
     return Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def png(seed):
+def png(seed, height=64, width=64):
     buffer = io.BytesIO()
-    picture(seed, 64, 64).save(buffer, "PNG")
+    picture(seed, height, width).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ from danceopd.adapters import CONFIG, save_diffusers_lora, save_lora
 from danceopd.backbones import load_backbone
 from danceopd.checkpoint import field_kind, load_field, save_field
 from danceopd.errors import UserError
+from danceopd.fields import VelocityField
 from danceopd.files import read_json, write_json
 from danceopd.lora_files import save_comfyui_lora
 
@@ -48,7 +49,7 @@ def diffusers_file(base, name, folder: Path) -> Path:
 
 def comfyui_file(base, name, folder: Path) -> Path:
     """Original names where the family has others than diffusers; strength multiplied in."""
-    if base.settings.backbone == FLUX2.name:
+    if base.settings.backbone in (FLUX2.name, SD3.name):
         return save_comfyui_lora(base.transformer, name, folder)
     state = load_file(diffusers_file(base, name, folder / "plain"))
     state = {key.replace("transformer.", "diffusion_model.", 1): value * (STRENGTH if "lora_B" in key else 1)
@@ -75,8 +76,7 @@ def peft_folder(base, name, folder: Path) -> Path:
     return folder
 
 
-KINDS = [(family, make) for family in FAMILIES for make in (peft_folder, diffusers_file, comfyui_file, kohya_file)
-         if family is not SD3 or make in (peft_folder, diffusers_file)]  # fmt: skip
+KINDS = [(family, make) for family in FAMILIES for make in (peft_folder, diffusers_file, comfyui_file, kohya_file)]
 
 
 @pytest.mark.parametrize(("family", "make"), KINDS, ids=[f"{f.name}-{m.__name__}" for f, m in KINDS])
@@ -96,6 +96,53 @@ def test_a_lora_of_any_layout_gives_its_own_velocity(bases, family, make, tmp_pa
     save_field(again, tmp_path / "field")  # as a teacher's product is kept
     kept = load_field(base, f"{own}_kept", tmp_path / "field")
     torch.testing.assert_close(velocity(kept), wanted, atol=1e-4, rtol=1e-4)
+
+
+def sd3_kohya(changes):
+    """A kohya file's tensors, of one rank-1 change (out, in) a module; half its strength is in the alpha."""
+    state = {}
+    for module, (up, down) in changes.items():
+        state |= {f"lora_unet_{module}.lora_up.weight": up, f"lora_unet_{module}.lora_down.weight": down,
+                  f"lora_unet_{module}.alpha": torch.tensor(0.5)}  # fmt: skip
+    return state
+
+
+def test_sd3s_modulations_are_turned_round_where_diffusers_has_them_so(bases, tmp_path):
+    base = bases(SD3)
+    named = {"joint_blocks_0_x_block_adaLN_modulation_1": ("transformer_blocks.0.norm1", False),
+             "joint_blocks_0_context_block_adaLN_modulation_1": ("transformer_blocks.0.norm1_context", False),
+             "joint_blocks_1_context_block_adaLN_modulation_1": ("transformer_blocks.1.norm1_context", True),
+             "final_layer_adaLN_modulation_1": ("norm_out", True)}  # fmt: skip
+    changed, changes = base.new_transformer(), {}
+    for seed, (word, (module, turned)) in enumerate(named.items()):
+        weight = changed.get_submodule(f"{module}.linear").weight
+        draw = torch.Generator().manual_seed(seed)
+        up, down = (torch.randn(shape, generator=draw) for shape in ((len(weight), 1), (1, weight.shape[1])))
+        changes[word] = (up, down)
+        halves = up.chunk(2)
+        weight.data += 0.5 * (torch.cat(halves[::-1]) if turned else up) @ down
+    encoder = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(2, 1)}
+    save_file(sd3_kohya(changes) | encoder, tmp_path / "lora.safetensors")
+    field = load_field(base, "modulations", tmp_path / "lora.safetensors")
+    wanted = velocity(VelocityField("changed", base, changed))
+    torch.testing.assert_close(velocity(field), wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - velocity(base_field(base))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (sd3_kohya({"double_blocks_0_img_attn_qkv": (torch.zeros(3, 1), torch.zeros(1, 1))}),
+         "no LoRA that StableDiffusion3Pipeline knows .*nothing there is called double_blocks_0_img_attn_qkv"),
+        ({"diffusion_model.final_layer.linear.lora_A.weight": torch.zeros(1, 32)},
+         r"diffusion_model\.final_layer\.linear holds first, which is no plain LoRA of a matrix"),
+        (sd3_kohya({"final_layer_linear": (torch.zeros(9, 1), torch.zeros(1, 32))}), "gives 9 features, the base has"),
+    ],
+)  # fmt: skip
+def test_an_sd3_lora_that_does_not_fit_is_named(bases, state, message, tmp_path):
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_field(bases(SD3), "wrong", tmp_path / "lora.safetensors")
 
 
 def lora_state(base, tmp_path):
