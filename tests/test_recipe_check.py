@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from danceopd.backbones import load_backbone
 from danceopd.errors import UserError
@@ -40,6 +42,19 @@ def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
     assert plain.held == 3 * 4 * plain.parameters  # the base and two fine-tuned teachers
     small = look_ahead(recipe("model.dtype=bfloat16", "model.offload=true"), tmp_path)
     assert small.held == 2 * 2 * plain.parameters
+    own = "teachers.local_edit={kind: lora, path: teachers/local_edit}"
+    like_the_students = look_ahead(recipe(own, "distill.lora={rank: 2, alpha: 2}"), tmp_path)
+    rank_2 = like_the_students.held - 2 * 4 * plain.parameters
+    assert 0 < rank_2 < 4 * plain.parameters
+    (tmp_path / "lora").mkdir()
+    save_file({"lora_A": torch.zeros(10, 30)}, tmp_path / "lora" / "adapter_model.safetensors")
+    counted = look_ahead(recipe(own.replace("teachers/local_edit}", f"{tmp_path / 'lora'}}}")), tmp_path)
+    assert counted.held == 2 * 4 * plain.parameters + 4 * 300
+    taught = "teachers.local_edit.train.{}={}"
+    rank_4 = look_ahead(
+        recipe(taught.format("trainable", "lora"), taught.format("lora", "{rank: 4, alpha: 2}")), tmp_path
+    )
+    assert rank_4.held == 2 * 4 * plain.parameters + 2 * rank_2
     lora = look_ahead(recipe("distill.trainable=lora", "distill.start=base", "distill.activation_checkpointing=true"),
                       tmp_path)  # fmt: skip
     assert lora.training.sure < plain.training.sure / 2

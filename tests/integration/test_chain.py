@@ -128,7 +128,7 @@ def test_a_step_that_fails_is_named_and_the_summary_is_written_though_mlflow_is_
     workspace = tmp_path / "runs"
     done = run_pipeline(workspace, "teachers.global_style.train.lr=1e-12", "teachers.global_style.train.steps=2")
     assert done.returncode == 1
-    assert "no better than the base on its task" in done.stderr
+    assert "teachers.global_style changes the base's velocity by 0 of its size" in done.stderr
     summary = next((workspace / "notes").glob("*/summary.md")).read_text()
     assert "no better than the base" in summary
     assert not (workspace / "students").exists()
