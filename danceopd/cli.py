@@ -20,8 +20,10 @@ from danceopd.data.commands import data_cache, data_import
 from danceopd.errors import Interrupted, UserError
 from danceopd.evaluation.commands import data_import_benchmark
 from danceopd.generate_commands import generate
+from danceopd.options import RecipeOption, SetOption, StoreOption, WorkspaceOption, open_recipe
 from danceopd.recipe import Recipe, load_recipe
 from danceopd.recipe_commands import recipe_app
+from danceopd.registry_commands import registry_app
 from danceopd.serving.commands import serve
 from danceopd.tracking_commands import add_tracking
 
@@ -38,15 +40,8 @@ data_app.command("import")(data_import)
 data_app.command("cache")(data_cache)
 data_app.command("import-benchmark")(data_import_benchmark)
 app.add_typer(world_app, name="world")
-registry_app = typer.Typer(no_args_is_help=True, help="The registered students of a recipe, and which of them serves.")
 app.add_typer(registry_app, name="registry")
 app.add_typer(recipe_app, name="recipe")
-
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
-SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
-StoreOption = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server")]
-VersionArgument = Annotated[str, typer.Argument(help="a version's number, or challenger, champion, previous")]
-WorkspaceOption = Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,11 +70,6 @@ def set_up_logging(level: int) -> None:
     logging.getLogger("danceopd").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _open(recipe: str, overrides: list[str], workspace: Path | None) -> tuple[Recipe, Path]:
-    loaded = load_recipe(recipe, overrides)
-    return loaded, workspace or Path("runs") / loaded.name
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -93,7 +83,7 @@ def data_build(
     """Assemble the recipe's dataset: generate or read, check, split, count, hash."""
     from danceopd import steps
 
-    loaded, place = _open(recipe, overrides, workspace)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     product = steps.build_data(loaded, place, folder=out)
     _print_counts(product.facts["counts"], f"{product.facts['dataset']}  content {product.facts['content'][:16]}")
 
@@ -155,7 +145,7 @@ def finetune(
     """Fine-tune one teacher and prove it better than the base."""
     from danceopd import steps
 
-    loaded, place = _open(recipe, overrides, workspace)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
     product = steps.finetune_teacher(loaded, teacher, base, data, place)
     _tell(f"{product.folder}  {product.facts['scores']}")
@@ -178,7 +168,7 @@ def _student(loaded: Recipe, place: Path, tracking_uri: str | None = None):
 @app.command()
 def distill(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006
     """Distill the student; missing teachers are made first."""
-    loaded, place = _open(recipe, overrides, workspace)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     *_, student = _student(loaded, place)
     _tell(f"{student.pipeline}  loss {student.facts['loss']}")
 
@@ -188,7 +178,7 @@ def evaluate(recipe: RecipeOption = "world", overrides: SetOption = [], workspac
     """Evaluate base, teachers and student on held-out records; missing products are made first."""
     from danceopd import steps
 
-    loaded, place = _open(recipe, overrides, workspace)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     evaluation = steps.evaluate_student(loaded, *_student(loaded, place), place)
     verdict = "holds all its gates" if evaluation.facts["passed"] else "fails a gate"
     _tell(f"{evaluation.folder / 'report.html'}: the student {verdict}")
@@ -204,7 +194,7 @@ def register(
     """Register the student in MLflow if its gates hold; missing products are made first."""
     from danceopd import steps
 
-    loaded, place = _open(recipe, overrides, workspace)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     base, data, teachers, student = _student(loaded, place, tracking_uri)
     evaluation = steps.evaluate_student(loaded, base, data, teachers, student, place)
     lineage = steps.lineage(loaded, base, data, teachers, student)
@@ -214,99 +204,6 @@ def register(
     typer.echo(f"{loaded.register_as.model} version {result.version} ({', '.join(result.alias)})")
     for reason in result.reasons:
         typer.echo(reason)
-
-
-# ------------------------------------------------------------------------------------------------------------ registry
-
-
-def _registry(recipe: str, overrides: list[str], workspace: Path | None, tracking_uri: str | None):
-    from danceopd import registry
-    from danceopd.tracking import default_tracking_uri
-
-    loaded, place = _open(recipe, overrides, workspace)
-    return loaded, registry.open_registry(tracking_uri or default_tracking_uri(place), loaded.register_as.model)
-
-
-@registry_app.command("list")
-def registry_list(
-    recipe: RecipeOption = "world",
-    overrides: SetOption = [],  # noqa: B006
-    workspace: WorkspaceOption = None,
-    tracking_uri: StoreOption = None,
-) -> None:
-    """Every version with its aliases, and why it became champion or did not."""
-    from datetime import UTC, datetime
-
-    from danceopd import registry
-
-    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    table = Table("version", "aliases", "registered (UTC)", "student", "decision", title=loaded.register_as.model)
-    for line in registry.list_versions(client, loaded.register_as.model):
-        when = datetime.fromtimestamp(line.created / 1000, UTC).strftime("%Y-%m-%d %H:%M")
-        table.add_row(line.version, ", ".join(line.aliases), when, line.tags.get("student", "")[:12], line.decision)
-    Console().print(table)
-
-
-@registry_app.command("compare")
-def registry_compare(
-    first: VersionArgument = "challenger",
-    second: VersionArgument = "champion",
-    recipe: RecipeOption = "world",
-    overrides: SetOption = [],  # noqa: B006
-    workspace: WorkspaceOption = None,
-    tracking_uri: StoreOption = None,
-) -> None:
-    """Two versions' figures side by side: difference, its interval over records, verdict."""
-    from danceopd import registry
-
-    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    found = registry.compare_versions(client, loaded, first, second)
-    heads = ("task", "metric", f"version {found.ours}", f"version {found.theirs}", "difference", "interval", "verdict")
-    table = Table(*heads, title=loaded.register_as.model)
-    for task, name, ours, theirs in found.scores:
-        values = ["-" if value is None else f"{value:.4g}" for value in (ours, theirs)]
-        pair = found.table.get(task, {}).get(name)
-        more = ["-"] * 3
-        if pair is not None:
-            sure = "" if pair["sure"] else ", not sure"
-            interval = f"{pair['low']:+.3g} to {pair['high']:+.3g}"
-            more = [f"{pair['difference']:+.3g}", interval, pair["verdict"] + sure]
-        table.add_row(task, name, *values, *more)
-    Console().print(table)
-    if found.unlike:
-        typer.echo(f"measured on other {', '.join(found.unlike)}: the figures cannot be compared")
-
-
-@registry_app.command("promote")
-def registry_promote(
-    version: VersionArgument = "challenger",
-    force: Annotated[bool, typer.Option("--force", help="though it is worse than the champion")] = False,
-    recipe: RecipeOption = "world",
-    overrides: SetOption = [],  # noqa: B006
-    workspace: WorkspaceOption = None,
-    tracking_uri: StoreOption = None,
-) -> None:
-    """Make a version the champion; the champion before it is called previous."""
-    from danceopd import registry
-
-    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    moved = registry.promote_checked(client, loaded, version, force)
-    typer.echo(registry.say_champion(loaded.register_as.model, *moved))
-
-
-@registry_app.command("rollback")
-def registry_rollback(
-    recipe: RecipeOption = "world",
-    overrides: SetOption = [],  # noqa: B006
-    workspace: WorkspaceOption = None,
-    tracking_uri: StoreOption = None,
-) -> None:
-    """Make the previous champion champion again; a second rollback undoes the first."""
-    from danceopd import registry
-
-    loaded, client = _registry(recipe, overrides, workspace, tracking_uri)
-    model = loaded.register_as.model
-    typer.echo(registry.say_champion(model, *registry.rollback(client, model)))
 
 
 # ------------------------------------------------------------------------------------------------------------- student

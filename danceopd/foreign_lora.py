@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from danceopd.errors import UserError
 from danceopd.original_names import ORIGINAL, SD3_MODULATIONS, module_pattern
 
 log = logging.getLogger(__name__)
+SD3 = "StableDiffusion3Pipeline"  # by name: importing it takes a second and other families need none of it
 _ORIGINAL_PREFIXES = ("diffusion_model.", "lora_unet_")  # ComfyUI's and kohya's
 _PARTS = {"lora_A": "first", "lora_down": "first", "lora_B": "second", "lora_up": "second"}
 _UNKNOWN = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
@@ -70,7 +71,7 @@ def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[
             raise UserError(
                 f"{file}: a {kind} adapter, which is no plain LoRA; merge it into a checkpoint and give that"
             )
-    if pipeline is StableDiffusion3Pipeline and any(name.startswith(_ORIGINAL_PREFIXES) for name in names):
+    if pipeline.__name__ == SD3 and any(name.startswith(_ORIGINAL_PREFIXES) for name in names):
         return _from_original_sd3(file), None
     try:
         return pipeline.lora_state_dict(
@@ -93,7 +94,7 @@ def _from_original_sd3(file: Path) -> dict[str, Tensor]:
         name = word.removeprefix("diffusion_model.").removeprefix("lora_unet_")
         modules, turned = _sd3_modules(name)
         if not modules:
-            raise UserError(f"{file}: no LoRA that {StableDiffusion3Pipeline.__name__} knows (nothing there is called "
+            raise UserError(f"{file}: no LoRA that {SD3} knows (nothing there is called "
                             f"{name}); first name: {next(iter(state))}")  # fmt: skip
         if turned and len(second) == 2 * first.shape[1]:  # shift and scale alone
             second = torch.cat(second.chunk(2)[::-1])

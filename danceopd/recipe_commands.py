@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from danceopd.errors import UserError
-from danceopd.recipe import MERGES, Recipe, load_recipe
+from danceopd.options import SetOption, WorkspaceOption, open_recipe
+from danceopd.recipe import MERGES, Recipe
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes.")
 
@@ -23,15 +23,15 @@ def _recipes() -> None:
 @recipe_app.command("check")
 def check(
     recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
-    overrides: Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")] = [],  # noqa: B006
+    overrides: SetOption = [],  # noqa: B006
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together")] = 1,
     tflops: Annotated[float, typer.Option(min=0.01, help="operations a second of one GPU as used, in 10^12")] = 300.0,
-    workspace: Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")] = None,
+    workspace: WorkspaceOption = None,
 ) -> None:
     """Say what a recipe loads, the memory of each GPU, the forwards of an update, and about how long it takes."""
     from danceopd.outlook import look_ahead, what_is_there
 
-    loaded = load_recipe(recipe, overrides)
+    loaded, place = open_recipe(recipe, overrides, workspace)
     console, rows = Console(), what_is_there(loaded)
     table = Table("loads", "from", "")
     for what, place, wrong in rows:
@@ -40,7 +40,7 @@ def check(
     if loaded.distill.method in MERGES:
         console.print(f"{loaded.distill.method} trains nothing.")
     else:
-        ahead = look_ahead(loaded, workspace or Path("runs") / loaded.name, gpus)
+        ahead = look_ahead(loaded, place, gpus)
         _tell(console, loaded, ahead, gpus, tflops)
     wrong = [f"{what}: {place}: {why}" for what, place, why in rows if why]
     if wrong:

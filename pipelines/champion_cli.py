@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from components.image import IMAGE
+from danceopd.options import RecipeOption, SetOption
 from danceopd.recipe import load_recipe
 from pipelines.one_line import one_line_errors
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
-SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
 WorkspaceOption = Annotated[Path | None, typer.Option(help="where the store lies; default: runs/<recipe name>")]
 
 app = typer.Typer(no_args_is_help=True, help="The pipeline that promotes a registered version, or rolls back.")

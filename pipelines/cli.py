@@ -12,6 +12,7 @@ from rich.console import Console
 
 from components.image import IMAGE
 from danceopd.errors import UserError
+from danceopd.options import RecipeOption, SetOption, WorkspaceOption
 from danceopd.recipe import load_recipe
 from danceopd.tracking import ENVIRONMENT
 from pipelines import submit_cli as server
@@ -29,9 +30,9 @@ app.add_typer(server.schedule_app, name="schedule")
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")] = "world",
-    overrides: Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")] = [],  # noqa: B006
-    workspace: Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")] = None,
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="forget earlier products and run every step")] = False,
     if_changed: Annotated[
         bool, typer.Option("--if-changed", help="only if recipe, code or data changed since the champion")

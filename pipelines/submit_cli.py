@@ -18,6 +18,7 @@ from rich.table import Table
 
 from components.image import IMAGE
 from danceopd.errors import UserError
+from danceopd.options import RecipeOption, SetOption
 from danceopd.recipe import Recipe, load_recipe
 from danceopd.tracking import ENVIRONMENT, default_tracking_uri
 from pipelines.one_line import one_line_errors
@@ -31,8 +32,6 @@ HostOption = Annotated[
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", "-n", help="your profile's, on a server with several users")
 ]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
-SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
 PackageOption = Annotated[
     Path | None, typer.Option(help="a compiled pipeline (danceopd pipeline compile); default: compiled now")
 ]

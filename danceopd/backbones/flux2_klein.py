@@ -8,12 +8,10 @@ encoder. The pipeline's own static functions do all of this, so that both agree 
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
-from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu, retrieve_timesteps
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from danceopd.backbones.base import Condition
@@ -85,7 +83,7 @@ class Flux2Klein(PipelineBackbone):
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         tokens, _ = self.latent_shape(height, width)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        grid = None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=grid, mu=compute_empirical_mu(tokens, steps))
-        return scheduler.sigmas.clone()
+        mu = compute_empirical_mu(tokens, steps)
+        if self.pipeline.scheduler.config.get("use_flow_sigmas"):
+            return self._scheduled(num_inference_steps=steps, mu=mu)
+        return self._scheduled(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)

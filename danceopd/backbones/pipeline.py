@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -112,6 +113,25 @@ class PipelineBackbone:
     def _patch(self) -> int:
         """Pixels a token is wide and high."""
         return self.pipeline.vae_scale_factor * 2
+
+    def _shift(self, tokens: int, most: float = 1.15) -> float:
+        """How far the grid is pushed towards noise for so many tokens: the stock pipelines' `calculate_shift`.
+
+        Args:
+            tokens: of the picture.
+            most: the family's shift at 4,096 tokens, where the scheduler names none.
+        """
+        known = self.pipeline.scheduler.config
+        few, many = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
+        low, high = known.get("base_shift", 0.5), known.get("max_shift", most)
+        slope = (high - low) / (many - few)
+        return tokens * slope + (low - slope * few)
+
+    def _scheduled(self, **how: Any) -> Tensor:
+        """The noise levels (steps + 1,) that the scheduler sets when its pipeline asks it so."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(device="cpu", **how)
+        return scheduler.sigmas.clone()
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of a picture's tokens."""

@@ -10,7 +10,6 @@ Sampling with guidance, the stock pipeline scales the result to the plain predic
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     calculate_dimensions,
-    calculate_shift,
-    retrieve_timesteps,
 )
 from PIL import Image
 from torch import Tensor, nn
@@ -163,14 +160,4 @@ class QwenImage(PipelineBackbone):
         tokens, _ = self.latent_shape(height, width)
         if steps == 1:  # the scheduler stretches its grid to a last noise level above 0, and one point has no last one
             return torch.tensor([1.0, 0.0])
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        known = scheduler.config
-        mu = calculate_shift(
-            tokens,
-            known.get("base_image_seq_len", 256),
-            known.get("max_image_seq_len", 4096),
-            known.get("base_shift", 0.5),
-            known.get("max_shift", 1.15),
-        )
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        return scheduler.sigmas.clone()
+        return self._scheduled(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._shift(tokens))

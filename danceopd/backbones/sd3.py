@@ -6,12 +6,9 @@ and one pooled vector beside them, which travels here as the first rows of the e
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 from torch import Tensor, nn
 
 from danceopd.backbones.base import Condition
@@ -72,15 +69,5 @@ class SD3(ShiftedLatentsBackbone):
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         tokens, _ = self.latent_shape(height, width)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        known, shift = scheduler.config, {}
-        if known.get("use_dynamic_shifting"):
-            shift["mu"] = calculate_shift(
-                tokens,
-                known.get("base_image_seq_len", 256),
-                known.get("max_image_seq_len", 4096),
-                known.get("base_shift", 0.5),
-                known.get("max_shift", 1.16),
-            )
-        retrieve_timesteps(scheduler, steps, "cpu", **shift)
-        return scheduler.sigmas.clone()
+        dynamic = self.pipeline.scheduler.config.get("use_dynamic_shifting")
+        return self._scheduled(num_inference_steps=steps, mu=self._shift(tokens, most=1.16) if dynamic else None)

@@ -8,14 +8,10 @@ base has no SigLIP tower, so the source enters by its latents alone. The pipelin
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import ZImageOmniPipeline, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
-    calculate_shift,
     get_default_z_image_sigmas,
-    retrieve_timesteps,
 )
 from torch import Tensor, nn
 
@@ -84,14 +80,4 @@ class ZImage(ShiftedLatentsBackbone):
 
     def sigmas(self, steps: int, height: int, width: int) -> Tensor:
         tokens, _ = self.latent_shape(height, width)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        known = scheduler.config
-        mu = calculate_shift(
-            tokens,
-            known.get("base_image_seq_len", 256),
-            known.get("max_image_seq_len", 4096),
-            known.get("base_shift", 0.5),
-            known.get("max_shift", 1.15),
-        )
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=get_default_z_image_sigmas(steps), mu=mu)
-        return scheduler.sigmas.clone()
+        return self._scheduled(sigmas=get_default_z_image_sigmas(steps), mu=self._shift(tokens))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from danceopd.errors import UserError
+from danceopd.options import RecipeOption, SetOption, WorkspaceOption
 from danceopd.recipe import load_recipe
 
 
@@ -46,9 +47,9 @@ def _tell_import(report: dict, out: Path) -> None:
 
 def data_cache(
     out: Annotated[Path, typer.Option(help="folder of the cache; what is there already is kept")] = ...,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")] = "world",
-    overrides: Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")] = [],  # noqa: B006
-    workspace: Annotated[Path | None, typer.Option(help="where products go; default: runs/<recipe name>")] = None,
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
     worker: Annotated[
         str | None, typer.Option(help="K/N: this is worker K (from 0) of N, each started by itself")
     ] = None,
