@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -121,6 +123,18 @@ def picture_of(record: Record, field: str, shape: tuple[int, ...]) -> np.ndarray
 def pictures_of(records: list[Record], field: str, shape: tuple[int, ...]) -> np.ndarray:
     """The records' sources or targets at one size, (B, H, W, 3) uint8."""
     return np.stack([picture_of(record, field, shape) for record in records])
+
+
+def image_functions() -> ModuleType:
+    """torchmetrics' image metrics as functions; slow to import, and quiet about parts of transformers it looks for."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torchmetrics.functional import image
+    finally:
+        logger.setLevel(level)
+    return image
 
 
 def unit_range(pictures: np.ndarray) -> Tensor:

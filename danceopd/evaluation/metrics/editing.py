@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from danceopd.data.records import Record
 from danceopd.errors import UserError
-from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, picture_of, read_picture
+from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, image_functions, picture_of, read_picture
 from danceopd.evaluation.metrics.tools import Tools
 
 THRESHOLD = 16  # of 255
@@ -100,10 +100,10 @@ def _outside_psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> list
 
 
 def _psnr_over(pixels: np.ndarray, picture: np.ndarray, wanted: np.ndarray) -> float:
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import
+    psnr = image_functions().peak_signal_noise_ratio
 
     ours, theirs = (torch.from_numpy(p[pixels]).float() / 255 for p in (picture, wanted))
-    return peak_signal_noise_ratio(ours, theirs, data_range=1.0).clamp(0, MAX_PSNR).item()
+    return psnr(ours, theirs, data_range=1.0).clamp(0, MAX_PSNR).item()
 
 
 def _preserved_psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:

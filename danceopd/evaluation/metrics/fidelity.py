@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from danceopd.data.records import Record
-from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, chunks, pictures_of, unit_range
+from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, chunks, image_functions, pictures_of, unit_range
 from danceopd.evaluation.metrics.tools import Tools
 
 
@@ -22,20 +22,20 @@ def _against_targets(
 
 
 def _psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
-    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import
+    psnr = image_functions().peak_signal_noise_ratio
 
     def compare(drawn: Tensor, wanted: Tensor) -> Tensor:
-        value = peak_signal_noise_ratio(drawn, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        value = psnr(drawn, wanted, data_range=1.0, reduction="none", dim=(1, 2, 3))
         return value.clamp(0, MAX_PSNR)
 
     return _against_targets(pictures, records, compare)
 
 
 def _ssim(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+    ssim = image_functions().structural_similarity_index_measure
 
     def compare(drawn: Tensor, wanted: Tensor) -> Tensor:
-        return structural_similarity_index_measure(drawn, wanted, data_range=1.0, reduction="none")
+        return ssim(drawn, wanted, data_range=1.0, reduction="none")
 
     return _against_targets(pictures, records, compare)
 

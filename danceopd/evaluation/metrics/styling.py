@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from danceopd.data.records import Record
-from danceopd.evaluation.metrics.base import Metric, chunks, pictures_of, unit_range
+from danceopd.evaluation.metrics.base import Metric, chunks, image_functions, pictures_of, unit_range
 from danceopd.evaluation.metrics.tools import Tools
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -48,12 +48,12 @@ def _structure_dino(pictures: np.ndarray, records: list[Record], tools: Tools) -
 
 
 def _structure_ssim(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
-    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+    ssim = image_functions().structural_similarity_index_measure
 
     values: list[float] = []
     for part, theirs in chunks(pictures, records):
         ours, source = (edges(unit_range(p)) for p in (part, pictures_of(theirs, "source", part.shape[1:])))
-        values += structural_similarity_index_measure(ours, source, data_range=1.0, reduction="none").tolist()
+        values += ssim(ours, source, data_range=1.0, reduction="none").tolist()
     return values
 
 
