@@ -34,9 +34,15 @@ HOW = (
     "by."
 )
 COLUMNS = [
-    "transformer", "window", "plain samples/s", "engine samples/s", "ratio", "of it prompt cache", "of it early stop",
+    "transformer",
+    "window",
+    "plain samples/s",
+    "engine samples/s",
+    "ratio",
+    "of it prompt cache",
+    "of it early stop",
     "of it batching",
-]  # fmt: skip
+]
 
 
 def engine_update(setting: Setting, window: str, batch: int, seed: int) -> None:
@@ -73,8 +79,10 @@ def contest(name: str, size: Size, windows: list[str], reference: Path | None) -
     difference = gradient_difference(setting, plain)
     if difference > 1e-3:
         raise RuntimeError(f"{name}: the sides' gradients differ by {difference:.1e}; this would be no contest")
-    variants = {"cached": PlainLoop(setting, cache_prompts=True, like=plain),
-                "stopped": PlainLoop(setting, cache_prompts=True, stop_at_query=True, like=plain)}  # fmt: skip
+    variants = {
+        "cached": PlainLoop(setting, cache_prompts=True, like=plain),
+        "stopped": PlainLoop(setting, cache_prompts=True, stop_at_query=True, like=plain),
+    }
     contenders: dict[str, Callable[[int], object]] = {}
     rounds: dict[str, int] = {}
 
@@ -94,9 +102,11 @@ def contest(name: str, size: Size, windows: list[str], reference: Path | None) -
             enter("release", release.update, size.rounds)
         for window in windows:
             enter(f"stopped {window}", loop(variants["stopped"], window), size.ladder)
-            enter(f"engine {window}",
-                  lambda number, w=window: engine_update(setting, w, size.batch if number else 3, number),
-                  size.rounds)  # fmt: skip
+            enter(
+                f"engine {window}",
+                lambda number, w=window: engine_update(setting, w, size.batch if number else 3, number),
+                size.rounds,
+            )
         seconds = in_turns(contenders, rounds)
         memory = {"plain": held_bytes(*plain.networks), "engine": held_bytes(setting.backbone.transformer)}
         if reference is not None:
@@ -104,9 +114,15 @@ def contest(name: str, size: Size, windows: list[str], reference: Path | None) -
     encoder = held_bytes(setting.backbone.pipeline.text_encoder)
     parameters = sum(p.numel() for p in setting.bare.parameters())
     return {
-        "size": name, "parameters": parameters, "rank": setting.rank, "batch": size.batch, "seconds": seconds,
-        "model_bytes": memory, "text_encoder_bytes": encoder, "gradient_difference": difference,
-    }  # fmt: skip
+        "size": name,
+        "parameters": parameters,
+        "rank": setting.rank,
+        "batch": size.batch,
+        "seconds": seconds,
+        "model_bytes": memory,
+        "text_encoder_bytes": encoder,
+        "gradient_difference": difference,
+    }
 
 
 def speed_rows(found: dict, windows: list[str]) -> list[list]:

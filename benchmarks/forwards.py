@@ -34,8 +34,18 @@ HOW = (
     "shift crowds the steps at high noise, so that even an early query comes late. The rest is one drawn batch on the "
     "small world's grid."
 )
-COLUMNS = ["window", "expected", "expected, 1024 px grid", "drawn: formula", "counted", "of it rollout",
-           "checkpointing: formula", "checkpointing: counted", "plain loop: counted", "plain / engine"]  # fmt: skip
+COLUMNS = [
+    "window",
+    "expected",
+    "expected, 1024 px grid",
+    "drawn: formula",
+    "counted",
+    "of it rollout",
+    "checkpointing: formula",
+    "checkpointing: counted",
+    "plain loop: counted",
+    "plain / engine",
+]
 
 
 @dataclass
@@ -70,8 +80,10 @@ def counted(*networks: nn.Module) -> Iterator[Passes]:
     hooks = []
     for network in networks:
         block = network.single_transformer_blocks[-1]
-        hooks += [block.register_forward_pre_hook(before_block, with_kwargs=True),
-                  network.register_forward_hook(after_network)]  # fmt: skip
+        hooks += [
+            block.register_forward_pre_hook(before_block, with_kwargs=True),
+            network.register_forward_hook(after_network),
+        ]
     try:
         yield passes
     finally:
@@ -104,10 +116,16 @@ def count_window(setting: Setting, plain: PlainLoop, window: str, batch: int) ->
     exact = [ours.forwards, recomputing.forwards, theirs.forwards] == plan
     expected = [mean_steps(window, grid) + 4 for grid in (setting.grid, klein_grid(1024))]
     row = [
-        window, *expected, plan[0] / batch, ours.forwards / batch,
-        ours.samples["no gradient"] / batch - 1, plan[1] / batch, recomputing.forwards / batch,
-        theirs.forwards / batch, theirs.forwards / ours.forwards,
-    ]  # fmt: skip
+        window,
+        *expected,
+        plan[0] / batch,
+        ours.forwards / batch,
+        ours.samples["no gradient"] / batch - 1,
+        plan[1] / batch,
+        recomputing.forwards / batch,
+        theirs.forwards / batch,
+        theirs.forwards / ours.forwards,
+    ]
     return row, exact
 
 

@@ -57,8 +57,18 @@ HOW = (
     "Median of {iterations} after a warm-up. Search: batch and checkpointing first, then attention kernels, "
     "then compilation."
 )
-COLUMNS = ["batch", "checkpointing", "attention", "compile", "rollout TFLOP/s", "share", "update TFLOP/s", "share",
-           "samples/s", "peak GB"]  # fmt: skip
+COLUMNS = [
+    "batch",
+    "checkpointing",
+    "attention",
+    "compile",
+    "rollout TFLOP/s",
+    "share",
+    "update TFLOP/s",
+    "share",
+    "samples/s",
+    "peak GB",
+]
 
 
 @dataclass(frozen=True)
@@ -82,17 +92,41 @@ class Scale:
 
 # The transformer's published config (black-forest-labs/FLUX.2-klein-base-4B).
 KLEIN_4B = Scale(
-    {"in_channels": 128, "num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128,
-     "num_attention_heads": 24, "joint_attention_dim": 7680, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
-     "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False},
-    pixels=1024, prompt_tokens=512, rank=64, matrices=(4096, 8192, 16384),
-)  # fmt: skip
+    {
+        "in_channels": 128,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "timestep_guidance_channels": 256,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (32, 32, 32, 32),
+        "guidance_embeds": False,
+    },
+    pixels=1024,
+    prompt_tokens=512,
+    rank=64,
+    matrices=(4096, 8192, 16384),
+)
 TINY = Scale(
-    {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
-     "joint_attention_dim": 48, "timestep_guidance_channels": 32, "mlp_ratio": 3.0, "axes_dims_rope": (8, 8, 8, 8),
-     "guidance_embeds": False},
-    pixels=64, prompt_tokens=8, rank=4, matrices=(64, 128),
-)  # fmt: skip
+    {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "timestep_guidance_channels": 32,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": (8, 8, 8, 8),
+        "guidance_embeds": False,
+    },
+    pixels=64,
+    prompt_tokens=8,
+    rank=4,
+    matrices=(64, 128),
+)
 
 
 @dataclass(frozen=True)
@@ -155,8 +189,12 @@ def count_flops(scale: Scale) -> Flops:
     backbone = new_backbone(scale, "meta", torch.float32)
     network = backbone.transformer
     add_lora(network, "student", LoraRecipe(rank=scale.rank, alpha=scale.rank), backbone.lora_targets, 0)
-    condition = Condition(torch.empty(1, scale.prompt_tokens, scale.config["joint_attention_dim"], device="meta"), None,
-                          scale.pixels, scale.pixels)  # fmt: skip
+    condition = Condition(
+        torch.empty(1, scale.prompt_tokens, scale.config["joint_attention_dim"], device="meta"),
+        None,
+        scale.pixels,
+        scale.pixels,
+    )
     z = torch.empty(1, *backbone.latent_shape(scale.pixels, scale.pixels), device="meta")
     sigma = torch.empty(1, device="meta")
     with FlopCounterMode(display=False) as forward:
@@ -196,9 +234,16 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         add_lora(backbone.transformer, name, lora, backbone.lora_targets, seed)
         wake(backbone.transformer, name, seed)
     spec = DistillRecipe(
-        trainable="lora", lora=lora, lr=1e-5, steps=1000, batch=settings.batch, rollout_steps=STEPS,
-        precision="bfloat16", compile=settings.compile, activation_checkpointing=settings.checkpointing == "on",
-    )  # fmt: skip
+        trainable="lora",
+        lora=lora,
+        lr=1e-5,
+        steps=1000,
+        batch=settings.batch,
+        rollout_steps=STEPS,
+        precision="bfloat16",
+        compile=settings.compile,
+        activation_checkpointing=settings.checkpointing == "on",
+    )
     learner = new_learner(backbone, "student", spec)
     wake(backbone.transformer, "student", len(TEACHERS))
     teachers = {name: VelocityField(name, backbone, backbone.transformer, adapter=name) for name in TEACHERS}
@@ -209,14 +254,28 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
     )
     tags = [TEACHERS[i % len(TEACHERS)] for i in range(count)]
     nothing = torch.empty(0)
-    encoded = EncodedRecords(tags, prompt, torch.arange(count), nothing, torch.full((count,), -1), nothing,
-                             torch.full((count,), -1), side, side)  # fmt: skip
+    encoded = EncodedRecords(
+        tags,
+        prompt,
+        torch.arange(count),
+        nothing,
+        torch.full((count,), -1),
+        nothing,
+        torch.full((count,), -1),
+        side,
+        side,
+    )
     group = Group(
-        rows=list(range(count)), tags=tags, weights=torch.full((count,), 1 / count),
-        condition=Condition(prompt, None, side, side), noise=torch.randn(count, *shape, device=device),
+        rows=list(range(count)),
+        tags=tags,
+        weights=torch.full((count,), 1 / count),
+        condition=Condition(prompt, None, side, side),
+        noise=torch.randn(count, *shape, device=device),
         grid=backbone.sigmas(STEPS, side, side),
-        stop=torch.zeros(count, 1, dtype=torch.int64), seeds=[], last=True,
-    )  # fmt: skip
+        stop=torch.zeros(count, 1, dtype=torch.int64),
+        seeds=[],
+        last=True,
+    )
     distillation = Distillation(backbone, encoded, teachers, dict(zip(TEACHERS, TEACHERS, strict=True)), STEPS)
     return Contest(backbone, distillation, learner, group)
 
@@ -396,8 +455,9 @@ def measure(options: argparse.Namespace) -> list[Report]:
     bars = [] if options.tiny else [Bar(f"{what}: share of the matrix rate", shares[what], TARGET) for what in shares]
     title = "GPU: utilisation at FLUX.2-klein-4B size" + (" (tiny trial, not a result)" if options.tiny else "")
     how = HOW.format(steps=ROLLOUT_STEPS, iterations=options.iterations)
-    details = {"tried": [asdict(s) | {"outcome": t if isinstance(t, str) else asdict(t)}
-                         for s, t in search.tried.items()]}  # fmt: skip
+    details = {
+        "tried": [asdict(s) | {"outcome": t if isinstance(t, str) else asdict(t)} for s, t in search.tried.items()]
+    }
     return [Report("gpu", title, how, COLUMNS, rows, bars, notes, details=details)]
 
 

@@ -39,11 +39,22 @@ HOW = (
 COLUMNS = ["run", "rows", "read (MB)", "seconds", "rows/s", "peak memory (MiB)"]
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SCHEMA = pa.schema(
-    [("omni_edit_id", pa.string()), ("task", pa.string()), ("src_img", _IMAGE), ("edited_img", _IMAGE),
-     ("edited_prompt_list", pa.list_(pa.string())), ("width", pa.int64()), ("height", pa.int64()),
-     ("sc_score_1", pa.int64()), ("sc_score_2", pa.int64()), ("pq_score", pa.int64()), ("o_score", pa.float64()),
-     ("sc_reasoning", pa.string()), ("pq_reasoning", pa.string())]
-)  # fmt: skip
+    [
+        ("omni_edit_id", pa.string()),
+        ("task", pa.string()),
+        ("src_img", _IMAGE),
+        ("edited_img", _IMAGE),
+        ("edited_prompt_list", pa.list_(pa.string())),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("sc_score_1", pa.int64()),
+        ("sc_score_2", pa.int64()),
+        ("pq_score", pa.int64()),
+        ("o_score", pa.float64()),
+        ("sc_reasoning", pa.string()),
+        ("pq_reasoning", pa.string()),
+    ]
+)
 
 
 def picture_pair(rng: np.random.Generator, side: int) -> tuple[bytes, bytes]:
@@ -71,11 +82,20 @@ def omniedit_row(number: int, side: int = 256, seed: int = 0) -> dict:
     kind = KINDS[number % len(KINDS)]
     width, height = Image.open(io.BytesIO(source)).size
     return {
-        "omni_edit_id": f"task_{kind}_{number}", "task": kind, "src_img": {"bytes": source, "path": None},
-        "edited_img": {"bytes": target, "path": None}, "edited_prompt_list": [f"change {number}", f"edit {number}"],
-        "width": width, "height": height, "sc_score_1": 9, "sc_score_2": 8, "pq_score": 7,
-        "o_score": float(np.sqrt(8 * 7)), "sc_reasoning": "", "pq_reasoning": "",
-    }  # fmt: skip
+        "omni_edit_id": f"task_{kind}_{number}",
+        "task": kind,
+        "src_img": {"bytes": source, "path": None},
+        "edited_img": {"bytes": target, "path": None},
+        "edited_prompt_list": [f"change {number}", f"edit {number}"],
+        "width": width,
+        "height": height,
+        "sc_score_1": 9,
+        "sc_score_2": 8,
+        "pq_score": 7,
+        "o_score": float(np.sqrt(8 * 7)),
+        "sc_reasoning": "",
+        "pq_reasoning": "",
+    }
 
 
 def write_omniedit(folder: Path, rows: int, side: int = 256, file_rows: int = FILE_ROWS, damage: int = 20) -> int:
@@ -96,9 +116,25 @@ def write_omniedit(folder: Path, rows: int, side: int = 256, file_rows: int = FI
 
 def start_import(source: Path, out: Path, workers: int, side: int) -> subprocess.Popen:
     """`danceopd data import` in a process of its own."""
-    command = [sys.executable, "-m", "danceopd", "data", "import", "omniedit", str(source), "--out", str(out),
-               "--workers", str(workers), "--set", f"resize.area={side * side}", "--set", "resize.step=16",
-               "--set", "shard_rows=250"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "danceopd",
+        "data",
+        "import",
+        "omniedit",
+        str(source),
+        "--out",
+        str(out),
+        "--workers",
+        str(workers),
+        "--set",
+        f"resize.area={side * side}",
+        "--set",
+        "resize.step=16",
+        "--set",
+        "shard_rows=250",
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -151,11 +187,13 @@ def measure(options: argparse.Namespace) -> list[Report]:
             columns=COLUMNS,
             rows=table,
             bars=[Bar("peak memory, all rows / a tenth of them", peaks["all"] / peaks["tenth"], 1.25, at_least=False)],
-            notes=[f"{reports[0]['kept']} rows kept, {refused} refused by name; after the kill: "
-                   + ("the same shards, byte for byte" if same else "OTHER SHARDS")],
+            notes=[
+                f"{reports[0]['kept']} rows kept, {refused} refused by name; after the kill: "
+                + ("the same shards, byte for byte" if same else "OTHER SHARDS")
+            ],
             exact=same,
         )
-    ]  # fmt: skip
+    ]
 
 
 def parser() -> argparse.ArgumentParser:

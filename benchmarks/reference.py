@@ -58,9 +58,14 @@ class Reference:
             environment = os.environ | {"PYTHONPATH": str(self._checkout)}
             self._errors = open(folder / "stderr", "w+")
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, cwd=folder,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                cwd=folder,
                 env=environment,
-            )  # fmt: skip
+            )
             self.held = int(self._answer())
         except BaseException:
             self.__exit__()

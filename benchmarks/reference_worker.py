@@ -52,8 +52,11 @@ class Flux2Backend(ZImageBackend):
         self.optimizer = torch.optim.AdamW(self.trainable_params, lr=float(self.cfg.training.lr))
         self.student, self.optimizer = self.accelerator.prepare(transformer, self.optimizer)
         networks = [self.student, *self.teachers.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for n in networks for t in (*n.parameters(), *n.buffers())}  # fmt: skip
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for n in networks
+            for t in (*n.parameters(), *n.buffers())
+        }
         say(sum(storages.values()))
         self._wait()
 
@@ -113,20 +116,23 @@ class Flux2Backend(ZImageBackend):
 
 
 def configuration(job: dict, folder: Path) -> Config:
-    cfg = apply_overrides(load_config(None), [
-        "backend=zimage",
-        f"data.prompts_csv={folder / 'prompts.csv'}",
-        f"training.output_dir={folder / 'out'}",
-        "training.mixed_precision='no'",
-        f"training.rollout_steps={len(job['grid']) - 1}",
-        f"training.lr={job['lr']}",
-        f"training.grad_accum={job['batch'] // len(job['tasks'])}",
-        "training.max_train_steps=1000000",
-        "training.save_steps=1000000",
-        "training.log_every=1000000",
-        "model.model_paths=transformer",
-        "student.init=base",
-    ])  # fmt: skip
+    cfg = apply_overrides(
+        load_config(None),
+        [
+            "backend=zimage",
+            f"data.prompts_csv={folder / 'prompts.csv'}",
+            f"training.output_dir={folder / 'out'}",
+            "training.mixed_precision='no'",
+            f"training.rollout_steps={len(job['grid']) - 1}",
+            f"training.lr={job['lr']}",
+            f"training.grad_accum={job['batch'] // len(job['tasks'])}",
+            "training.max_train_steps=1000000",
+            "training.save_steps=1000000",
+            "training.log_every=1000000",
+            "model.model_paths=transformer",
+            "student.init=base",
+        ],
+    )
     cfg.teachers = [{"name": n, "lora_dir": str(folder / "teachers" / n)} for n in job["teacher_of"].values()]
     cfg.routing.routes = [
         {"teacher": job["teacher_of"][task], "dataset": task, "requires_source_image": needs}

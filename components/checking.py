@@ -32,9 +32,14 @@ class Checked:
 
 
 def check(
-    step: Step, data_revision: str, tracking_uri: str, distill_on: str, nodes: int, gpus: int,
+    step: Step,
+    data_revision: str,
+    tracking_uri: str,
+    distill_on: str,
+    nodes: int,
+    gpus: int,
     placement: Mapping[str, Any],
-) -> Checked:  # fmt: skip
+) -> Checked:
     """Settle what a run left open.
 
     Raises:
@@ -51,9 +56,12 @@ def write_checked(
 ) -> None:
     """Write each part to the file kfp wants it in."""
     texts = {
-        resolved: found.recipe, revision: found.revision, pod_gpus: found.pod["gpus"], pod_cpu: found.pod["cpu"],
+        resolved: found.recipe,
+        revision: found.revision,
+        pod_gpus: found.pod["gpus"],
+        pod_cpu: found.pod["cpu"],
         pod_memory: found.pod["memory"],
-    }  # fmt: skip
+    }
     for path, text in texts.items():
         write_atomic(Path(path), text)
     write_json(Path(pod_nodes), found.pod["nodes"])

@@ -50,7 +50,7 @@ def notes_folder(workspace: Path, run: str | None = None) -> Path:
 @contextmanager
 def running(
     step: str, recipe: str, workspace: str, part: str = "", overrides: Sequence[str] = (), tracking_uri: str = ""
-) -> Iterator[Step]:  # fmt: skip
+) -> Iterator[Step]:
     """Run a step's body.
 
     A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
@@ -136,8 +136,9 @@ def _yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
+        ) from error
 
 
 def _writable(workspace: Path) -> Path:

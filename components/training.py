@@ -82,9 +82,14 @@ def pod_of(way: Way, placement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_student(
-    step: Step, base: Product, data: Product, teachers: dict[str, Product], way: Way, job: Mapping[str, Any],
+    step: Step,
+    base: Product,
+    data: Product,
+    teachers: dict[str, Product],
+    way: Way,
+    job: Mapping[str, Any],
     tracking_uri: str = "",
-) -> Product:  # fmt: skip
+) -> Product:
     """The student: found, or trained where the run says.
 
     Args:
@@ -128,8 +133,15 @@ def job_commands(
 ) -> list[list[str]]:
     """What makes a job's manifest, and what submits and follows it."""
     given = {option: value for option, value in job.items() if way.on == JOB or option not in OF_RUNTIME}
-    fixed = {"kind": way.on, "nodes": way.nodes, "gpus": way.gpus, "name": name, "recipe": recipe,
-             "workspace": workspace, "out": manifest}  # fmt: skip
+    fixed = {
+        "kind": way.on,
+        "nodes": way.nodes,
+        "gpus": way.gpus,
+        "name": name,
+        "recipe": recipe,
+        "workspace": workspace,
+        "out": manifest,
+    }
     render = ["danceopd", "job", "render", "distill", *_words(fixed | given)]
     return [render, ["danceopd", "job", "submit", str(manifest), "--wait"]]
 

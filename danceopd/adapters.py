@@ -127,8 +127,17 @@ def load_lora(network: nn.Module, name: str, folder: Path) -> None:
 
 
 # What decides the function a plain LoRA computes, beside its weights.
-_SHAPING = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules",
-            "layers_to_transform", "layers_pattern")  # fmt: skip
+_SHAPING = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 _MORE = ("use_dora", "lora_bias", "modules_to_save")  # what makes more of it than that
 
 

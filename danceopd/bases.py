@@ -60,8 +60,10 @@ def fetch_base(base: str, revision: str | None, workspace: Path) -> BaseSource:
     elif Path(base).is_dir():
         folder = Path(base).resolve()
     elif Path(base).is_file():
-        raise UserError(f"model.base {base!r}: a single file holds a transformer alone; name the pipeline it belongs "
-                        "to as model.base, and the file as model.transformer")  # fmt: skip
+        raise UserError(
+            f"model.base {base!r}: a single file holds a transformer alone; name the pipeline it belongs "
+            "to as model.base, and the file as model.transformer"
+        )
     elif base.count("/") == 1 and not base.startswith((".", "/")):
         folder = _snapshot(base, revision)
     else:
@@ -176,12 +178,16 @@ def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:
     except RevisionNotFoundError as error:
         raise UserError(f"{what}: the hub has no revision {revision!r} of it") from error
     except RepositoryNotFoundError as error:  # gated ones are of this kind
-        raise UserError(f"{what}: the hub shows no such model to this user; check the name, accept the model's terms "
-                        "there, and set HF_TOKEN") from error  # fmt: skip
+        raise UserError(
+            f"{what}: the hub shows no such model to this user; check the name, accept the model's terms "
+            "there, and set HF_TOKEN"
+        ) from error
     except LocalEntryNotFoundError as error:
         why = "in offline mode (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "without a network"
-        raise UserError(f"{what}: not in the local cache and not to be downloaded {why}; fetch it where there is one: "
-                        f"hf download {repo}{which}, or give a folder") from error  # fmt: skip
+        raise UserError(
+            f"{what}: not in the local cache and not to be downloaded {why}; fetch it where there is one: "
+            f"hf download {repo}{which}, or give a folder"
+        ) from error
     except EntryNotFoundError as error:
         raise UserError(f"{what}: no {INDEX} there; give a diffusers pipeline") from error
     except (HfHubHTTPError, OSError, ValueError) as error:

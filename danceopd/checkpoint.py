@@ -68,8 +68,10 @@ def field_kind(folder: Path) -> str:
         return "lora"
     if folder.is_file():
         return "full"
-    raise UserError(f"{folder}: neither a LoRA (a PEFT folder, a safetensors file), nor a transformer (its folder, its "
-                    "pipeline's, a safetensors file)")  # fmt: skip
+    raise UserError(
+        f"{folder}: neither a LoRA (a PEFT folder, a safetensors file), nor a transformer (its folder, its "
+        "pipeline's, a safetensors file)"
+    )
 
 
 def field_guidance(folder: Path) -> dict | None:

@@ -33,8 +33,12 @@ RUN_TAG, JOURNAL_TAG, DIGEST_TAG = "danceopd.run", "danceopd.journal", "danceopd
 DELIVERED, STORE, LOCK = "delivered.json", "store", ".lock"
 # What a store says of a line it will never take; everything else may be better tomorrow.
 _REFUSED = (
-    "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE",
-)  # fmt: skip
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+    "INVALID_STATE",
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,13 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
 
 def _away(waiting: int, store: str, reason: str, by_hand: bool) -> Outcome:
     if not by_hand:  # who asked is told by the outcome
-        log.warning("MLflow store %s: %s; %d journal(s) stay in the workspace and are delivered by the next step, or "
-                    "by: danceopd tracking deliver", store, reason, waiting)  # fmt: skip
+        log.warning(
+            "MLflow store %s: %s; %d journal(s) stay in the workspace and are delivered by the next step, or "
+            "by: danceopd tracking deliver",
+            store,
+            reason,
+            waiting,
+        )
     return Outcome(0, waiting, reason)
 
 
@@ -251,9 +260,13 @@ class _Sender:
         if path.is_file():
             with Image.open(path) as picture:
                 self.client.log_image(
-                    self.run_id, picture.convert("RGB"), key=key, step=line["step"], timestamp=line["time"],
+                    self.run_id,
+                    picture.convert("RGB"),
+                    key=key,
+                    step=line["step"],
+                    timestamp=line["time"],
                     synchronous=True,
-                )  # fmt: skip
+                )
 
     @functools.cached_property
     def _images_there(self) -> list[str]:
@@ -368,6 +381,8 @@ def deliver_named(workspace: Path, tracking_uri: str) -> Outcome:
         raise UserError(f"{workspace}: no journals there ({journal.TRACKING}/ is missing); name another --workspace")
     outcome = deliver(workspace, tracking_uri, by_hand=True)
     if outcome.waiting:
-        raise UserError(f"MLflow store {tracking.redact(tracking_uri)}: {outcome.waiting} journal(s) still wait "
-                        f"({outcome.reason}); try again when it is back, or name another (--tracking-uri)")  # fmt: skip
+        raise UserError(
+            f"MLflow store {tracking.redact(tracking_uri)}: {outcome.waiting} journal(s) still wait "
+            f"({outcome.reason}); try again when it is back, or name another (--tracking-uri)"
+        )
     return outcome

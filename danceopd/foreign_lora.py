@@ -75,9 +75,12 @@ def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[
         return _from_original_sd3(file), None
     try:
         return pipeline.lora_state_dict(
-            str(file.parent), weight_name=file.name, return_lora_metadata=True, use_safetensors=True,
+            str(file.parent),
+            weight_name=file.name,
+            return_lora_metadata=True,
+            use_safetensors=True,
             local_files_only=True,
-        )  # fmt: skip
+        )
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: no LoRA that {pipeline.__name__} knows ({reason}); first name: {names[0]}") from error
@@ -94,8 +97,9 @@ def _from_original_sd3(file: Path) -> dict[str, Tensor]:
         name = word.removeprefix("diffusion_model.").removeprefix("lora_unet_")
         modules, turned = _sd3_modules(name)
         if not modules:
-            raise UserError(f"{file}: no LoRA that {SD3} knows (nothing there is called "
-                            f"{name}); first name: {next(iter(state))}")  # fmt: skip
+            raise UserError(
+                f"{file}: no LoRA that {SD3} knows (nothing there is called {name}); first name: {next(iter(state))}"
+            )
         if turned and len(second) == 2 * first.shape[1]:  # shift and scale alone
             second = torch.cat(second.chunk(2)[::-1])
         for module, part in zip(modules, second.chunk(len(modules)), strict=True):
@@ -159,5 +163,7 @@ def _check_fit(file: Path, state: dict[str, Tensor], network: nn.Module) -> None
         elif part.startswith(("_B", "_up", ".up")) and value.shape[0] != linear.out_features:
             wrong.append(f"{key} gives {value.shape[0]} features, the base has {linear.out_features}")
     if wrong:
-        raise UserError(f"{file}: {len(wrong)} of {len(state)} LoRA weights do not fit the base's "
-                        f"{type(network).__name__}: {'; '.join(wrong[:3])}")  # fmt: skip
+        raise UserError(
+            f"{file}: {len(wrong)} of {len(state)} LoRA weights do not fit the base's "
+            f"{type(network).__name__}: {'; '.join(wrong[:3])}"
+        )

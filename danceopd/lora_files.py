@@ -135,6 +135,8 @@ def prove_lora_file(student: VelocityField, file: Path, condition: Condition) ->
     difference = float((found - wanted).abs().max())
     exact = all(p.dtype == torch.float32 for p in network.parameters())
     if not difference <= (TOLERANCE if exact else ROUGH_TOLERANCE):  # NaN is refused, too
-        raise UserError(f"{file}: read back, its velocity differs from the student's by {difference:.3g}; "
-                        "the LoRA file is broken: distill the student again")  # fmt: skip
+        raise UserError(
+            f"{file}: read back, its velocity differs from the student's by {difference:.3g}; "
+            "the LoRA file is broken: distill the student again"
+        )
     return difference

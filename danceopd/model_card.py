@@ -74,12 +74,16 @@ def _front(recipe: Recipe, metrics: Mapping | None) -> ModelCardData:
         results += [
             EvalResult(
                 task_type="image-to-image" if spec.needs_source else "text-to-image",
-                task_name=task, dataset_type=recipe.name, dataset_name=recipe.name,
-                dataset_split=metrics["split"], metric_type=name, metric_value=value,
+                task_name=task,
+                dataset_type=recipe.name,
+                dataset_name=recipe.name,
+                dataset_split=metrics["split"],
+                metric_type=name,
+                metric_value=value,
             )
             for name, value in metrics["scores"]["student"].get(task, {}).items()
             if value is not None
-        ]  # fmt: skip
+        ]
     return ModelCardData(
         license=recipe.register_as.license,
         base_model=_base(recipe),

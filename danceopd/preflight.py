@@ -83,8 +83,13 @@ def check_records(recipe: Recipe, counts: Mapping[str, Mapping[str, int]], encod
     unknown = {task: sum(splits.values()) for task, splits in counts.items() if task not in recipe.tasks}
     if any(unknown.values()):
         text = ", ".join(f"{task} ({count})" for task, count in sorted(unknown.items()) if count)
-        found.append(Finding("error", "tasks", f"records of unknown task(s) {text}; the recipe's tasks are: "
-                             f"{', '.join(recipe.tasks)}"))  # fmt: skip
+        found.append(
+            Finding(
+                "error",
+                "tasks",
+                f"records of unknown task(s) {text}; the recipe's tasks are: {', '.join(recipe.tasks)}",
+            )
+        )
     total = Counter(encoded.tasks)
     lacking = sorted(set(recipe.tasks) - set(total))
     if lacking:
@@ -93,8 +98,10 @@ def check_records(recipe: Recipe, counts: Mapping[str, Mapping[str, int]], encod
     bare = Counter(task for task, row in zip(encoded.tasks, encoded.source_row.tolist(), strict=True) if row < 0)
     for task, spec in recipe.tasks.items():
         if spec.needs_source and bare[task]:
-            text = (f"task {task!r} edits a source image, and {bare[task]} of its {total[task]} training records have "
-                    f"none; add the images, or set tasks.{task}.needs_source: false")  # fmt: skip
+            text = (
+                f"task {task!r} edits a source image, and {bare[task]} of its {total[task]} training records have "
+                f"none; add the images, or set tasks.{task}.needs_source: false"
+            )
             found.append(Finding("error", "sources", text))
     return found
 
@@ -162,12 +169,16 @@ def check_teachers_differ(
             text = f"task {task!r}: teacher {spec.teacher!r} and the student differ, {figures}"
             found.append(Finding("note", "teacher equals student", text))
         elif _on_purpose(recipe, spec.teacher):
-            text = (f"task {task!r}: the student starts as its teacher {spec.teacher!r} ({figures}); "
-                    "this task keeps what is there")  # fmt: skip
+            text = (
+                f"task {task!r}: the student starts as its teacher {spec.teacher!r} ({figures}); "
+                "this task keeps what is there"
+            )
             found.append(Finding("note", "teacher equals student", text))
         else:
-            text = (f"task {task!r}: teacher {spec.teacher!r} is the same field as the student's start, {start!r} "
-                    f"({figures}): nothing to learn; check its weights, or let {start!r} teach this task")  # fmt: skip
+            text = (
+                f"task {task!r}: teacher {spec.teacher!r} is the same field as the student's start, {start!r} "
+                f"({figures}): nothing to learn; check its weights, or let {start!r} teach this task"
+            )
             found.append(Finding("error", "teacher equals student", text))
     return found
 
@@ -214,8 +225,16 @@ def check_proofs(recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list
 # ----------------------------------------------------------------------------------------------------------- pipelines
 
 # Keys that say who wrote a file and how, not what is in it.
-_ASIDE = {"_name_or_path", "_diffusers_version", "transformers_version", "dtype", "torch_dtype", "use_cache",
-          "force_upcast", "sample_size"}  # fmt: skip
+_ASIDE = {
+    "_name_or_path",
+    "_diffusers_version",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "force_upcast",
+    "sample_size",
+}
 # A teacher's transformer may be larger or smaller than the base's; these say how it is called.
 _INTERFACE = ("_class_name", "in_channels", "out_channels", "patch_size", "joint_attention_dim", "guidance_embeds")
 _SMALL = 2**16  # numbers: tensors up to this size are compared in full
@@ -257,13 +276,17 @@ def _differing_keys(
     teacher: str, what: str, file: str, theirs: dict, ours: dict, keys: tuple[str, ...] | None
 ) -> list[Finding]:
     compared = sorted((set(theirs) | set(ours)) - _ASIDE) if keys is None else keys
-    # fmt: off
+
     return [
-        Finding("error", what, f"teacher {teacher!r}: another {what} than the base: {file}, {key} is "
-                f"{theirs.get(key)!r}, the base has {ours.get(key)!r}")
-        for key in compared if theirs.get(key) != ours.get(key)
+        Finding(
+            "error",
+            what,
+            f"teacher {teacher!r}: another {what} than the base: {file}, {key} is "
+            f"{theirs.get(key)!r}, the base has {ours.get(key)!r}",
+        )
+        for key in compared
+        if theirs.get(key) != ours.get(key)
     ]
-    # fmt: on
 
 
 def _tensors(folder: Path) -> dict[str, Path]:
@@ -334,8 +357,13 @@ class MemoryEstimate:
         return self.sure + self.activations
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
-                 "averages": self.averages, "activations": self.activations}  # fmt: skip
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "averages": self.averages,
+            "activations": self.activations,
+        }
         text = ", ".join(f"{name} {say_size(value)}" for name, value in parts.items() if value)
         return f"{say_size(self.total)} ({text}) for {self.parameters:,} trained weights"
 
@@ -459,8 +487,10 @@ def available_memory(device: torch.device) -> int:
 def check_memory(estimate: MemoryEstimate, available: int) -> list[Finding]:
     """The estimate against what there is; activations are an estimate, so only what is sure can be an error."""
     figures = f"training needs about {estimate} more, {say_size(available)} are available"
-    mend = ("train a LoRA, set activation_checkpointing: true, a larger accumulate, optimizer: adamw8bit, or "
-            "model.offload and model.dtype: bfloat16")  # fmt: skip
+    mend = (
+        "train a LoRA, set activation_checkpointing: true, a larger accumulate, optimizer: adamw8bit, or "
+        "model.offload and model.dtype: bfloat16"
+    )
     if estimate.sure > available:
         return [Finding("error", "memory", f"not enough memory: {figures}; {mend}")]
     if estimate.total > 0.9 * available:

@@ -298,8 +298,10 @@ def check_gates(metrics: tuple[str, ...], gates: tuple[Gate, ...]) -> None:
         if gate.metric not in metrics:
             raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {metrics}")
         if gate.metric in DISTANCES and gate.retain is not None:
-            raise ValueError(f"gate on {gate.metric!r}: it is minus a distance, of which no share is kept; "
-                             "give 'max_drop' instead of 'retain'")  # fmt: skip
+            raise ValueError(
+                f"gate on {gate.metric!r}: it is minus a distance, of which no share is kept; "
+                "give 'max_drop' instead of 'retain'"
+            )
 
 
 class TaskRecipe(_Part):
@@ -364,13 +366,17 @@ class JudgeRecipe(_Part):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url: write it as http://host/v1 or https://host/v1")
         if parts.username or parts.password or parts.query:
-            raise ValueError("url: holds a user, a password or a query; put the API key into an environment variable "
-                             "and its name into key_env")  # fmt: skip
+            raise ValueError(
+                "url: holds a user, a password or a query; put the API key into an environment variable "
+                "and its name into key_env"
+            )
         if (self.price_prompt is None) != (self.price_completion is None):
             raise ValueError("give both 'price_prompt' and 'price_completion', or neither")
         if taken := sorted({"model", "messages", "stream", "n"} & set(self.parameters)):
-            raise ValueError(f"parameters: {', '.join(taken)} cannot be given; the judge sets what it asks and reads "
-                             "one whole answer")  # fmt: skip
+            raise ValueError(
+                f"parameters: {', '.join(taken)} cannot be given; the judge sets what it asks and reads "
+                "one whole answer"
+            )
         return self
 
 
@@ -462,8 +468,10 @@ class Recipe(_Part):
             }
             whole = [where for where, spec in trained.items() if spec.trainable != "lora"]
             if whole or self.distill.method in MERGES:
-                raise ValueError(f"model.quantize: only a LoRA trains on a quantized base; set trainable: lora in "
-                                 f"{', '.join(whole) or 'distill, and another method than a merge'}")  # fmt: skip
+                raise ValueError(
+                    f"model.quantize: only a LoRA trains on a quantized base; set trainable: lora in "
+                    f"{', '.join(whole) or 'distill, and another method than a merge'}"
+                )
         for name, benchmark in self.evaluate.benchmarks.items():
             if name in self.tasks:
                 raise ValueError(f"evaluate.benchmarks.{name}: a task has that name already; choose another")
@@ -482,11 +490,13 @@ class Recipe(_Part):
         """The recipe with every benchmark as a further task, to be evaluated and not to be trained."""
         rows = {
             name: TaskRecipe(
-                teacher=self.tasks[b.task].teacher, needs_source=self.tasks[b.task].needs_source, metrics=b.metrics,
+                teacher=self.tasks[b.task].teacher,
+                needs_source=self.tasks[b.task].needs_source,
+                metrics=b.metrics,
                 gates=b.gates,
             )
             for name, b in self.evaluate.benchmarks.items()
-        }  # fmt: skip
+        }
         return self.model_copy(update={"tasks": self.tasks | rows})
 
     def digest(self) -> str:

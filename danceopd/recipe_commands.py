@@ -54,16 +54,28 @@ def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> 
     update = ahead.forwards * spec.batch
     seconds = spec.steps * update * ahead.operations / (gpus * tflops * 1e12)
     table = Table("takes", "about")
-    table.add_row("transformer", f"{_large(ahead.parameters)} weights, "
-                  f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens a sample at most")  # fmt: skip
-    table.add_row("memory per GPU", f"{say_size(ahead.held + ahead.training.total)}: frozen weights "
-                  f"{say_size(ahead.held)}, training {ahead.training}")  # fmt: skip
+    table.add_row(
+        "transformer",
+        f"{_large(ahead.parameters)} weights, "
+        f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens a sample at most",
+    )
+    table.add_row(
+        "memory per GPU",
+        f"{say_size(ahead.held + ahead.training.total)}: frozen weights "
+        f"{say_size(ahead.held)}, training {ahead.training}",
+    )
     table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
-    table.add_row("forwards", f"{ahead.forwards:.1f} a sample, {update:,.0f} an update of {spec.batch}, "
-                  f"{update * spec.steps:,.0f} in {spec.steps:,} updates")  # fmt: skip
+    table.add_row(
+        "forwards",
+        f"{ahead.forwards:.1f} a sample, {update:,.0f} an update of {spec.batch}, "
+        f"{update * spec.steps:,.0f} in {spec.steps:,} updates",
+    )
     table.add_row("one forward", f"{_large(ahead.operations)} operations")
-    table.add_row("time", f"{_duration(seconds)} on {gpus} GPU{'s' * (gpus > 1)} that reach {tflops:g} x 10^12 a "
-                  "second (--tflops), without encoding, fine-tuned teachers and evaluation")  # fmt: skip
+    table.add_row(
+        "time",
+        f"{_duration(seconds)} on {gpus} GPU{'s' * (gpus > 1)} that reach {tflops:g} x 10^12 a "
+        "second (--tflops), without encoding, fine-tuned teachers and evaluation",
+    )
     console.print(table)
 
 

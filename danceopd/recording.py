@@ -21,9 +21,14 @@ _FIRST, _EVERY = 60.0, 10.0  # seconds; MLflow is slow to import, which a short 
 
 
 def begin(
-    recipe: Recipe, workspace: Path, product: str, title: str, params: Mapping[str, Any],
-    data: Mapping[str, Any] | None = None, context: str = TRAINING,
-) -> Journal:  # fmt: skip
+    recipe: Recipe,
+    workspace: Path,
+    product: str,
+    title: str,
+    params: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    context: str = TRAINING,
+) -> Journal:
     """Open a step's journal and say what it is about.
 
     Args:
@@ -64,8 +69,12 @@ def model_made(journal: Journal, name: str, folder: Path, digest: str, facts: Ma
     """A teacher or student that is finished, with what was measured of it."""
     step = facts.get("steps", 0)
     journal.model(name, digest, step, {"folder": str(folder), "kind": facts.get("kind", "student")})
-    scores = {f"{who}/{task}/{key}": value for task, row in facts.get("scores", {}).items()
-              for who, of in row.items() for key, value in of.items()}  # fmt: skip
+    scores = {
+        f"{who}/{task}/{key}": value
+        for task, row in facts.get("scores", {}).items()
+        for who, of in row.items()
+        for key, value in of.items()
+    }
     journal.points(step, scores | _losses("final_loss", facts.get("loss", {})), model=digest)
 
 

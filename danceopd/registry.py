@@ -45,9 +45,19 @@ DECISION, REASONS, BEFORE = "decision", "reasons", "champion_before"
 TOLERANCE = 1e-4
 _ROUNDING = 1e-9
 _REQUIREMENTS = (
-    "mlflow", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pandas", "pillow", "pyarrow",
-    "pydantic", "pyyaml",
-)  # fmt: skip
+    "mlflow",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+)
 
 
 @dataclass(frozen=True)
@@ -115,8 +125,13 @@ def register_student(
     reasons = json.loads(version.tags[REASONS])
     before = version.tags[BEFORE] or None
     alias = [name for name, number in _aliases(client, model).items() if number == str(version.version)]
-    log.info("%s version %s: %s%s", model, version.version, ", ".join(alias) or "no alias",
-             "".join(f"; {r}" for r in reasons))  # fmt: skip
+    log.info(
+        "%s version %s: %s%s",
+        model,
+        version.version,
+        ", ".join(alias) or "no alias",
+        "".join(f"; {r}" for r in reasons),
+    )
     return Registration(True, str(version.version), alias, reasons, before, version.run_id)
 
 
@@ -258,29 +273,47 @@ def _find_version(client: MlflowClient, model: str, tags: Mapping[str, str]) -> 
 
 
 def _create_version(
-    client: MlflowClient, recipe: Recipe, student: Path, evaluation: Path, metrics: dict, champion: dict, origins: dict,
-    tags: dict[str, str], uri: str, workspace: Path,
-) -> Any:  # fmt: skip
+    client: MlflowClient,
+    recipe: Recipe,
+    student: Path,
+    evaluation: Path,
+    metrics: dict,
+    champion: dict,
+    origins: dict,
+    tags: dict[str, str],
+    uri: str,
+    workspace: Path,
+) -> Any:
     """Log figures, report and model in one run, then make it a version, with its tags from the start.
 
     The registered copy's model card has the figures; the student's own product stays as it was made.
     """
-    scores = {f"{task}/{name}": value for task, row in metrics["scores"]["student"].items()
-              for name, value in row.items() if value is not None}  # fmt: skip
+    scores = {
+        f"{task}/{name}": value
+        for task, row in metrics["scores"]["student"].items()
+        for name, value in row.items()
+        if value is not None
+    }
     Path(workspace).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace) as scratch:
         pipeline = Path(scratch) / PIPELINE
         shutil.copytree(student / PIPELINE, pipeline, copy_function=_link)  # weights are large, and stay as they are
         card = write_card(recipe, pipeline, (student / LORA).is_dir(), origins, metrics)
-        artifacts = [(_with_champion(evaluation, metrics, champion, Path(scratch) / EVALUATION), EVALUATION),
-                     (card, "")]  # fmt: skip
+        artifacts = [
+            (_with_champion(evaluation, metrics, champion, Path(scratch) / EVALUATION), EVALUATION),
+            (card, ""),
+        ]
         if (student / LORA).is_dir():
             artifacts.append((student / LORA, LORA))
         parent = delivery.parent_run(client, uri, Path(workspace))
         run_id = tracking.log_step(
-            uri, recipe.register_as.experiment, f"register {recipe.name}", params=recipe.model_dump(mode="json"),
-            tags=tags | ({delivery.PARENT_TAG: parent} if parent else {}), artifacts=artifacts,
-        )  # fmt: skip
+            uri,
+            recipe.register_as.experiment,
+            f"register {recipe.name}",
+            params=recipe.model_dump(mode="json"),
+            tags=tags | ({delivery.PARENT_TAG: parent} if parent else {}),
+            artifacts=artifacts,
+        )
         delivery.use_model(client, run_id, client.get_run(run_id).info.experiment_id, tags["student"])
         with tracking.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
             info = _log_model(mlflow, pipeline, Path(workspace))
@@ -462,8 +495,10 @@ def _against(
 ) -> list[str]:
     """Why a student may not take over from the champion; empty if it may."""
     model, number, who = champion.name, version.version, f"champion (version {champion.version})"
-    by_hand = (f"compare both reports, and if version {number} shall serve, set the alias '{CHAMPION}' on it "
-               f"(danceopd registry promote {number} --force keeps the old one as '{PREVIOUS}')")  # fmt: skip
+    by_hand = (
+        f"compare both reports, and if version {number} shall serve, set the alias '{CHAMPION}' on it "
+        f"(danceopd registry promote {number} --force keeps the old one as '{PREVIOUS}')"
+    )
     try:
         found = _measured_version(client, champion)
     except UserError as error:
@@ -471,8 +506,10 @@ def _against(
     mine = _Measured(model, str(number), metrics, values, version.tags.get("data", "none"))
     ours, theirs, unlike = _side_by_side(mine, found)
     if unlike:
-        return [f"the {who} of {model} was measured on other {', '.join(unlike)}, so its figures cannot be compared; "
-                f"{by_hand}"]  # fmt: skip
+        return [
+            f"the {who} of {model} was measured on other {', '.join(unlike)}, so its figures cannot be compared; "
+            f"{by_hand}"
+        ]
     return below_champion(recipe, ours.metrics, theirs.metrics, who, _paired(recipe, ours, theirs))
 
 
@@ -531,9 +568,11 @@ def below_champion(
         for gate in spec.gates:
             value, bar = mine.get(task, {}).get(gate.metric), other.get(task, {}).get(gate.metric)
             if bar is not None and (value is None or not value >= bar - gate.champion_margin - _ROUNDING):
-                lines.append(f"{task}.{gate.metric} is {_figure(value)}, the {who} has {_figure(bar)} "
-                             f"(margin {gate.champion_margin:g})"
-                             + _difference((paired or {}).get(task, {}).get(gate.metric), ours))  # fmt: skip
+                lines.append(
+                    f"{task}.{gate.metric} is {_figure(value)}, the {who} has {_figure(bar)} "
+                    f"(margin {gate.champion_margin:g})"
+                    + _difference((paired or {}).get(task, {}).get(gate.metric), ours)
+                )
     gated = {gate["task"] for gate in theirs.get("gates", [])} - set(theirs.get("benchmarks", {}))
     lines += [f"the {who} also does task {task!r}, this student does not" for task in sorted(gated - set(mine))]
     return lines
@@ -654,8 +693,9 @@ def rollback(client: MlflowClient, model: str) -> tuple[str, str | None]:
     """
     aliases = _aliases(client, model)
     if PREVIOUS not in aliases:
-        raise UserError(f"{model}: no version is called '{PREVIOUS}', so there is nothing to go back to; "
-                        "promote one by its number")  # fmt: skip
+        raise UserError(
+            f"{model}: no version is called '{PREVIOUS}', so there is nothing to go back to; promote one by its number"
+        )
     old, back = aliases.get(CHAMPION), aliases[PREVIOUS]
     client.set_registered_model_alias(model, CHAMPION, back)
     if old:

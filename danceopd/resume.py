@@ -196,8 +196,10 @@ class Keeper:
             found = self.checkpoints.newest()
         starts = self.learner.processes.gather(None if found is None else found[0])
         if len(set(starts)) > 1:
-            raise UserError(f"{self.checkpoints.folder}: the processes see checkpoints of different steps {starts}; "
-                            "the folder must lie on a volume that all of them share")  # fmt: skip
+            raise UserError(
+                f"{self.checkpoints.folder}: the processes see checkpoints of different steps {starts}; "
+                "the folder must lie on a volume that all of them share"
+            )
         if found is None:
             return
         self.start, state = found

@@ -52,8 +52,10 @@ def find_origins(model: Path) -> Origins:
         raise UserError(f"{folder / STEP}: does not say what the student was made of; {_MEND}")
     workspace = folder.parent.parent
     base = _product(workspace / "base", made_of["base"], "base")
-    teachers = {name: _product(workspace / "teachers", digest, f"teacher {name!r}").folder
-                for name, digest in made_of["teachers"].items()}  # fmt: skip
+    teachers = {
+        name: _product(workspace / "teachers", digest, f"teacher {name!r}").folder
+        for name, digest in made_of["teachers"].items()
+    }
     return Origins(base.pipeline, teachers)
 
 

@@ -123,9 +123,14 @@ def _key(step: str, name: str, inputs: Any) -> str:
 
 
 def _build(
-    workspace: Path, folder: Path, checkpoints: Path, step: str, name: str, key: str,
+    workspace: Path,
+    folder: Path,
+    checkpoints: Path,
+    step: str,
+    name: str,
+    key: str,
     build: Callable[[Path, Path], dict],
-) -> None:  # fmt: skip
+) -> None:
     started = time.monotonic()
     with atomic_folder(folder) as scratch, recording.recorded(workspace, checkpoints.name):
         facts = build(scratch, checkpoints)
@@ -297,9 +302,17 @@ def _open_backbone(recipe: Recipe, base: Product) -> Backbone:
 
 
 def _encode(
-    recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, split: str, targets: bool,
-    tasks: tuple[str, ...], limit: int | None = None, own_sizes: bool = False,
-) -> tuple[list, EncodedRecords]:  # fmt: skip
+    recipe: Recipe,
+    backbone: Backbone,
+    base: Product,
+    data: Product,
+    workspace: Path,
+    split: str,
+    targets: bool,
+    tasks: tuple[str, ...],
+    limit: int | None = None,
+    own_sizes: bool = False,
+) -> tuple[list, EncodedRecords]:
     from danceopd.data.assemble import open_dataset
     from danceopd.data.encoded import encode_records
 
@@ -313,9 +326,14 @@ def _encode(
 
 
 def _encode_train(
-    recipe: Recipe, backbone: Backbone, base: Product, data: Product, workspace: Path, targets: bool,
+    recipe: Recipe,
+    backbone: Backbone,
+    base: Product,
+    data: Product,
+    workspace: Path,
+    targets: bool,
     tasks: tuple[str, ...],
-) -> EncodedRecords:  # fmt: skip
+) -> EncodedRecords:
     """The training records of some tasks, encoded; through the recipe's cache if it names one."""
     if recipe.cache is None:
         own = recipe.model.sizes == "own"
@@ -328,9 +346,15 @@ def _encode_train(
         cache = EncodingCache(fetch_cache(recipe.cache, workspace))
     dataset, processes = open_dataset(Path(data.facts["dataset"])), this_process()
     return encode_cached(
-        backbone, lambda: dataset.stream("train", tasks), _sizing(recipe), cache,
-        _encoding_key(recipe, base), targets, (processes.rank, processes.count), processes.wait,
-    )  # fmt: skip
+        backbone,
+        lambda: dataset.stream("train", tasks),
+        _sizing(recipe),
+        cache,
+        _encoding_key(recipe, base),
+        targets,
+        (processes.rank, processes.count),
+        processes.wait,
+    )
 
 
 def cache_encodings(
@@ -358,9 +382,15 @@ def cache_encodings(
         stream = functools.partial(dataset.stream, "train", tasks)
         wanted = wanted_by(backbone, stream(), targets, sizing)
         fill_cache(
-            backbone, wanted, stream, sizing, cache,
-            _encoding_key(recipe, base), targets, share or (processes.rank, processes.count),
-        )  # fmt: skip
+            backbone,
+            wanted,
+            stream,
+            sizing,
+            cache,
+            _encoding_key(recipe, base),
+            targets,
+            share or (processes.rank, processes.count),
+        )
     processes.wait()
     return cache.write_index()
 
@@ -452,9 +482,15 @@ def _store(tracking_uri: str | None, workspace: Path) -> str:
 
 
 def _build_teacher(
-    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, scratch: Path, checkpoints: Path,
+    recipe: Recipe,
+    teacher: str,
+    base: Product,
+    data: Product,
+    workspace: Path,
+    scratch: Path,
+    checkpoints: Path,
     fetched: Path | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Write a teacher's field folder; `fetched` is where the weights lie of one that exists already."""
     spec = recipe.teachers[teacher]
     settings = {"model": recipe.model.model_dump(mode="json"), "teacher": spec.model_dump(mode="json")}
@@ -513,8 +549,10 @@ def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
     """Before hours of training: is there anything to prove the teacher on afterwards?"""
     for task, spec in recipe.tasks.items():
         if spec.teacher == teacher and not data.facts["counts"].get(task, {}).get("val"):
-            raise UserError(f"task {task!r}: no records in split 'val', on which teacher {teacher!r} is "
-                            "measured against the base; move some there (a record's 'split')")  # fmt: skip
+            raise UserError(
+                f"task {task!r}: no records in split 'val', on which teacher {teacher!r} is "
+                "measured against the base; move some there (a record's 'split')"
+            )
 
 
 def _check_kind(teacher: str, spec: CheckpointTeacher, field: Field) -> None:
@@ -550,8 +588,9 @@ def _prove_other_than_base(recipe: Recipe, field: Field, base: Product) -> None:
             why = "the registered champion has this base's own weights; promote another version"
         else:
             why = "guidance finds no difference between a prompt and none; write kind: base without guidance"
-        raise UserError(f"teachers.{field.name} changes the base's velocity by {change:.1g} of its size, which is "
-                        f"nothing; {why}")  # fmt: skip
+        raise UserError(
+            f"teachers.{field.name} changes the base's velocity by {change:.1g} of its size, which is nothing; {why}"
+        )
 
 
 def _recorder(journal: Journal, name: str) -> Callable[[dict], None]:
@@ -562,8 +601,9 @@ def _recorder(journal: Journal, name: str) -> Callable[[dict], None]:
 def _require_targets(encoded: EncodedRecords, task: str) -> None:
     lacking = sum(row < 0 for row, of in zip(encoded.target_row.tolist(), encoded.tasks, strict=True) if of == task)
     if lacking:
-        raise UserError(f"task {task!r}: {lacking} training records have no target image; training on data needs one "
-                        "each")  # fmt: skip
+        raise UserError(
+            f"task {task!r}: {lacking} training records have no target image; training on data needs one each"
+        )
 
 
 def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, workspace: Path) -> dict:
@@ -587,8 +627,10 @@ def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, w
         metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
         if not metrics:
             told = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-            raise UserError(f"task {task!r}: none of its metrics can be measured here ({told}), so teacher "
-                            f"{field.name!r} cannot be held against the base")  # fmt: skip
+            raise UserError(
+                f"task {task!r}: none of its metrics can be measured here ({told}), so teacher "
+                f"{field.name!r} cannot be held against the base"
+            )
         means = {
             f.name: score_records(f, encoded, records, metrics, recipe.evaluate, tools).means for f in (bare, field)
         }
@@ -649,9 +691,16 @@ def _student_inputs(
     used = {name: teachers[name] for name in sorted(needed)}
     tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
     judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
-    inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in used.items()}, wanted,
-              {task: spec["weight"] for task, spec in tasks.items()}, judged,
-              recipe.model.decisive(), recipe.distill.decisive()]  # fmt: skip
+    inputs = [
+        base.digest,
+        data.facts["content"],
+        {n: t.digest for n, t in used.items()},
+        wanted,
+        {task: spec["weight"] for task, spec in tasks.items()},
+        judged,
+        recipe.model.decisive(),
+        recipe.distill.decisive(),
+    ]
     return used, inputs
 
 
@@ -706,9 +755,14 @@ def open_held_out(
 
 
 def _build_student(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path, scratch: Path,
+    recipe: Recipe,
+    base: Product,
+    data: Product,
+    teachers: dict[str, Product],
+    workspace: Path,
+    scratch: Path,
     checkpoints: Path,
-) -> dict:  # fmt: skip
+) -> dict:
     from danceopd.devices import hardware
     from danceopd.distill import distill
     from danceopd.evaluation.validate import GateValidator
@@ -745,9 +799,17 @@ def _build_student(
     counts, processes = data.facts["counts"], this_process()
     settle(preflight(recipe, backbone, base.pipeline, fields, facts, ready.encoded, counts, processes.count))
     student, history = distill(
-        backbone, ready.encoded, fields, ready.teacher_of, ready.weights, recipe.distill, show, saves, validate,
+        backbone,
+        ready.encoded,
+        fields,
+        ready.teacher_of,
+        ready.weights,
+        recipe.distill,
+        show,
+        saves,
+        validate,
         _recorder(journal, "student"),
-    )  # fmt: skip
+    )
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
@@ -757,11 +819,16 @@ def _build_student(
     origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
     write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
-    return {"pipeline": "pipeline", "steps": history[-1]["step"], "loss": history[-1]["loss"],
-            "forwards_per_sample": forwards, "forwards": round(forwards * recipe.distill.batch * history[-1]["step"]),
-            "hardware": hardware(next(backbone.transformer.parameters()).device, processes.count),
-            "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
-            "window": recipe.distill.model_dump(mode="json")["window"]}  # fmt: skip
+    return {
+        "pipeline": "pipeline",
+        "steps": history[-1]["step"],
+        "loss": history[-1]["loss"],
+        "forwards_per_sample": forwards,
+        "forwards": round(forwards * recipe.distill.batch * history[-1]["step"]),
+        "hardware": hardware(next(backbone.transformer.parameters()).device, processes.count),
+        "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
+        "window": recipe.distill.model_dump(mode="json")["window"],
+    }
 
 
 def _export(student: VelocityField, recipe: Recipe, base: Product, scratch: Path) -> None:
@@ -803,9 +870,16 @@ def evaluate_student(
     recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path
 ) -> Product:
     """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
-    inputs = [base.digest, data.facts["content"], {n: t.digest for n, t in sorted(teachers.items())}, student.digest,
-              recipe.model.decisive(), recipe.evaluate.model_dump(mode="json"),
-              {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()}, *_looks_with(recipe)]  # fmt: skip
+    inputs = [
+        base.digest,
+        data.facts["content"],
+        {n: t.digest for n, t in sorted(teachers.items())},
+        student.digest,
+        recipe.model.decisive(),
+        recipe.evaluate.model_dump(mode="json"),
+        {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()},
+        *_looks_with(recipe),
+    ]
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         sections = recipe.model_dump(mode="json")
@@ -838,9 +912,14 @@ def _looks_with(recipe: Recipe) -> list:
 
 
 def _build_evaluation(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path,
+    recipe: Recipe,
+    base: Product,
+    data: Product,
+    teachers: dict[str, Product],
+    student: Product,
+    workspace: Path,
     scratch: Path,
-) -> dict:  # fmt: skip
+) -> dict:
     import torch
 
     from danceopd.data.assemble import open_dataset
@@ -862,9 +941,11 @@ def _build_evaluation(
     machine = hardware(next(backbone.transformer.parameters()).device)
     spent.append(Spent("evaluation", time.monotonic() - started, machine, evaluation.metrics["forwards"]))
     provenance = lineage(recipe, base, data, teachers, student) | {
-        "cost": cost_table(spent), "software": _software(), "training": training,
+        "cost": cost_table(spent),
+        "software": _software(),
+        "training": training,
         "the whole recipe": recipe.model_dump(mode="json"),
-    }  # fmt: skip
+    }
     evaluation = replace(evaluation, metrics=evaluation.metrics | {"versions": _versions(teachers)})
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")

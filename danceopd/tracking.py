@@ -117,8 +117,10 @@ def require_store(tracking_uri: str) -> None:
         UserError: if its file is missing.
     """
     if not has_store(tracking_uri):
-        raise UserError(f"MLflow store {tracking_uri}: no such file; register a student first, or name the store "
-                        f"(--tracking-uri, --workspace or {ENVIRONMENT})")  # fmt: skip
+        raise UserError(
+            f"MLflow store {tracking_uri}: no such file; register a student first, or name the store "
+            f"(--tracking-uri, --workspace or {ENVIRONMENT})"
+        )
 
 
 @contextmanager
@@ -262,9 +264,12 @@ def log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> 
 
 
 def log_points(
-    client: MlflowClient, run_id: str, points: Iterable[tuple[str, float, int, int]], model: str | None = None,
+    client: MlflowClient,
+    run_id: str,
+    points: Iterable[tuple[str, float, int, int]],
+    model: str | None = None,
     dataset: tuple[str, str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Log figures.
 
     Args:

@@ -47,9 +47,12 @@ CHAT_TEMPLATE = (
 PROMPT_TOKENS = 24
 OUT_LAYERS = (1, 2, 3)
 SHAPE = ModelRecipe(
-    base="world", height=world.SIZE, width=world.SIZE,
-    max_sequence_length=PROMPT_TOKENS, text_encoder_out_layers=OUT_LAYERS,
-)  # fmt: skip
+    base="world",
+    height=world.SIZE,
+    width=world.SIZE,
+    max_sequence_length=PROMPT_TOKENS,
+    text_encoder_out_layers=OUT_LAYERS,
+)
 
 
 @dataclass(frozen=True)
@@ -223,25 +226,39 @@ def new_text_encoder(vocabulary: int, hidden: int = 64, seed: int = 0) -> Qwen3F
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model = Qwen3ForCausalLM(config).float()
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, 1)
     return model.requires_grad_(False).eval()
 
 
-def new_transformer(joint_dim: int, channels: int, heads: int = 4, head_dim: int = 32, doubles: int = 1,
-                    singles: int = 2, seed: int = 0) -> Flux2Transformer2DModel:  # fmt: skip
+def new_transformer(
+    joint_dim: int, channels: int, heads: int = 4, head_dim: int = 32, doubles: int = 1, singles: int = 2, seed: int = 0
+) -> Flux2Transformer2DModel:
     """An untrained FLUX.2 transformer; the defaults are the shipped base's."""
     torch.manual_seed(seed)
     return Flux2Transformer2DModel(
-        in_channels=channels, num_layers=doubles, num_single_layers=singles, attention_head_dim=head_dim,
-        num_attention_heads=heads, joint_attention_dim=joint_dim, timestep_guidance_channels=64, mlp_ratio=2.0,
-        axes_dims_rope=(head_dim // 4,) * 4, guidance_embeds=False,
-    )  # fmt: skip
+        in_channels=channels,
+        num_layers=doubles,
+        num_single_layers=singles,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=joint_dim,
+        timestep_guidance_channels=64,
+        mlp_ratio=2.0,
+        axes_dims_rope=(head_dim // 4,) * 4,
+        guidance_embeds=False,
+    )
 
 
 def new_pipeline(vae: AutoencoderKLFlux2, transformer: Flux2Transformer2DModel | None = None) -> Flux2KleinPipeline:
@@ -305,8 +322,10 @@ def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, float]:
     drawing = list(world.world_records({"t2i": {"test": count}}, seed=1))
     encoded = encode_records(backbone, drawing, world.SIZE, world.SIZE, None, "", False)
     accuracy = score_records(base, encoded, drawing, ("scene_accuracy",), spec).means["scene_accuracy"]
-    repeats = [replace(r, prompt=world.REPEATS[0], target=r.source)
-               for r in world.world_records({"global_style": {"test": count}}, seed=1)]  # fmt: skip
+    repeats = [
+        replace(r, prompt=world.REPEATS[0], target=r.source)
+        for r in world.world_records({"global_style": {"test": count}}, seed=1)
+    ]
     encoded = encode_records(backbone, repeats, world.SIZE, world.SIZE, None, "", False)
     return {
         "reconstruction_psnr_plain": reconstruction_psnr(backbone.pipeline.vae, plain),
@@ -347,5 +366,8 @@ def export_base(backbone: Flux2Klein, out: Path, facts: dict) -> dict:
 
 def _halve(path: Path) -> None:
     tensors = load_file(path)
-    save_file({n: t.half() if t.is_floating_point() and not n.startswith("bn.") else t for n, t in tensors.items()},
-              path, metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {n: t.half() if t.is_floating_point() and not n.startswith("bn.") else t for n, t in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )

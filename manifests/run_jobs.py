@@ -21,10 +21,30 @@ MANIFESTS = Path(__file__).resolve().parent
 CHAIN = ["danceopd-finetune-local-edit", "danceopd-distill", "danceopd-evaluate"]
 BYTES = {"Gi": 2**30, "Mi": 2**20}
 # What becomes an option, or has no meaning for one container without a cluster; any other field is refused.
-POD = {"serviceAccountName", "automountServiceAccountToken", "priorityClassName", "restartPolicy", "containers",
-       "terminationGracePeriodSeconds", "securityContext", "volumes", "nodeSelector", "tolerations"}  # fmt: skip
-CONTAINER = {"name", "image", "command", "args", "env", "resources", "imagePullPolicy", "terminationMessagePolicy",
-             "securityContext", "volumeMounts"}  # fmt: skip
+POD = {
+    "serviceAccountName",
+    "automountServiceAccountToken",
+    "priorityClassName",
+    "restartPolicy",
+    "containers",
+    "terminationGracePeriodSeconds",
+    "securityContext",
+    "volumes",
+    "nodeSelector",
+    "tolerations",
+}
+CONTAINER = {
+    "name",
+    "image",
+    "command",
+    "args",
+    "env",
+    "resources",
+    "imagePullPolicy",
+    "terminationMessagePolicy",
+    "securityContext",
+    "volumeMounts",
+}
 RIGHTS = {"readOnlyRootFilesystem", "allowPrivilegeEscalation", "capabilities"}
 USER = {"runAsNonRoot", "runAsUser", "fsGroup", "fsGroupChangePolicy", "seccompProfile"}
 

@@ -76,6 +76,9 @@ def _names(pipeline: BaseComponent, manifests: Manifests) -> KubernetesManifestO
     name = pipeline.pipeline_spec.pipeline_info.name
     version = manifests.version or f"{name}-{content_key(*specs)}"
     return KubernetesManifestOptions(
-        pipeline_name=name, pipeline_version_name=version, pipeline_version_display_name=version,
-        namespace=manifests.namespace or None, include_pipeline_manifest=True,
-    )  # fmt: skip
+        pipeline_name=name,
+        pipeline_version_name=version,
+        pipeline_version_display_name=version,
+        namespace=manifests.namespace or None,
+        include_pipeline_manifest=True,
+    )

@@ -90,9 +90,11 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
     """
     # no workspace_root: the runner deletes that folder when it is done
     local.init(
-        local.SubprocessRunner(use_venv=False), pipeline_root=str(workspace / "kfp"), enable_caching=True,
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(workspace / "kfp"),
+        enable_caching=True,
         cache_root=str(workspace / "kfp" / "cache"),
-    )  # fmt: skip
+    )
     with _run_id(run), readable_steps():
         try:
             return pipeline(**arguments)

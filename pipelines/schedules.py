@@ -42,13 +42,22 @@ def check_cron(text: str) -> str:
     if len(fields) == FIELDS - 1:
         fields = ["0", *fields]
     if len(fields) != FIELDS:
-        raise UserError(f"--cron {text!r}: write minute, hour, day, month and weekday, as in '0 3 * * 1', with seconds "
-                        "in front if you like")  # fmt: skip
+        raise UserError(
+            f"--cron {text!r}: write minute, hour, day, month and weekday, as in '0 3 * * 1', with seconds "
+            "in front if you like"
+        )
     return " ".join(fields)
 
 
-def create(server: Server, name: str, cron: str, source: dict[str, Any], arguments: dict[str, Any], experiment: str,
-           service_account: str | None = None) -> str:  # fmt: skip
+def create(
+    server: Server,
+    name: str,
+    cron: str,
+    source: dict[str, Any],
+    arguments: dict[str, Any],
+    experiment: str,
+    service_account: str | None = None,
+) -> str:
     """Make a recurring run, one at a time and without catching up, and return its id.
 
     Raises:
@@ -58,9 +67,15 @@ def create(server: Server, name: str, cron: str, source: dict[str, Any], argumen
         raise UserError(f"{server.host}: schedule {name!r} is there already; delete it first, or take another --name")
     with answers(server.host, f"make schedule {name!r}"):
         made = server.client.create_recurring_run(
-            experiment, name, cron_expression=check_cron(cron), max_concurrency=1, no_catchup=True, params=arguments,
-            service_account=service_account, **source,
-        )  # fmt: skip
+            experiment,
+            name,
+            cron_expression=check_cron(cron),
+            max_concurrency=1,
+            no_catchup=True,
+            params=arguments,
+            service_account=service_account,
+            **source,
+        )
         return made.recurring_run_id
 
 
@@ -92,8 +107,10 @@ def find(server: Server, name: str) -> Schedule:
     if not found:
         raise unknown_name(f"{server.host}: schedule", name, [s.name for s in known] or ["(none yet)"])
     if len(found) > 1:
-        raise UserError(f"{server.host}: {len(found)} schedules are called {name!r}; name one by its id: "
-                        + ", ".join(schedule.id for schedule in found))  # fmt: skip
+        raise UserError(
+            f"{server.host}: {len(found)} schedules are called {name!r}; name one by its id: "
+            + ", ".join(schedule.id for schedule in found)
+        )
     return found[0]
 
 

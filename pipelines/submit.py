@@ -94,10 +94,12 @@ def open_server(host: str | None, namespace: str | None = None) -> Server:
     with answers(host, "connect"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         client = _Client(
-            host=host, existing_token=os.environ.get(TOKEN_ENV) or None, cookies=os.environ.get(COOKIE_ENV) or None,
+            host=host,
+            existing_token=os.environ.get(TOKEN_ENV) or None,
+            cookies=os.environ.get(COOKIE_ENV) or None,
             credentials=ServiceAccountTokenVolumeCredentials() if token_file.is_file() else None,
             ssl_ca_cert=os.environ.get(CA_ENV),
-        )  # fmt: skip
+        )
         _limit_time(client)
         many = bool(client.get_kfp_healthz().multi_user)
     namespace = namespace or client.get_user_namespace() or None
@@ -138,11 +140,14 @@ def answers(host: str, what: str) -> Iterator[None]:
     except ApiException as error:
         raise UserError(f"{host}: {_refusal(error, what)}") from error
     except urllib3.exceptions.ProtocolError as error:
-        raise UserError(f"{host}: the connection broke when asked to {what}; it may have been done all the same, so "
-                        "look at the server before you try again") from error  # fmt: skip
+        raise UserError(
+            f"{host}: the connection broke when asked to {what}; it may have been done all the same, so "
+            "look at the server before you try again"
+        ) from error
     except urllib3.exceptions.HTTPError as error:
-        raise UserError(f"{host}: not reachable ({_reason(error)}); check the address, a port-forward, VPN or proxy"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"{host}: not reachable ({_reason(error)}); check the address, a port-forward, VPN or proxy"
+        ) from error
     except ValueError as error:  # the client's own: two things of one name
         raise UserError(f"{host}: {error}") from error
 
@@ -157,8 +162,7 @@ def _refusal(error: ApiException, what: str) -> str:
     if error.status == 0:
         return f"no secure connection ({text}); name its certificate authority's file in {CA_ENV}"
     if error.status in (401, 403):
-        return (f"refuses to {what} ({error.status}: {text}); check the right to do so and --namespace. "
-                f"{_HOW_TO_LOG_IN}")  # fmt: skip
+        return f"refuses to {what} ({error.status}: {text}); check the right to do so and --namespace. {_HOW_TO_LOG_IN}"
     if what == "connect":
         version = "there is no Kubeflow Pipelines 2 API" if error.status == 404 else "the server is not well"
         return f"{version} ({error.status}: {text}); check the address and the server's version"
@@ -303,8 +307,14 @@ def open_experiment(server: Server, name: str) -> str:
         return server.client.create_experiment(name, namespace=server.namespace).experiment_id
 
 
-def start_run(server: Server, source: dict[str, Any], arguments: dict[str, Any], experiment: str, name: str,
-              service_account: str | None = None) -> str:  # fmt: skip
+def start_run(
+    server: Server,
+    source: dict[str, Any],
+    arguments: dict[str, Any],
+    experiment: str,
+    name: str,
+    service_account: str | None = None,
+) -> str:
     """Start a run and return its id.
 
     Raises:
@@ -373,8 +383,11 @@ def _steps(run: Any) -> list:
     """The run's own steps, without the pods that Kubeflow puts between them."""
     tasks = run.run_details.task_details if run.run_details else None
     hidden = ("root", "driver", "executor")
-    return [t for t in tasks or [] if t.display_name and t.display_name not in hidden
-            and not t.display_name.endswith("-driver")]  # fmt: skip
+    return [
+        t
+        for t in tasks or []
+        if t.display_name and t.display_name not in hidden and not t.display_name.endswith("-driver")
+    ]
 
 
 def _reasons(run: Any) -> list[str]:

@@ -19,9 +19,12 @@ def summary_table(metrics: dict[str, Any], registration: dict[str, Any]) -> Tabl
         registration: what was registered, as plain data.
     """
     table = Table(
-        title=f"{metrics['recipe']} on its {metrics['split']} split", caption=registration_line(registration),
-        box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left",
-    )  # fmt: skip
+        title=f"{metrics['recipe']} on its {metrics['split']} split",
+        caption=registration_line(registration),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+    )
     table.add_column("task")
     table.add_column("metric")
     for heading in (BASE, "teacher", STUDENT, "kept", "ceiling"):

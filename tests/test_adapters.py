@@ -161,17 +161,21 @@ def test_another_process_loads_the_lora_with_diffusers_alone(tiny_base, tmp_path
     prompt = backbone.encode_prompts(["red ring"])
     image_ids = backbone.pipeline._prepare_latent_ids(torch.empty(1, channels, 8, tokens // 8))
     inputs = {
-        "hidden_states": torch.randn(1, tokens, channels, generator=generator), "timestep": torch.tensor([0.7]),
-        "encoder_hidden_states": prompt, "img_ids": image_ids, "txt_ids": backbone.pipeline._prepare_text_ids(prompt),
-    }  # fmt: skip
+        "hidden_states": torch.randn(1, tokens, channels, generator=generator),
+        "timestep": torch.tensor([0.7]),
+        "encoder_hidden_states": prompt,
+        "img_ids": image_ids,
+        "txt_ids": backbone.pipeline._prepare_text_ids(prompt),
+    }
     save_file({k: v.contiguous() for k, v in inputs.items()}, tmp_path / "inputs.safetensors")
     with torch.no_grad(), active_adapter(network, "student"):
         wanted = network(**inputs, guidance=None, return_dict=False)[0]
     file = save_diffusers_lora(network, "student", tmp_path / "lora")
     assert file.name == "pytorch_lora_weights.safetensors"
     paths = [tiny_base, tmp_path / "lora", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
-    ran = subprocess.run([sys.executable, "-c", STOCK, *map(str, paths)], capture_output=True, text=True, timeout=300,
-                         check=False)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", STOCK, *map(str, paths)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     found = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(found["drawn"], wanted, atol=1e-5, rtol=1e-5)

@@ -116,8 +116,9 @@ def test_forwards_are_the_steps_before_the_query_one_teacher_and_three(base, enc
 def test_a_guided_teacher_counts_both_of_its_passes(base, encoded):
     guided = GuidedField(VelocityField("base", base, base.transformer), 3.0, base.encode_prompts([""])[0], True)
     learner = new_learner(base, "student", spec())
-    setup, groups = drawn(base, encoded, learner, {"base": guided, "editor": editor(base)},
-                          torch.Generator().manual_seed(0))  # fmt: skip
+    setup, groups = drawn(
+        base, encoded, learner, {"base": guided, "editor": editor(base)}, torch.Generator().manual_seed(0)
+    )
     figures = UpdateFigures()
     with count_samples(base) as passed:
         for group in groups:
@@ -225,8 +226,15 @@ def test_a_schedule_asks_early_first_and_late_afterwards(base, encoded):
 def test_previews_come_at_their_steps_and_at_the_end(base, encoded):
     seen = []
     teachers = {"base": VelocityField("base", base, base.transformer), "editor": editor(base)}
-    distill(base, encoded, teachers, TEACHER_OF, WEIGHTS, spec(steps=5, preview_every=2),
-            preview=lambda field, step: seen.append((field.name, step)))  # fmt: skip
+    distill(
+        base,
+        encoded,
+        teachers,
+        TEACHER_OF,
+        WEIGHTS,
+        spec(steps=5, preview_every=2),
+        preview=lambda field, step: seen.append((field.name, step)),
+    )
     assert seen == [("student", 2), ("student", 4), ("student", 5)]
 
 
@@ -236,9 +244,16 @@ def test_a_teacher_learns_its_task(base, small_data, trainable, optimizer):
     records = open_dataset(small_data).records("train", "global_style")
     encoded = encode_records(base, records, 64, 64, None, "k", targets=True)
     train = FinetuneRecipe(
-        trainable=trainable, lora=LoraRecipe(rank=8, alpha=16), optimizer=optimizer, lr=1e-2, steps=40, batch=12,
-        warmup=2, log_every=5, prompt_dropout=0.1,
-    )  # fmt: skip
+        trainable=trainable,
+        lora=LoraRecipe(rank=8, alpha=16),
+        optimizer=optimizer,
+        lr=1e-2,
+        steps=40,
+        batch=12,
+        warmup=2,
+        log_every=5,
+        prompt_dropout=0.1,
+    )
     _, history = finetune(base, "styler", encoded, train)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
 
@@ -254,8 +269,9 @@ def test_averaged_weights_are_handed_over_and_shown_and_training_goes_on_from_th
         shown.append(weights_of(field))
 
     plain = [weights_of(run(base, encoded, steps=n, lr=1e-2)[0]) for n in (1, 2, 3)]
-    averaged, _ = distill(base, encoded, teachers, TEACHER_OF, WEIGHTS,
-                          spec(lr=1e-2, steps=3, ema=0.5, preview_every=1), look)  # fmt: skip
+    averaged, _ = distill(
+        base, encoded, teachers, TEACHER_OF, WEIGHTS, spec(lr=1e-2, steps=3, ema=0.5, preview_every=1), look
+    )
     assert torch.equal(shown[-1], weights_of(averaged))
     assert not torch.allclose(weights_of(averaged), plain[-1])
     between = weights_of(averaged)

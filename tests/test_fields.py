@@ -135,9 +135,11 @@ def test_a_merged_adapter_is_the_same_field_without_adapters(fresh):
     merged = plain_copy(fresh.transformer, merge="t")
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(
-        probe(VelocityField("m", fresh, merged), condition_of(fresh)), probe(field, condition_of(fresh)),
-        atol=1e-4, rtol=1e-4,
-    )  # fmt: skip
+        probe(VelocityField("m", fresh, merged), condition_of(fresh)),
+        probe(field, condition_of(fresh)),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_a_copy_of_the_base_carries_no_adapter_of_a_teacher(fresh, tiny_base):

@@ -60,8 +60,9 @@ def test_eight_bits_change_the_velocity_by_little_and_only_the_adapter_learns(ti
     wanted = velocity(backbone)
     difference = (velocity(small) - wanted).norm() / wanted.norm()
     assert 0 < difference < tolerance
-    learner = new_learner(small, "student", TrainRecipe(trainable="lora", lora=LoraRecipe(rank=2), lr=1, steps=1,
-                                                        batch=1))  # fmt: skip
+    learner = new_learner(
+        small, "student", TrainRecipe(trainable="lora", lora=LoraRecipe(rank=2), lr=1, steps=1, batch=1)
+    )
     z = torch.randn(1, *small.latent_shape(64, 64))
     condition = Condition(small.encode_prompts(["red ring"]), None, 64, 64)
     with learner.field.active():
@@ -84,15 +85,22 @@ def test_whole_weights_do_not_train_in_eight_bits():
 @NEEDS_TORCHAO
 @pytest.mark.slow
 def test_a_student_of_an_eight_bit_base_is_exported_whole(tiny_base, tmp_path):
-    tasks = ("{t2i: {teacher: base, needs_source: false, metrics: [scene_accuracy]},"
-             " local_edit: {teacher: editor, needs_source: true, metrics: [psnr]}}")  # fmt: skip
-    recipe = load_recipe("world", [
-        f"model.base={tiny_base}", "model.quantize=int8", f"tasks={tasks}",
-        "data.world={t2i: {train: 6, val: 3, test: 3}, local_edit: {train: 6, val: 3, test: 3}}",
-        "teachers={base: {kind: base}, editor: {kind: base}}",
-        "distill={trainable: lora, steps: 3, batch: 4, lr: 0.01, rollout_steps: 3, warmup: 1}",
-        "evaluate={per_task: 2, steps: 2}",
-    ])  # fmt: skip
+    tasks = (
+        "{t2i: {teacher: base, needs_source: false, metrics: [scene_accuracy]},"
+        " local_edit: {teacher: editor, needs_source: true, metrics: [psnr]}}"
+    )
+    recipe = load_recipe(
+        "world",
+        [
+            f"model.base={tiny_base}",
+            "model.quantize=int8",
+            f"tasks={tasks}",
+            "data.world={t2i: {train: 6, val: 3, test: 3}, local_edit: {train: 6, val: 3, test: 3}}",
+            "teachers={base: {kind: base}, editor: {kind: base}}",
+            "distill={trainable: lora, steps: 3, batch: 4, lr: 0.01, rollout_steps: 3, warmup: 1}",
+            "evaluate={per_task: 2, steps: 2}",
+        ],
+    )
     base, data = steps.resolve_base(recipe, tmp_path), steps.build_data(recipe, tmp_path, repo=tmp_path)
     teachers = {name: steps.finetune_teacher(recipe, name, base, data, tmp_path) for name in recipe.teachers}
     student = steps.distill_student(recipe, base, data, teachers, tmp_path)

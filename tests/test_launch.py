@@ -39,8 +39,9 @@ time.sleep(60)
 def handlers_as_they_were(monkeypatch):
     """torch's agent leaves its signal handlers and variables behind; in a process of its own that is no matter."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
-                                                              signal.SIGQUIT)}  # fmt: skip
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -22,8 +22,12 @@ from danceopd.recipe import load_recipe
 from danceopd.training import new_learner
 from danceopd.world_base import SHAPE
 
-SETTINGS = ["distill.start=base", "distill.batch=6", "teachers.local_edit={kind: base}",
-            "teachers.global_style={kind: checkpoint, path: nowhere}"]  # fmt: skip
+SETTINGS = [
+    "distill.start=base",
+    "distill.batch=6",
+    "teachers.local_edit={kind: base}",
+    "teachers.global_style={kind: checkpoint, path: nowhere}",
+]
 COUNTS = {task: {"train": 12, "val": 6, "test": 6} for task in ("t2i", "local_edit", "global_style")}
 
 

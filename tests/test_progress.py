@@ -16,8 +16,10 @@ def test_plain_lines_come_every_so_often_and_at_the_end(caplog):
         for step in progress.steps():
             progress.show(step, loss=1 / (step + 1))
     assert [line.split(" loss")[0] for line in caplog.messages] == [
-        "distill step 3/7", "distill step 6/7", "distill step 7/7",
-    ]  # fmt: skip
+        "distill step 3/7",
+        "distill step 6/7",
+        "distill step 7/7",
+    ]
 
 
 def test_a_history_becomes_a_picture(tmp_path):

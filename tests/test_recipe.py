@@ -118,8 +118,11 @@ def test_a_recipe_file_is_read_as_a_shipped_one(tmp_path):
 
 
 def test_how_often_training_is_saved_names_no_product():
-    settings = [f"{place}.{knob}=7" for place in ("distill", "teachers.local_edit.train")
-                for knob in ("checkpoint_every", "keep_checkpoints")]  # fmt: skip
+    settings = [
+        f"{place}.{knob}=7"
+        for place in ("distill", "teachers.local_edit.train")
+        for knob in ("checkpoint_every", "keep_checkpoints")
+    ]
     plain, saved = load_recipe("world"), load_recipe("world", settings)
     assert saved.distill.checkpoint_every == saved.teachers["local_edit"].train.keep_checkpoints == 7
     assert saved.distill.decisive() == plain.distill.decisive()

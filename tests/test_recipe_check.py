@@ -32,8 +32,15 @@ def test_weights_and_forwards_are_those_of_the_run(recipe, tiny_base, tmp_path):
     assert ahead.training.weights == ahead.training.gradients == 4 * ahead.parameters
     tokens, _ = load_backbone(tiny_base, SHAPE).latent_shape(64, 64)
     assert ahead.tokens == (2 * tokens, 24)
-    guided = look_ahead(recipe("distill.window=[0.99, 1]", "teachers.base={kind: base}", "teachers.strong={kind: base, "
-                               "guidance: 3}", "tasks.t2i.teacher=strong"), tmp_path)  # fmt: skip
+    guided = look_ahead(
+        recipe(
+            "distill.window=[0.99, 1]",
+            "teachers.base={kind: base}",
+            "teachers.strong={kind: base, guidance: 3}",
+            "tasks.t2i.teacher=strong",
+        ),
+        tmp_path,
+    )
     assert 4 < guided.forwards < 5
 
 
@@ -55,8 +62,9 @@ def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
         recipe(taught.format("trainable", "lora"), taught.format("lora", "{rank: 4, alpha: 2}")), tmp_path
     )
     assert rank_4.held == 2 * 4 * plain.parameters + 2 * rank_2
-    lora = look_ahead(recipe("distill.trainable=lora", "distill.start=base", "distill.activation_checkpointing=true"),
-                      tmp_path)  # fmt: skip
+    lora = look_ahead(
+        recipe("distill.trainable=lora", "distill.start=base", "distill.activation_checkpointing=true"), tmp_path
+    )
     assert lora.training.sure < plain.training.sure / 2
     assert lora.training.activations < plain.training.activations
 

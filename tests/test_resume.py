@@ -270,10 +270,15 @@ def test_the_command_line_ends_with_the_code_to_retry(monkeypatch, capsys):
 SMALL = [
     "data.world={t2i: {train: 8, val: 2, test: 2}, local_edit: {train: 8, val: 2, test: 2},"
     " global_style: {train: 8, val: 2, test: 2}}",
-    "teachers.local_edit={kind: base}", "teachers.global_style={kind: base}",
-    "distill.steps=5", "distill.batch=6", "distill.rollout_steps=2", "distill.preview_every=1",
-    "distill.checkpoint_every=2", "evaluate.steps=2",
-]  # fmt: skip
+    "teachers.local_edit={kind: base}",
+    "teachers.global_style={kind: base}",
+    "distill.steps=5",
+    "distill.batch=6",
+    "distill.rollout_steps=2",
+    "distill.preview_every=1",
+    "distill.checkpoint_every=2",
+    "evaluate.steps=2",
+]
 
 
 def student(base_folder, workspace, *settings):

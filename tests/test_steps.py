@@ -31,9 +31,13 @@ SMALL = [
     "tasks.global_style.gates=[{metric: psnr, max_drop: 60, champion_margin: 60}]",
     "teachers.local_edit={kind: base}",
     "teachers.global_style.train={trainable: lora, lr: 0.01, steps: 40, batch: 8, warmup: 2}",
-    "distill.steps=3", "distill.batch=6", "distill.rollout_steps=3", "distill.preview_every=2",
-    "evaluate.per_task=4", "evaluate.steps=2",
-]  # fmt: skip
+    "distill.steps=3",
+    "distill.batch=6",
+    "distill.rollout_steps=3",
+    "distill.preview_every=2",
+    "evaluate.per_task=4",
+    "evaluate.steps=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,10 @@ def test_products_say_what_they_are(made):
     scores = teachers["global_style"].facts["scores"]["global_style"]
     assert scores["teacher"]["psnr"] > scores["base"]["psnr"]
     assert {p.name for p in (student.folder / "previews").iterdir()} == {
-        "step-000002.png", "step-000003.png", "training.png",
-    }  # fmt: skip
+        "step-000002.png",
+        "step-000003.png",
+        "training.png",
+    }
     assert base.pipeline.is_dir()
 
 
@@ -90,11 +96,18 @@ def test_each_step_told_mlflow_what_it_did(workspace, made):
     """All of it still lies in the workspace: no step waits for a store."""
     told = {path.name.rpartition("-")[0]: read_lines(path)[0] for path in run_folder(workspace).iterdir()}
     assert set(told) == {
-        "base-tiny", "data-world", "teachers-base", "teachers-local_edit", "teachers-global_style", "students-world",
-    }  # fmt: skip
+        "base-tiny",
+        "data-world",
+        "teachers-base",
+        "teachers-local_edit",
+        "teachers-global_style",
+        "students-world",
+    }
     assert {(lines[0]["kind"], lines[-1].get("status")) for lines in told.values()} == {("start", "FINISHED")}
-    by_kind = {kind: [line for line in told["students-world"] if line["kind"] == kind] for kind in
-               ("start", "dataset", "uses", "image", "points", "model", "file")}  # fmt: skip
+    by_kind = {
+        kind: [line for line in told["students-world"] if line["kind"] == kind]
+        for kind in ("start", "dataset", "uses", "image", "points", "model", "file")
+    }
     assert by_kind["start"][0]["params"]["distill.steps"] == "3"
     assert (by_kind["dataset"][0]["digest"], by_kind["dataset"][0]["context"]) == (made[1].facts["content"], "training")
     assert {line["digest"] for line in by_kind["uses"]} == {teacher.digest for teacher in made[2].values()}
@@ -123,9 +136,15 @@ def test_a_changed_section_makes_its_own_product_and_those_behind_it(base_folder
 
 def test_the_stock_pipeline_opens_the_student_and_draws(made):
     pipeline = Flux2KleinPipeline.from_pretrained(str(made[3].pipeline))
-    picture = pipeline(prompt="red ring top left on white", height=64, width=64, num_inference_steps=2,
-                       guidance_scale=1.0, max_sequence_length=PROMPT_TOKENS,
-                       text_encoder_out_layers=OUT_LAYERS).images[0]  # fmt: skip
+    picture = pipeline(
+        prompt="red ring top left on white",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        max_sequence_length=PROMPT_TOKENS,
+        text_encoder_out_layers=OUT_LAYERS,
+    ).images[0]
     assert picture.size == (64, 64)
 
 
@@ -142,8 +161,9 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     condition = Condition(exported.encode_prompts(["", recipe.name]), None, 64, 64)
     found = probe(VelocityField("student", exported, exported.transformer), condition)
     torch.testing.assert_close(found, written, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found, probe(load_field(load_backbone(base.pipeline, recipe.model), "base",
-                                                      made[2]["base"].folder), condition))  # fmt: skip
+    assert not torch.allclose(
+        found, probe(load_field(load_backbone(base.pipeline, recipe.model), "base", made[2]["base"].folder), condition)
+    )
     assert (student.folder / "lora").is_dir() == (trainable == "lora")
     for file in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
         assert (student.folder / "lora" / file).is_file() == (trainable == "lora")
@@ -243,9 +263,12 @@ def test_a_teacher_that_changes_nothing_is_refused_by_name(base_folder, workspac
         (f"{{kind: checkpoint, path: {base_folder}}}", [], "this base's own weights"),
         (f"{{kind: checkpoint, path: {base_folder}, guidance: 3}}", [], "For the base itself write kind: base"),
         (f"{{kind: checkpoint, path: {tmp_path / 'half.safetensors'}}}", [], "this base's own weights"),
-        ("{kind: finetune, task: global_style, train: {trainable: lora, lr: 1.0e-12, steps: 1, batch: 2}}", [],
-         r"train it longer, or at a higher rate \(teachers\.global_style\.train\)"),
-    ):  # fmt: skip
+        (
+            "{kind: finetune, task: global_style, train: {trainable: lora, lr: 1.0e-12, steps: 1, batch: 2}}",
+            [],
+            r"train it longer, or at a higher rate \(teachers\.global_style\.train\)",
+        ),
+    ):
         recipe = with_teacher(base_folder, teacher, *settings)
         with pytest.raises(
             UserError, match=rf"teachers\.global_style changes the base's velocity by .* nothing; .*{why}"
@@ -311,8 +334,13 @@ def test_a_task_without_training_records_is_named(recipe, workspace, made, base_
 def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monkeypatch, caplog):
     from danceopd.evaluation import evaluate as ev
 
-    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong", "distill.start=base",
-                "tasks.t2i.metrics=[scene_accuracy, psnr]", "tasks.t2i.gates=[]"]  # fmt: skip
+    settings = [
+        "teachers.strong={kind: base, guidance: 3}",
+        "tasks.t2i.teacher=strong",
+        "distill.start=base",
+        "tasks.t2i.metrics=[scene_accuracy, psnr]",
+        "tasks.t2i.gates=[]",
+    ]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     base, data, teachers, _ = made
     scores = iter([0.1, 0.2])  # the random base's guided pictures are no better than its own
@@ -360,8 +388,13 @@ def test_a_guided_checkpoint_keeps_its_weights(base_folder, workspace, made):
 def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tmp_path, trainable):
     from danceopd.registry import verify_export
 
-    settings = ["model.dtype=bfloat16", "model.offload=true", "distill.start=base", f"distill.trainable={trainable}",
-                "teachers.global_style.train={trainable: full, lr: 0.002, steps: 40, batch: 8, warmup: 2}"]  # fmt: skip
+    settings = [
+        "model.dtype=bfloat16",
+        "model.offload=true",
+        "distill.start=base",
+        f"distill.trainable={trainable}",
+        "teachers.global_style.train={trainable: full, lr: 0.002, steps: 40, batch: 8, warmup: 2}",
+    ]
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     made = run_to_student(recipe, tmp_path)
     student = made[3]
@@ -374,8 +407,9 @@ def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, 
     base, data, teachers, _ = made
     worse = {"global_style": {"teacher": {"psnr": 1.0}, "base": {"psnr": 2.0}}}
     product = steps.Product(teachers["global_style"].folder, "0" * 64, {"kind": "lora", "scores": worse})
-    strange = steps.Product(data.folder, data.digest,
-                            data.facts | {"counts": data.facts["counts"] | {"paint": {"train": 2}}})  # fmt: skip
+    strange = steps.Product(
+        data.folder, data.digest, data.facts | {"counts": data.facts["counts"] | {"paint": {"train": 2}}}
+    )
     with pytest.raises(
         UserError, match=r"unknown task\(s\) paint \(2\)(.|\n)*no better than the base \(psnr 1, the base 2"
     ):
@@ -387,8 +421,9 @@ def test_a_teacher_pipeline_of_another_latent_space_is_refused(base_folder, work
     other = shutil.copytree(base_folder, tmp_path / "other")
     config = read_json(other / "vae" / "config.json")
     (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 9}))
-    recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL,
-                                   f"teachers.global_style={{kind: checkpoint, path: {other}}}"])  # fmt: skip
+    recipe = load_recipe(
+        "world", [f"model.base={base_folder}", *SMALL, f"teachers.global_style={{kind: checkpoint, path: {other}}}"]
+    )
     with pytest.raises(UserError, match=r"another latent space than the base: vae/config.json, scaling_factor is 9"):
         steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
 
@@ -447,8 +482,12 @@ def test_an_evaluation_is_made_anew_once_a_metric_can_be_measured(recipe, base_f
 
 
 def test_a_teacher_that_nothing_here_can_measure_is_refused(base_folder, workspace, made):
-    settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong",
-                "tasks.t2i.metrics=[clip_score]", "tasks.t2i.gates=[]"]  # fmt: skip
+    settings = [
+        "teachers.strong={kind: base, guidance: 3}",
+        "tasks.t2i.teacher=strong",
+        "tasks.t2i.metrics=[clip_score]",
+        "tasks.t2i.gates=[]",
+    ]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     with pytest.raises(UserError, match=r"none of its metrics can be measured here \(clip_score: evaluate.networks"):
         steps.finetune_teacher(guided, "strong", *made[:2], workspace)

@@ -28,8 +28,9 @@ def test_unknown_words_are_spelt_and_not_lost():
 def test_the_longest_prompts_fit():
     tokenizer = wb.new_tokenizer()
     longest = max((r.prompt for r in world.world_records({t: {"test": 300} for t in world.TASKS})), key=len)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": longest}], tokenize=False,
-                                         add_generation_prompt=True)  # fmt: skip
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": longest}], tokenize=False, add_generation_prompt=True
+    )
     assert len(tokenizer(text)["input_ids"]) <= wb.PROMPT_TOKENS
 
 
@@ -62,8 +63,11 @@ def test_the_start_averages_down_and_repeats_up():
 def test_a_base_is_built_measured_and_pinned(tmp_path):
     figures = wb.build_base(tmp_path / "base", wb.BuildPlan(vae_steps=3, vae_batch=2, steps=3, batch=2))
     assert set(figures["figures"]) == {
-        "reconstruction_psnr_plain", "reconstruction_psnr_styled", "t2i_scene_accuracy", "repeat_psnr",
-    }  # fmt: skip
+        "reconstruction_psnr_plain",
+        "reconstruction_psnr_styled",
+        "t2i_scene_accuracy",
+        "repeat_psnr",
+    }
     assert json.loads((tmp_path / "base.json").read_text())["plan"]["steps"] == 3
     assert len((tmp_path / "base.sha256").read_text().strip()) == 64
     assert (tmp_path / "base" / "model_index.json").is_file()

@@ -39,5 +39,7 @@ def pack_parts(prompts: list[list[Tensor]], length: int) -> Tensor:
 def unpack_parts(packed: Tensor, first: int, last: int) -> list[list[Tensor]]:
     """The parts from number `first` to `last` (counted from 1) of each prompt of `pack_parts`."""
     marks = packed[..., -1].round()
-    return [[rows[mark == number, :-1] for number in range(first, last + 1)]
-            for rows, mark in zip(packed, marks, strict=True)]  # fmt: skip
+    return [
+        [rows[mark == number, :-1] for number in range(first, last + 1)]
+        for rows, mark in zip(packed, marks, strict=True)
+    ]

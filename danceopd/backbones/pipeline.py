@@ -144,8 +144,10 @@ class PipelineBackbone:
         """How many source images of the picture's size the tokens (B, S, C) are."""
         count, rest = divmod(source.shape[1], z.shape[1])
         if rest:
-            raise UserError(f"{source.shape[1]} tokens of source images beside {z.shape[1]} of the picture: every "
-                            "source image must have the picture's size")  # fmt: skip
+            raise UserError(
+                f"{source.shape[1]} tokens of source images beside {z.shape[1]} of the picture: every "
+                "source image must have the picture's size"
+            )
         return count
 
     def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
@@ -181,8 +183,10 @@ class PipelineBackbone:
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         other = read_transformer(type(self.transformer), folder, dtype, self.transformer.config)
         if other.config.in_channels != self.transformer.config.in_channels:
-            raise UserError(f"{folder}: {other.config.in_channels} latent channels, the base has "
-                            f"{self.transformer.config.in_channels}: not the same latent space")  # fmt: skip
+            raise UserError(
+                f"{folder}: {other.config.in_channels} latent channels, the base has "
+                f"{self.transformer.config.in_channels}: not the same latent space"
+            )
         return other.to(self.transformer.device)
 
     def save(self, folder: Path, transformer: nn.Module) -> None:

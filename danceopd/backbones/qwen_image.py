@@ -87,8 +87,10 @@ class QwenImage(PipelineBackbone):
             shown = [self._shown(pixels) for pixels in pictures]
             full, empty = (self._embed(text, shown) for text in (prompt, ""))
             if len(empty) > longest:
-                raise UserError(f"model.max_sequence_length {longest}: {len(shown)} source image(s) and the empty "
-                                f"prompt take {len(empty)} tokens already; set it higher")  # fmt: skip
+                raise UserError(
+                    f"model.max_sequence_length {longest}: {len(shown)} source image(s) and the empty "
+                    f"prompt take {len(empty)} tokens already; set it higher"
+                )
             before = len(empty) - ending
             packed.append([full[:before], full[before:longest], empty[before:]])
         return pack_parts(packed, longest + ending)
@@ -98,8 +100,10 @@ class QwenImage(PipelineBackbone):
         pipeline = self.pipeline
         if pictures:
             if not isinstance(pipeline, QwenImageEditPlusPipeline):
-                raise UserError("this Qwen-Image base cannot edit a source image: its folder is a QwenImagePipeline's; "
-                                "take a Qwen-Image-Edit-Plus base (2509 or later)")  # fmt: skip
+                raise UserError(
+                    "this Qwen-Image base cannot edit a source image: its folder is a QwenImagePipeline's; "
+                    "take a Qwen-Image-Edit-Plus base (2509 or later)"
+                )
             return pipeline._get_qwen_prompt_embeds([prompt], pictures)[0][0].float()
         if not isinstance(pipeline, QwenImagePipeline):
             parts = {name: part for name, part in pipeline.components.items() if name != "processor"}

@@ -29,8 +29,9 @@ class SD3(ShiftedLatentsBackbone):
         rows, columns = self._token_grid(height, width)
         largest = self.transformer.config.pos_embed_max_size
         if max(rows, columns) > largest:
-            raise UserError(f"picture size {height}x{width}: this base has places for {largest * self._patch} pixels "
-                            "a side at most")  # fmt: skip
+            raise UserError(
+                f"picture size {height}x{width}: this base has places for {largest * self._patch} pixels a side at most"
+            )
         return rows * columns, 4 * self.transformer.config.in_channels
 
     @torch.no_grad()

@@ -86,9 +86,12 @@ def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: M
 
 
 def _under_diffusers_names(
-    kind: type[ModelMixin], file: Path, state: dict[str, torch.Tensor], wanted: Mapping[str, Shape],
+    kind: type[ModelMixin],
+    file: Path,
+    state: dict[str, torch.Tensor],
+    wanted: Mapping[str, Shape],
     config: Mapping[str, Any],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     """The checkpoint converted, if that brings more of the wanted names to light."""
     known = len(wanted.keys() & state.keys())
     try:
@@ -156,7 +159,10 @@ def _check_fit(
         "unexpected": unexpected,
         "of another shape": other,
     }
-    texts = [f"{len(keys)} {name}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-             for name, keys in lists.items() if keys]  # fmt: skip
+    texts = [
+        f"{len(keys)} {name}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for name, keys in lists.items()
+        if keys
+    ]
     if texts:
         raise UserError(f"{where}: the checkpoint of a {kind.__name__} does not fit {to}; keys {'; '.join(texts)}")

@@ -105,8 +105,10 @@ class Merge:
         for field in teachers:
             weights = _weights(plain_copy(field.network, merge=field.adapter).to(network.device).float())
             if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in base.items()}:
-                raise UserError(f"teacher {field.name!r}: its weights differ in name or shape from the base's; a merge "
-                                "needs teachers of the base's architecture")  # fmt: skip
+                raise UserError(
+                    f"teacher {field.name!r}: its weights differ in name or shape from the base's; a merge "
+                    "needs teachers of the base's architecture"
+                )
             plain.append(weights)
         for name, weight in self.rule(base, plain).items():
             network.get_parameter(name).copy_(weight)

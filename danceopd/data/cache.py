@@ -290,10 +290,17 @@ def encode_cached(
         there |= cache.places(picture_group(base_key, size))
     pictures = _rows(there, list(wanted.pictures), cache.folder)
     return EncodedRecords(
-        wanted.tasks, prompts, torch.tensor(wanted.prompt_row), pictures, torch.tensor(wanted.source_row),
-        pictures, torch.tensor(wanted.target_row), sizing.height, sizing.width,
+        wanted.tasks,
+        prompts,
+        torch.tensor(wanted.prompt_row),
+        pictures,
+        torch.tensor(wanted.source_row),
+        pictures,
+        torch.tensor(wanted.target_row),
+        sizing.height,
+        sizing.width,
         torch.tensor(wanted.sizes) if sizing.own else None,
-    )  # fmt: skip
+    )
 
 
 def picture_group(base_key: str, size: tuple[int, int]) -> str:
@@ -326,11 +333,17 @@ def fill_cache(
     by_size = wanted.pictures_by_size()
     fillings = {
         size: _GroupFill(
-            cache, picture_group(base_key, size), keys, picture_encoder(backbone, *size), picture_batch(*size), share,
-            told, len(by_size),
+            cache,
+            picture_group(base_key, size),
+            keys,
+            picture_encoder(backbone, *size),
+            picture_batch(*size),
+            share,
+            told,
+            len(by_size),
         )
         for size, keys in by_size.items()
-    }  # fmt: skip
+    }
     if any(filling.lacking for filling in fillings.values()):
         for key, picture in _pictures(stream(), targets):
             fillings[wanted.pictures[key]].offer(key, picture)
@@ -363,9 +376,16 @@ class _GroupFill:
     """
 
     def __init__(
-        self, cache: EncodingCache, group: str, keys: list[str], encode: Callable[[list], Tensor], batch: int,
-        share: tuple[int, int], teller: _Teller, groups: int = 1,
-    ):  # fmt: skip
+        self,
+        cache: EncodingCache,
+        group: str,
+        keys: list[str],
+        encode: Callable[[list], Tensor],
+        batch: int,
+        share: tuple[int, int],
+        teller: _Teller,
+        groups: int = 1,
+    ):
         self._cache, self._group, self._keys, self._encode, self._batch = cache, group, keys, encode, batch
         self._share, self._teller, self._groups = share, teller, groups
         there = cache.places(group)

@@ -92,8 +92,10 @@ def check_size(backbone: Backbone, size: tuple[int, int], record: Record) -> Non
     try:
         backbone.latent_shape(*size)
     except UserError as error:
-        raise UserError(f"record {record.id!r}: {error}; import the data with buckets that fit (resize.step), or set "
-                        f"model.sizes: one") from error  # fmt: skip
+        raise UserError(
+            f"record {record.id!r}: {error}; import the data with buckets that fit (resize.step), or set "
+            f"model.sizes: one"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -338,6 +340,14 @@ def encode_records(
 
     tensors = _cached(path, encode)
     return EncodedRecords(
-        [r.task for r in records], tensors["prompts"], prompt_row, _pictures_of(tensors, "source"), source_row,
-        _pictures_of(tensors, "target"), target_row, height, width, sizes,
-    )  # fmt: skip
+        [r.task for r in records],
+        tensors["prompts"],
+        prompt_row,
+        _pictures_of(tensors, "source"),
+        source_row,
+        _pictures_of(tensors, "target"),
+        target_row,
+        height,
+        width,
+        sizes,
+    )

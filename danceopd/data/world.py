@@ -66,18 +66,35 @@ STYLES = {
 }
 
 # Wordings: the last of each list is held out of training. Each is made of words that training does contain.
-CAPTIONS = ("{objects} on {background}", "draw {objects} on {background}", "on {background}, {objects}",
-            "on {background}, draw {objects}")  # fmt: skip
+CAPTIONS = (
+    "{objects} on {background}",
+    "draw {objects} on {background}",
+    "on {background}, {objects}",
+    "on {background}, draw {objects}",
+)
 WORDINGS = {
-    "recolor": ("make the {object} {color}", "change the {object} to {color}", "paint the {object} {color}",
-                "change the color of the {object} to {color}", "make the color of the {object} {color}"),
+    "recolor": (
+        "make the {object} {color}",
+        "change the {object} to {color}",
+        "paint the {object} {color}",
+        "change the color of the {object} to {color}",
+        "make the color of the {object} {color}",
+    ),
     "remove": ("remove the {object}", "delete the {object}", "take away the {object}", "take the {object} away"),
-    "add": ("add a {object} at the {position}", "put a {object} at the {position}",
-            "at the {position}, put a {object}", "at the {position}, add a {object}"),
+    "add": (
+        "add a {object} at the {position}",
+        "put a {object} at the {position}",
+        "at the {position}, put a {object}",
+        "at the {position}, add a {object}",
+    ),
     "style": ("make it {style}", "turn the picture {style}", "the picture in {style}", "turn it {style}"),
-}  # fmt: skip
-OUTLINE_WORDINGS = ("make it an outline", "turn the picture into an outline", "draw the outline of the picture",
-                    "turn it into an outline")  # fmt: skip
+}
+OUTLINE_WORDINGS = (
+    "make it an outline",
+    "turn the picture into an outline",
+    "draw the outline of the picture",
+    "turn it into an outline",
+)
 REPEATS = ("the same picture", "keep the picture")  # what the base is taught to do with a reference
 NOVELTIES = ("combination", "wording", "both")
 

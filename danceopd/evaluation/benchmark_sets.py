@@ -126,9 +126,11 @@ def read_gedit(asked: Asked) -> Iterator[Record]:
 
     One row an instruction and language: `task_type`, `key`, `instruction`, `instruction_language`, `input_image`.
     """
-    files = [asked.source] if asked.source.is_file() else sorted(
-        path for pattern in ("**/*.parquet", "**/*.arrow") for path in asked.source.glob(pattern)
-    )  # fmt: skip
+    files = (
+        [asked.source]
+        if asked.source.is_file()
+        else sorted(path for pattern in ("**/*.parquet", "**/*.arrow") for path in asked.source.glob(pattern))
+    )
     if not files:
         raise UserError(f"{asked.source}: no .parquet or .arrow files there; give the folder of GEdit-Bench")
     languages, kept = set(), False
@@ -149,8 +151,10 @@ def read_gedit(asked: Asked) -> Iterator[Record]:
                 raise UserError(f"{where}: 'input_image' holds no picture's bytes; fetch the file again")
             yield _record("gedit", asked, f"{language}-{key}", _text(row, "instruction", where), data, facts)
     if not kept:
-        raise UserError(f"{asked.source}: no instruction in language {asked.language!r}; there are: "
-                        f"{', '.join(sorted(languages)) or 'no rows'}")  # fmt: skip
+        raise UserError(
+            f"{asked.source}: no instruction in language {asked.language!r}; there are: "
+            f"{', '.join(sorted(languages)) or 'no rows'}"
+        )
 
 
 def _rows(path: Path) -> Iterator[dict]:

@@ -206,9 +206,13 @@ def score_records(
 
 
 def score_ceiling(
-    backbone: Backbone, encoded: EncodedRecords, records: list[Record], metrics: tuple[str, ...], batch: int,
+    backbone: Backbone,
+    encoded: EncodedRecords,
+    records: list[Record],
+    metrics: tuple[str, ...],
+    batch: int,
     tools: Tools | None = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The means that the autoencoder's own reconstruction of the targets reaches: no field can draw better.
 
     Records without a target are left out; with none at all the answer is empty. The judge is not asked: it is paid.
@@ -248,8 +252,10 @@ def _records_of(recipe: Recipe, task: str, dataset: DatasetFolder) -> list[Recor
     if benchmark is None:
         records = dataset.records(spec.split, task, spec.per_task)
         if not records:
-            raise UserError(f"dataset {dataset.folder}: no '{spec.split}' records of task {task!r}; "
-                            f"add some, or choose another evaluate.split")  # fmt: skip
+            raise UserError(
+                f"dataset {dataset.folder}: no '{spec.split}' records of task {task!r}; "
+                f"add some, or choose another evaluate.split"
+            )
         return records
     records = open_dataset(Path(benchmark.input)).records("test")
     if not records:
@@ -257,8 +263,10 @@ def _records_of(recipe: Recipe, task: str, dataset: DatasetFolder) -> list[Recor
     for record in records:
         if (record.source is not None) != recipe.tasks[task].needs_source:
             has, wants = ("has a", "draws") if record.source is not None else ("has no", "edits a source")
-            raise UserError(f"evaluate.benchmarks.{task}: record {record.id!r} {has} source, and task "
-                            f"{benchmark.task!r} {wants}; name another task")  # fmt: skip
+            raise UserError(
+                f"evaluate.benchmarks.{task}: record {record.id!r} {has} source, and task "
+                f"{benchmark.task!r} {wants}; name another task"
+            )
     return [records[row] for row in _spread(len(records), benchmark.limit or len(records))]
 
 
@@ -276,8 +284,9 @@ def _score_fields(
         started = time.monotonic()
         scored[name] = score_records(field, encoded, records, recipe.tasks[task].metrics, recipe.evaluate, tools)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in scored[name].means.items())
-        log.info("evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records),
-                 time.monotonic() - started)  # fmt: skip
+        log.info(
+            "evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records), time.monotonic() - started
+        )
     return scored
 
 
@@ -373,11 +382,21 @@ def _drift(
                 forwards += len(ids) * steps * fields[name].forwards
             figures[side] = _finite(_mean(values))
         by_steps[str(steps)] = figures
-    facts = {"records": len(records), "metric": first, "unit": metric(first).unit, "sigmas": found.sigmas,
-             "drift": [_finite(v) for v in found.drift], "velocity_error": [_finite(v) for v in found.velocity_error],
-             "by_steps": by_steps}  # fmt: skip
-    log.info("evaluate: the student's path on %s ends %.3g from its teacher's (%d records)", task, found.drift[-1],
-             len(records))  # fmt: skip
+    facts = {
+        "records": len(records),
+        "metric": first,
+        "unit": metric(first).unit,
+        "sigmas": found.sigmas,
+        "drift": [_finite(v) for v in found.drift],
+        "velocity_error": [_finite(v) for v in found.velocity_error],
+        "by_steps": by_steps,
+    }
+    log.info(
+        "evaluate: the student's path on %s ends %.3g from its teacher's (%d records)",
+        task,
+        found.drift[-1],
+        len(records),
+    )
     return facts, forwards
 
 
@@ -504,7 +523,7 @@ def _intervals(
             for task, result in results.items()
         }
         for name in fields
-    }  # fmt: skip
+    }
 
 
 def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: Scores) -> dict:
@@ -516,8 +535,15 @@ def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: S
         for name, values in result.values[STUDENT].items():
             bar = _score(scores, teacher, task, name)
             margin = gate_allowance(gates[name], bar) if name in gates and bar is not None else None
-            found = compare(values, result.values[teacher][name], teacher, margin, spec.resamples, spec.confidence,
-                            np.random.default_rng(spec.seed))  # fmt: skip
+            found = compare(
+                values,
+                result.values[teacher][name],
+                teacher,
+                margin,
+                spec.resamples,
+                spec.confidence,
+                np.random.default_rng(spec.seed),
+            )
             table.setdefault(task, {})[name] = None if found is None else asdict(found)
     return table
 
@@ -544,11 +570,9 @@ def _by_novelty(result: _TaskResult) -> dict[str, dict[str, float | None]]:
         if novelty is not None:
             rows.setdefault(str(novelty), []).append(number)
     return {
-        novelty: {
-            name: _finite(_mean([values[i] for i in part])) for name, values in result.values[STUDENT].items()
-        }
+        novelty: {name: _finite(_mean([values[i] for i in part])) for name, values in result.values[STUDENT].items()}
         for novelty, part in sorted(rows.items())
-    }  # fmt: skip
+    }
 
 
 def _score(scores: Scores, field: str, task: str, name: str) -> float | None:
@@ -598,7 +622,14 @@ def judge(recipe: Recipe, scores: Scores, skipped: Mapping[str, str] = MappingPr
             if reason is None and (student is None or teacher is None) and _paid(gate.metric):
                 reason = "the judge gave no readable answer on some pictures"
             verdicts.append(
-                {"task": task, "metric": gate.metric, "rule": rule, "limit": limit, "value": student, "passed": held,
-                 "reason": reason}
-            )  # fmt: skip
+                {
+                    "task": task,
+                    "metric": gate.metric,
+                    "rule": rule,
+                    "limit": limit,
+                    "value": student,
+                    "passed": held,
+                    "reason": reason,
+                }
+            )
     return verdicts

@@ -336,10 +336,17 @@ class Judge:
             self._remember(question, answer, tokens)
             return answer
         if passing:
-            raise UserError(f"judge {self._spec.url}: gave no answer in {self._spec.attempts} attempts ({last}); the "
-                            "answers so far are kept: run it again when it is back")  # fmt: skip
-        log.warning("judge: record %r, %s: no readable answer in %d attempts (%s)", question.record,
-                    question.rubric.name, self._spec.attempts, last)  # fmt: skip
+            raise UserError(
+                f"judge {self._spec.url}: gave no answer in {self._spec.attempts} attempts ({last}); the "
+                "answers so far are kept: run it again when it is back"
+            )
+        log.warning(
+            "judge: record %r, %s: no readable answer in %d attempts (%s)",
+            question.record,
+            question.rubric.name,
+            self._spec.attempts,
+            last,
+        )
         self._count("unreadable")
         return None
 
@@ -348,8 +355,10 @@ class Judge:
             self._sleep(pause)
             return
         if asked > MAX_WAIT:
-            raise UserError(f"judge {self._spec.url}: asks to wait {asked:.0f} s, more than {MAX_WAIT:.0f}; run it "
-                            "again later (answers are kept), or lower evaluate.judge.requests_per_minute")  # fmt: skip
+            raise UserError(
+                f"judge {self._spec.url}: asks to wait {asked:.0f} s, more than {MAX_WAIT:.0f}; run it "
+                "again later (answers are kept), or lower evaluate.judge.requests_per_minute"
+            )
         self._pace.hold(asked)
 
     def _request(self, question: _Question) -> tuple[str, dict]:
@@ -382,8 +391,10 @@ class Judge:
             )
             raise UserError(f"judge {self._spec.url}: {self._said(response)}; check {where}")
         if response.status_code != 200:
-            raise UserError(f"judge {self._spec.url}: {self._said(response)}; check evaluate.judge (url, model, "
-                            "parameters; whether the model takes pictures)")  # fmt: skip
+            raise UserError(
+                f"judge {self._spec.url}: {self._said(response)}; check evaluate.judge (url, model, "
+                "parameters; whether the model takes pictures)"
+            )
         return self._content(response)
 
     def _content(self, response: Any) -> tuple[str, dict]:

@@ -353,25 +353,27 @@ def _rows(metrics: dict, task: str) -> list[dict]:
         ceiling = metrics["ceiling"][task].get(name)
         base = metrics["scores"][BASE][task].get(name)
         limits = [g["limit"] for g in gates if g["limit"] is not None]
-        rows.append({
-            "task": task,
-            "span": len(metrics["retention"][task]) if not rows else 0,
-            "teacher_name": metrics["teacher_of"][task],
-            "metric": name,
-            "base": _figure(base, unit),
-            "teacher": _figure(entry["teacher"], unit),
-            "student": _figure(entry["student"], unit),
-            "interval": _span(_interval(metrics, task, name), unit),
-            **_against(metrics["comparisons"]["teacher"][task][name], unit),
-            "kept": _kept(entry, unit),
-            "kept_how": f"student {_MINUS} teacher" if unit in ("dB", "distance") else "student / teacher",
-            "skipped": name in metrics["skipped"],
-            "limits": [f"≥ {_figure(g['limit'], unit)}" for g in gates],
-            "rules": [_rule(g, unit) for g in gates],
-            "ceiling": _figure(ceiling, unit),
-            "status": _status(metrics, task, name),
-            "bar": _bar(unit, entry, base, ceiling, max(limits, default=None)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "task": task,
+                "span": len(metrics["retention"][task]) if not rows else 0,
+                "teacher_name": metrics["teacher_of"][task],
+                "metric": name,
+                "base": _figure(base, unit),
+                "teacher": _figure(entry["teacher"], unit),
+                "student": _figure(entry["student"], unit),
+                "interval": _span(_interval(metrics, task, name), unit),
+                **_against(metrics["comparisons"]["teacher"][task][name], unit),
+                "kept": _kept(entry, unit),
+                "kept_how": f"student {_MINUS} teacher" if unit in ("dB", "distance") else "student / teacher",
+                "skipped": name in metrics["skipped"],
+                "limits": [f"≥ {_figure(g['limit'], unit)}" for g in gates],
+                "rules": [_rule(g, unit) for g in gates],
+                "ceiling": _figure(ceiling, unit),
+                "status": _status(metrics, task, name),
+                "bar": _bar(unit, entry, base, ceiling, max(limits, default=None)),
+            }
+        )
     return rows
 
 
@@ -385,9 +387,11 @@ def _bar(unit: str, entry: dict, base: float | None, ceiling: float | None, limi
         return None if value is None or unit == "distance" else round(100 * min(max(value / top, 0), 1), 1)
 
     return {
-        "student": place(entry["student"]) or 0, "teacher": place(entry["teacher"]),
-        "base": place(base), "limit": place(limit),
-    }  # fmt: skip
+        "student": place(entry["student"]) or 0,
+        "teacher": place(entry["teacher"]),
+        "base": place(base),
+        "limit": place(limit),
+    }
 
 
 def _matrix(metrics: dict) -> dict:
@@ -400,11 +404,13 @@ def _matrix(metrics: dict) -> dict:
             value = scores[task][name]
             best = max((s[task][name] or 0 for s in metrics["scores"].values()), default=0)
             shade = 0 if value is None or best <= 0 else min(max(value / best, 0), 1)
-            cells.append({
-                "text": _figure(value, metrics["units"][name]),
-                "shade": round(shade**2, 3),
-                "own": field == metrics["teacher_of"][task],
-            })  # fmt: skip
+            cells.append(
+                {
+                    "text": _figure(value, metrics["units"][name]),
+                    "shade": round(shade**2, 3),
+                    "own": field == metrics["teacher_of"][task],
+                }
+            )
         rows.append({"field": field, "cells": cells})
     return {"columns": columns, "rows": rows}
 
@@ -526,37 +532,69 @@ def _drift_lines(plots: dict) -> list[str]:
 def _markdown(view: dict, evaluation: Evaluation) -> str:
     sign = {"held": "held", "failed": "**failed**", "none": _NONE}
     lines = [
-        f"# Evaluation of {_cell(view['recipe'])}", "",
-        f"**{view['verdict']}.**", "",
-        f"{_cell(view['beside'])}.", "",
-        *[f"- {_cell(failure)}" for failure in view["failures"]], "",
-        f"{view['records']} {view['split']} records, {view['steps']} sampling steps, seed {view['seed']}.", "",
-        "## Retention", "",
+        f"# Evaluation of {_cell(view['recipe'])}",
+        "",
+        f"**{view['verdict']}.**",
+        "",
+        f"{_cell(view['beside'])}.",
+        "",
+        *[f"- {_cell(failure)}" for failure in view["failures"]],
+        "",
+        f"{view['records']} {view['split']} records, {view['steps']} sampling steps, seed {view['seed']}.",
+        "",
+        "## Retention",
+        "",
         *_table(
-            ["task", "metric", "base", "teacher", "student", "interval", "retention", "beside its teacher", "gate",
-             "verdict", "ceiling"],
             [
-                [r["task"], r["metric"] + (" (not measured)" if r["skipped"] else ""), r["base"], r["teacher"],
-                 r["student"], r["interval"] or _NONE, r["kept"],
-                 f"{r['verdict']}, {r['difference']} ({r['span_of_difference']})" if r["verdict"] else _NONE,
-                 ", ".join(r["limits"]) or _NONE, sign[r["status"]], r["ceiling"]]
+                "task",
+                "metric",
+                "base",
+                "teacher",
+                "student",
+                "interval",
+                "retention",
+                "beside its teacher",
+                "gate",
+                "verdict",
+                "ceiling",
+            ],
+            [
+                [
+                    r["task"],
+                    r["metric"] + (" (not measured)" if r["skipped"] else ""),
+                    r["base"],
+                    r["teacher"],
+                    r["student"],
+                    r["interval"] or _NONE,
+                    r["kept"],
+                    f"{r['verdict']}, {r['difference']} ({r['span_of_difference']})" if r["verdict"] else _NONE,
+                    ", ".join(r["limits"]) or _NONE,
+                    sign[r["status"]],
+                    r["ceiling"],
+                ]
                 for r in view["rows"]
             ],
-        ), "",
+        ),
+        "",
         *[f"- {_cell(name)} was not measured: {_cell(reason)}" for name, reason in view["skipped"]],
         *[""] * bool(view["skipped"]),
         f"Retention is student / teacher, and for decibels and distances student {_MINUS} teacher. "
         "The ceiling is the autoencoder's own reconstruction of the targets. "
-        f"Intervals are {view['confidence']} bootstrap intervals over records.", "",
-        "## Every field on every task", "",
+        f"Intervals are {view['confidence']} bootstrap intervals over records.",
+        "",
+        "## Every field on every task",
+        "",
         *_table(
             ["field", *[f"{task} ({name})" for task, name in view["matrix"]["columns"]]],
             [[row["field"], *[c["text"] for c in row["cells"]]] for row in view["matrix"]["rows"]],
-        ), "",
+        ),
+        "",
         *_drift_lines(view["plots"]),
-        "## Pictures", "",
+        "## Pictures",
+        "",
         *[line for task in evaluation.examples for line in (f"### {_cell(task)}", "", f"![]({grid_path(task)})", "")],
-        "## Provenance", "",
+        "## Provenance",
+        "",
         *[f"- {_cell(s['title'])}, {_cell(k)}: {_cell(v)}" for s in view["provenance"] for k, v in s["facts"]],
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"

@@ -47,8 +47,10 @@ class GateValidator:
         skipped = skipped_metrics({name: None for _, name in gated}, self._tools)
         for task, name in gated:
             if name in skipped:
-                raise UserError(f"distill.select: {task} has a gate on {name}, which cannot be measured here: "
-                                f"{skipped[name]}; mend that, or remove select")  # fmt: skip
+                raise UserError(
+                    f"distill.select: {task} has a gate on {name}, which cannot be measured here: "
+                    f"{skipped[name]}; mend that, or remove select"
+                )
 
     def _means(self, field: Field, task: str) -> dict[str, float]:
         records, encoded = self._sets[task]

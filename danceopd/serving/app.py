@@ -220,13 +220,20 @@ def _add_page(app: FastAPI, worker: Worker, name: str, limits: Limits, needs_key
         facts: dict = {"edits": True, "size": "", "sources": limits.max_sources}
         if drawer is not None:
             most = drawer.field.backbone.most_sources
-            facts = {"edits": most != 0, "size": f"{drawer.settings.width}x{drawer.settings.height}",
-                     "sources": limits.max_sources if most is None else min(most, limits.max_sources)}  # fmt: skip
+            facts = {
+                "edits": most != 0,
+                "size": f"{drawer.settings.width}x{drawer.settings.height}",
+                "sources": limits.max_sources if most is None else min(most, limits.max_sources),
+            }
         text = template.render(name=name, nonce=nonce, limits=limits, needs_key=needs_key, version=__version__, **facts)
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data: blob:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-                   "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}  # fmt: skip
+        headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        }
         return HTMLResponse(text, headers=headers)

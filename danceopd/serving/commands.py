@@ -56,10 +56,16 @@ def serve(
     limits = Limits(steps, max_steps, max_n, max_pixels, max_sources, max_upload_mb * 1_000_000)
     shown = f"[{host}]" if ":" in host else host
     run_server(
-        lambda: open_student(model, dtype), listener, name or _name(model), limits, key, queue, grace,
+        lambda: open_student(model, dtype),
+        listener,
+        name or _name(model),
+        limits,
+        key,
+        queue,
+        grace,
         NAMED if host in LOOPBACK else None,
         lambda: typer.echo(f"http://{shown}:{listener.getsockname()[1]}/"),
-    )  # fmt: skip
+    )
 
 
 def _name(model: Path) -> str:

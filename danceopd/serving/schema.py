@@ -132,5 +132,10 @@ def answer_of(samples: list[Sample], pictures: list[Image.Image]) -> dict:
         for sample, picture in zip(samples, pictures, strict=True)
     ]
     width, height = pictures[0].size
-    return {"created": int(time.time()), "data": data, "size": f"{width}x{height}", "output_format": "png",
-            "steps": samples[0].steps}  # fmt: skip
+    return {
+        "created": int(time.time()),
+        "data": data,
+        "size": f"{width}x{height}",
+        "output_format": "png",
+        "steps": samples[0].steps,
+    }

@@ -34,9 +34,16 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    load: Callable[[], Drawer], listener: socket.socket, name: str, limits: Limits, key: str | None, places: int,
-    grace: int, hosts: list[str] | None, tell: Callable[[], None],
-) -> None:  # fmt: skip
+    load: Callable[[], Drawer],
+    listener: socket.socket,
+    name: str,
+    limits: Limits,
+    key: str | None,
+    places: int,
+    grace: int,
+    hosts: list[str] | None,
+    tell: Callable[[], None],
+) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:

@@ -167,8 +167,9 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, student))
     steps, spent = history[-1]["step"], _spent(history, spec.batch)
     if abs(spent - cell.forwards) > OFF * cell.forwards:
-        log.warning("study: %s seed %d took %.0f forwards, %.0f were planned", cell.variant, cell.seed, spent,
-                    cell.forwards)  # fmt: skip
+        log.warning(
+            "study: %s seed %d took %.0f forwards, %.0f were planned", cell.variant, cell.seed, spent, cell.forwards
+        )
     result = {
         "variant": cell.variant,
         "seed": cell.seed,
@@ -229,6 +230,7 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
     base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace)
     teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in wanted}
     places = {name: str(product.folder) for name, product in teachers.items()}
-    write_json(note, {"base": str(base.folder), "data": str(data.folder), "teachers": places,
-                      "settings": decided(full)})  # fmt: skip
+    write_json(
+        note, {"base": str(base.folder), "data": str(data.folder), "teachers": places, "settings": decided(full)}
+    )
     return Shared(workspace, folder, base, data, teachers)

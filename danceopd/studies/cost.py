@@ -66,8 +66,12 @@ class _Weightless:
 
 def _thin(encoded: EncodedRecords) -> EncodedRecords:
     """The same records with one number for each prompt and picture."""
-    return replace(encoded, prompts=encoded.prompts[:, :1, :1], sources=encoded.sources[:, :1, :1],
-                   targets=encoded.targets[:, :1, :1])  # fmt: skip
+    return replace(
+        encoded,
+        prompts=encoded.prompts[:, :1, :1],
+        sources=encoded.sources[:, :1, :1],
+        targets=encoded.targets[:, :1, :1],
+    )
 
 
 def expected_forwards(

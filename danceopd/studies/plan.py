@@ -48,8 +48,9 @@ class Variant(_Part):
     def _of_distillation(self):
         for setting in self.set:
             if not setting.startswith("distill."):
-                raise ValueError(f"{setting!r}: a variant sets distill.* only; what all share belongs in the study's "
-                                 "'set'")  # fmt: skip
+                raise ValueError(
+                    f"{setting!r}: a variant sets distill.* only; what all share belongs in the study's 'set'"
+                )
         return self
 
 
@@ -80,15 +81,21 @@ class Study(_Part):
         Raises:
             UserError: if it is not a valid recipe, or one that no budget holds for.
         """
-        own = (f"distill.steps={steps}", f"distill.seed={seed}", f"evaluate.split={self.split}",
-               f"evaluate.per_task={self.records}")  # fmt: skip
+        own = (
+            f"distill.steps={steps}",
+            f"distill.seed={seed}",
+            f"evaluate.split={self.split}",
+            f"evaluate.per_task={self.records}",
+        )
         try:
             recipe = load_recipe(self.recipe, (*self.set, *self.variants[variant].set, *own))
         except UserError as error:
             raise UserError(f"study {self.name}, variant {variant}: {error}") from error
         if recipe.distill.select is not None:
-            raise UserError(f"study {self.name}, variant {variant}: distill.select ends or picks by validation, and a "
-                            "study compares whole budgets; add distill.select=null to 'set'")  # fmt: skip
+            raise UserError(
+                f"study {self.name}, variant {variant}: distill.select ends or picks by validation, and a "
+                "study compares whole budgets; add distill.select=null to 'set'"
+            )
         return recipe
 
 

@@ -231,9 +231,11 @@ def markdown(summary: dict) -> str:
         "",
         "Variants:",
         "",
-        *(f"- {row['variant']}: {'; '.join(f'`{s}`' for s in row['set']) or 'as the recipe'}"
-          for row in summary["variants"]),
-    ]  # fmt: skip
+        *(
+            f"- {row['variant']}: {'; '.join(f'`{s}`' for s in row['set']) or 'as the recipe'}"
+            for row in summary["variants"]
+        ),
+    ]
     if any(row["forwards"] == 0 for row in summary["variants"]):
         page += [
             "",

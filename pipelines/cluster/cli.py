@@ -64,11 +64,27 @@ def render(
 
     with one_line_errors():
         plan = JobPlan(
-            step=step, teacher=teacher, recipe=recipe, overrides=tuple(overrides), name=name, kind=kind, image=image,
-            nodes=nodes, gpus=gpus, gpu=gpu, cpu=cpu, memory=memory, hours=hours, retries=retries, claim=claim,
-            workspace=workspace, queue=queue, node_selector=_labels(selector), tolerations=tuple(tolerations),
+            step=step,
+            teacher=teacher,
+            recipe=recipe,
+            overrides=tuple(overrides),
+            name=name,
+            kind=kind,
+            image=image,
+            nodes=nodes,
+            gpus=gpus,
+            gpu=gpu,
+            cpu=cpu,
+            memory=memory,
+            hours=hours,
+            retries=retries,
+            claim=claim,
+            workspace=workspace,
+            queue=queue,
+            node_selector=_labels(selector),
+            tolerations=tuple(tolerations),
             run=run,
-        )  # fmt: skip
+        )
         text = to_yaml(manifests(plan))
         typer.echo(write_atomic(out, text) if out else text, nl=out is not None)
 

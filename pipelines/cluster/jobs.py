@@ -296,8 +296,11 @@ def _events(cluster: Cluster, handle: Handle) -> list[dict]:
     """Warnings about the job and what was made for it, oldest first."""
     items = _list(cluster, cluster.core.list_namespaced_event, "events", field_selector="type=Warning")
     names = (handle.name, f"{handle.name}-")
-    return [e for e in items if e["involvedObject"].get("name") == names[0]
-            or e["involvedObject"].get("name", "").startswith(names[1])]  # fmt: skip
+    return [
+        e
+        for e in items
+        if e["involvedObject"].get("name") == names[0] or e["involvedObject"].get("name", "").startswith(names[1])
+    ]
 
 
 def _list(cluster: Cluster, call: Callable, what: str, **selection: str) -> list[dict]:

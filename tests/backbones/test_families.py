@@ -220,8 +220,9 @@ def test_z_image_takes_one_source_of_the_pictures_own_size(load):
 
 def test_qwens_prompts_see_their_own_source_and_are_kept_apart(load, tmp_path):
     base = load(QWEN_IMAGE)
-    records = [Record(str(i), "edit" if i else "draw", "a red ring", png(i) if i else None, None, "train")
-               for i in range(3)]  # fmt: skip
+    records = [
+        Record(str(i), "edit" if i else "draw", "a red ring", png(i) if i else None, None, "train") for i in range(3)
+    ]
     encoded = encode_records(base, records, 64, 64, None, "k", targets=False)
     assert encoded.prompt_row.tolist() == [0, 1, 2]
     for row, images in ((0, None), (1, picture(1, 64, 64)), (2, picture(2, 64, 64))):

@@ -24,9 +24,17 @@ def stock_picture(pipeline, prompt, image, latents, steps):
     """What the stock pipeline draws from given noise."""
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
-        prompt=prompt, image=image, height=64, width=64, num_inference_steps=steps, guidance_scale=1.0, latents=latents,
-        max_sequence_length=PROMPT_TOKENS, text_encoder_out_layers=OUT_LAYERS, output_type="np",
-    )  # fmt: skip
+        prompt=prompt,
+        image=image,
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        latents=latents,
+        max_sequence_length=PROMPT_TOKENS,
+        text_encoder_out_layers=OUT_LAYERS,
+        output_type="np",
+    )
     return result.images[0]
 
 

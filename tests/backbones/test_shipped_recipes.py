@@ -31,15 +31,30 @@ from danceopd.recipe_commands import check
 from danceopd.rollout import roll_out
 from danceopd.shipped import shipped_names
 
-RECIPES = {"flux2_klein": "flux2_klein_local_global", "z_image": "zimage_local_global", "sd3": "sd35_two_loras",
-           "qwen_image": "qwen_image_edit"}  # fmt: skip
+RECIPES = {
+    "flux2_klein": "flux2_klein_local_global",
+    "z_image": "zimage_local_global",
+    "sd3": "sd35_two_loras",
+    "qwen_image": "qwen_image_edit",
+}
 STEPS = 3  # of a rollout
 SCALE = 2.0  # of their random weights: teachers with something to teach
 SIZES = [
-    "model.height=64", "model.width=64", "model.sizes=own", "distill.lora={rank: 8, alpha: 8}", "distill.steps=16",
-    "distill.lr=0.03", "distill.warmup=2", "distill.batch=8", "distill.accumulate=1", f"distill.rollout_steps={STEPS}",
-    "evaluate.steps=2", "evaluate.per_task=2", "evaluate.batch=4", "evaluate.drift=null",
-]  # fmt: skip
+    "model.height=64",
+    "model.width=64",
+    "model.sizes=own",
+    "distill.lora={rank: 8, alpha: 8}",
+    "distill.steps=16",
+    "distill.lr=0.03",
+    "distill.warmup=2",
+    "distill.batch=8",
+    "distill.accumulate=1",
+    f"distill.rollout_steps={STEPS}",
+    "evaluate.steps=2",
+    "evaluate.per_task=2",
+    "evaluate.batch=4",
+    "evaluate.drift=null",
+]
 RECORDS = {(64, 64): ("train", "train", "val", "test"), (32, 96): ("train", "train")}
 
 
@@ -70,10 +85,16 @@ def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
     for task, field in fields.items():
         for size, splits in RECORDS.items():
             plain = [
-                Record(f"{task}/{i}/{size[1]}", task, f"{task} {i}",
-                       png(i, *size) if recipe.tasks[task].needs_source else None, None, split)
+                Record(
+                    f"{task}/{i}/{size[1]}",
+                    task,
+                    f"{task} {i}",
+                    png(i, *size) if recipe.tasks[task].needs_source else None,
+                    None,
+                    split,
+                )
                 for i, split in enumerate(splits)
-            ]  # fmt: skip
+            ]
             encoded = encode_records(field.backbone, plain, *size, None, "k", targets=False)
             drawn = draw_field(field, encoded, [record.id for record in plain], recipe.evaluate)
             for record, picture in zip(plain, drawn, strict=True):

@@ -52,8 +52,10 @@ def comfyui_file(base, name, folder: Path) -> Path:
     if base.settings.backbone in (FLUX2.name, SD3.name):
         return save_comfyui_lora(base.transformer, name, folder)
     state = load_file(diffusers_file(base, name, folder / "plain"))
-    state = {key.replace("transformer.", "diffusion_model.", 1): value * (STRENGTH if "lora_B" in key else 1)
-             for key, value in state.items()}  # fmt: skip
+    state = {
+        key.replace("transformer.", "diffusion_model.", 1): value * (STRENGTH if "lora_B" in key else 1)
+        for key, value in state.items()
+    }
     save_file(state, folder / "comfyui.safetensors")
     return folder / "comfyui.safetensors"
 
@@ -91,8 +93,11 @@ def test_a_lora_of_any_layout_gives_its_own_velocity(bases, family, make, tmp_pa
     wanted, bare = velocity(field), velocity(base_field(base))
     assert (wanted - bare).abs().max() > 1e-2
     torch.testing.assert_close(velocity(again), wanted, atol=1e-4, rtol=1e-4)
-    assert not any(p.requires_grad or p.dtype != torch.float32
-                   for key, p in base.transformer.named_parameters() if f".{again.adapter}." in key)  # fmt: skip
+    assert not any(
+        p.requires_grad or p.dtype != torch.float32
+        for key, p in base.transformer.named_parameters()
+        if f".{again.adapter}." in key
+    )
     save_field(again, tmp_path / "field")  # as a teacher's product is kept
     kept = load_field(base, f"{own}_kept", tmp_path / "field")
     torch.testing.assert_close(velocity(kept), wanted, atol=1e-4, rtol=1e-4)
@@ -102,17 +107,22 @@ def sd3_kohya(changes):
     """A kohya file's tensors, of one rank-1 change (out, in) a module; half its strength is in the alpha."""
     state = {}
     for module, (up, down) in changes.items():
-        state |= {f"lora_unet_{module}.lora_up.weight": up, f"lora_unet_{module}.lora_down.weight": down,
-                  f"lora_unet_{module}.alpha": torch.tensor(0.5)}  # fmt: skip
+        state |= {
+            f"lora_unet_{module}.lora_up.weight": up,
+            f"lora_unet_{module}.lora_down.weight": down,
+            f"lora_unet_{module}.alpha": torch.tensor(0.5),
+        }
     return state
 
 
 def test_sd3s_modulations_are_turned_round_where_diffusers_has_them_so(bases, tmp_path):
     base = bases(SD3)
-    named = {"joint_blocks_0_x_block_adaLN_modulation_1": ("transformer_blocks.0.norm1", False),
-             "joint_blocks_0_context_block_adaLN_modulation_1": ("transformer_blocks.0.norm1_context", False),
-             "joint_blocks_1_context_block_adaLN_modulation_1": ("transformer_blocks.1.norm1_context", True),
-             "final_layer_adaLN_modulation_1": ("norm_out", True)}  # fmt: skip
+    named = {
+        "joint_blocks_0_x_block_adaLN_modulation_1": ("transformer_blocks.0.norm1", False),
+        "joint_blocks_0_context_block_adaLN_modulation_1": ("transformer_blocks.0.norm1_context", False),
+        "joint_blocks_1_context_block_adaLN_modulation_1": ("transformer_blocks.1.norm1_context", True),
+        "final_layer_adaLN_modulation_1": ("norm_out", True),
+    }
     changed, changes = base.new_transformer(), {}
     for seed, (word, (module, turned)) in enumerate(named.items()):
         weight = changed.get_submodule(f"{module}.linear").weight
@@ -132,13 +142,17 @@ def test_sd3s_modulations_are_turned_round_where_diffusers_has_them_so(bases, tm
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (sd3_kohya({"double_blocks_0_img_attn_qkv": (torch.zeros(3, 1), torch.zeros(1, 1))}),
-         "no LoRA that StableDiffusion3Pipeline knows .*nothing there is called double_blocks_0_img_attn_qkv"),
-        ({"diffusion_model.final_layer.linear.lora_A.weight": torch.zeros(1, 32)},
-         r"diffusion_model\.final_layer\.linear holds first, which is no plain LoRA of a matrix"),
+        (
+            sd3_kohya({"double_blocks_0_img_attn_qkv": (torch.zeros(3, 1), torch.zeros(1, 1))}),
+            "no LoRA that StableDiffusion3Pipeline knows .*nothing there is called double_blocks_0_img_attn_qkv",
+        ),
+        (
+            {"diffusion_model.final_layer.linear.lora_A.weight": torch.zeros(1, 32)},
+            r"diffusion_model\.final_layer\.linear holds first, which is no plain LoRA of a matrix",
+        ),
         (sd3_kohya({"final_layer_linear": (torch.zeros(9, 1), torch.zeros(1, 32))}), "gives 9 features, the base has"),
     ],
-)  # fmt: skip
+)
 def test_an_sd3_lora_that_does_not_fit_is_named(bases, state, message, tmp_path):
     save_file(state, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=message):
@@ -159,17 +173,24 @@ def wide(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {k.replace("attn", "attention"): v for k, v in s.items()}, r"LoRA weights do not fit the base's "
-         r"Flux2Transformer2DModel: \w*transformer_blocks\.0\.attention"),
+        (
+            lambda s: {k.replace("attn", "attention"): v for k, v in s.items()},
+            r"LoRA weights do not fit the base's "
+            r"Flux2Transformer2DModel: \w*transformer_blocks\.0\.attention",
+        ),
         (wide, r"1 of \d+ LoRA weights do not fit .* takes 7 features, the base has"),
         (lambda s: s | {"transformer.x.lokr_w1": torch.zeros(1)}, "a LoKr adapter, which is no plain LoRA"),
         (lambda s: s | {"transformer.x.dora_scale": torch.zeros(1)}, "a DoRA adapter, which is no plain LoRA"),
-        (lambda s: {k.replace("transformer.", "text_encoder."): v for k, v in s.items()},
-         "no LoRA weights of a transformer; found: text_encoder"),
-        (lambda s: {k.replace("transformer.", "diffusion_model.what."): v for k, v in s.items()},
-         "no LoRA that Flux2KleinPipeline knows"),
+        (
+            lambda s: {k.replace("transformer.", "text_encoder."): v for k, v in s.items()},
+            "no LoRA weights of a transformer; found: text_encoder",
+        ),
+        (
+            lambda s: {k.replace("transformer.", "diffusion_model.what."): v for k, v in s.items()},
+            "no LoRA that Flux2KleinPipeline knows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_lora_file_that_does_not_fit_is_named(bases, change, message, tmp_path):
     base = bases(FLUX2)
     save_file(change(lora_state(base, tmp_path)), tmp_path / "lora.safetensors")
@@ -220,8 +241,13 @@ def qkv_in_one(state):
     for key in [k for k in state if k.endswith(".to_q.weight")]:
         parts = [state.pop(key.replace("to_q", f"to_{x}")) for x in "qkv"]
         state[key.replace("to_q", "qkv")] = torch.cat(parts)
-    names = {"all_x_embedder.2-1.": "x_embedder.", "all_final_layer.2-1.": "final_layer.", ".to_out.0.": ".out.",
-             ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm."}  # fmt: skip
+    names = {
+        "all_x_embedder.2-1.": "x_embedder.",
+        "all_final_layer.2-1.": "final_layer.",
+        ".to_out.0.": ".out.",
+        ".norm_q.": ".q_norm.",
+        ".norm_k.": ".k_norm.",
+    }
     for new, old in names.items():
         state = {key.replace(new, old): value for key, value in state.items()}
     return state
@@ -232,9 +258,10 @@ def prefixed(state):
 
 
 @pytest.mark.parametrize(
-    ("family", "change"), [(FLUX2, dict), (SD3, dict), (QWEN_IMAGE, prefixed), (Z_IMAGE, qkv_in_one)],
+    ("family", "change"),
+    [(FLUX2, dict), (SD3, dict), (QWEN_IMAGE, prefixed), (Z_IMAGE, qkv_in_one)],
     ids=["flux2_klein-diffusers", "sd3-diffusers", "qwen_image-prefixed", "z_image-original"],
-)  # fmt: skip
+)
 def test_a_single_file_is_a_checkpoint(bases, folder_of, family, change, tmp_path):
     base = bases(family)
     state = load_file(next((folder_of(family) / "transformer").glob("*.safetensors")))

@@ -78,9 +78,15 @@ class Family:
 
 @torch.no_grad()
 def stock_latents(
-    family: Family, pipeline: DiffusionPipeline, prompts: list[str], noise: Tensor, height: int, width: int,
-    steps: int, image: Image.Image | None = None,
-) -> Tensor:  # fmt: skip
+    family: Family,
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    noise: Tensor,
+    height: int,
+    width: int,
+    steps: int,
+    image: Image.Image | None = None,
+) -> Tensor:
     """The latents (B, N, C) that the stock pipeline holds after all its steps from given noise (B, N, C)."""
     seen = {}
 
@@ -90,20 +96,34 @@ def stock_latents(
 
     pipeline.set_progress_bar_config(disable=True)
     pipeline(
-        prompt=list(prompts), height=height, width=width, num_inference_steps=steps, output_type="latent",
-        latents=family.to_stock(noise, height // 16, width // 16), callback_on_step_end=keep,
-        **({} if image is None else {"image": image}), **family.call,
-    )  # fmt: skip
+        prompt=list(prompts),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        output_type="latent",
+        latents=family.to_stock(noise, height // 16, width // 16),
+        callback_on_step_end=keep,
+        **({} if image is None else {"image": image}),
+        **family.call,
+    )
     return family.from_stock(seen["latents"])
 
 
 def tiny_vae(channels: int = 4) -> AutoencoderKL:
     """Factor 8, with latents that are shifted and scaled."""
     return AutoencoderKL(
-        block_out_channels=(4, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=channels, norm_num_groups=2,
-        sample_size=64, scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False,
-    ).eval()  # fmt: skip
+        block_out_channels=(4, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=64,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
 
 
 @torch.no_grad()
@@ -156,13 +176,26 @@ def make_z_image(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = wb.new_tokenizer()
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
-        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
-    )  # fmt: skip
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts = (scheduler, tiny_vae(), Qwen3Model(config).eval(), tokenizer, lively(transformer))
     ZImagePipeline(*parts).save_pretrained(str(folder))
@@ -204,22 +237,44 @@ def make_sd3(folder: Path) -> None:
 
     def clip_encoder(width: int) -> CLIPTextModelWithProjection:
         config = CLIPTextConfig(
-            vocab_size=len(clip), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            projection_dim=width, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+            vocab_size=len(clip),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
             pad_token_id=clip.pad_token_id,
-        )  # fmt: skip
+        )
         return CLIPTextModelWithProjection(config).eval()
 
     config = T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     transformer = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=36, pos_embed_max_size=16,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=36,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
     StableDiffusion3Pipeline(
-        lively(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip_encoder(16), clip,
-        clip_encoder(20), clip, T5EncoderModel(config).eval(), t5,
-    ).save_pretrained(str(folder))  # fmt: skip
+        lively(transformer),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tiny_vae(),
+        clip_encoder(16),
+        clip,
+        clip_encoder(20),
+        clip,
+        T5EncoderModel(config).eval(),
+        t5,
+    ).save_pretrained(str(folder))
 
 
 SD3 = Family(
@@ -239,8 +294,15 @@ SD3 = Family(
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Bytes, and what the templates and the vision tower need."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                "<|video_pad|>"]  # fmt: skip
+    specials = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     return Qwen2Tokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], additional_special_tokens=specials[1:])
 
@@ -248,35 +310,65 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 def make_qwen_image(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{piece}|>")
-           for name, piece in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
-                               ("vision_end", "vision_end"))}  # fmt: skip
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{piece}|>")
+        for name, piece in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": 0,
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 0,
             "eos_token_id": 0,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
         },
         vision_config={
-            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
             "fullatt_block_indexes": [0],
         },
         **ids,
-    )  # fmt: skip
+    )
     processor = PictureProcessor(Qwen2VLImageProcessorPil(), tokenizer)
     vae = AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0],
-    ).eval()  # fmt: skip
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    ).eval()
     transformer = QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
         time_shift_type="exponential",
-    )  # fmt: skip
+    )
     encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
     parts = (scheduler, vae, encoder, tokenizer, processor, lively(transformer))
     QwenImageEditPlusPipeline(*parts).save_pretrained(str(folder))

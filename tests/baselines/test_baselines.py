@@ -20,8 +20,17 @@ def test_the_recipes_names_are_the_tables(bench):
         assert isinstance(method_of(bench.spec(method=name)), Merge) == (name in MERGES)
 
 
-@pytest.mark.parametrize(("name", "needs"), [("off_policy", True), ("joint", True), ("soft", False), ("dense", False),
-                                             ("merge_ties", False), ("danceopd", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("off_policy", True),
+        ("joint", True),
+        ("soft", False),
+        ("dense", False),
+        ("merge_ties", False),
+        ("danceopd", False),
+    ],
+)
 def test_who_trains_on_target_images_says_so(bench, name, needs):
     assert method_of(bench.spec(method=name)).needs_targets == needs
 

@@ -42,8 +42,14 @@ def test_on_one_task_with_the_same_draws_it_is_fine_tuning(bench, monkeypatch):
     rows = bench.encoded.rows_by_task()["local_edit"]
     encoded = bench.encoded.subset(rows)
     common = {"lr": 1e-2, "steps": 1, "batch": 6, "warmup": 1, "seed": 3}
-    student, _ = distill(bench.base, encoded, bench.teachers, {"local_edit": "editor"}, {"local_edit": 2.0},
-                         bench.spec(method="joint", **common))  # fmt: skip
+    student, _ = distill(
+        bench.base,
+        encoded,
+        bench.teachers,
+        {"local_edit": "editor"},
+        {"local_edit": 2.0},
+        bench.spec(method="joint", **common),
+    )
     [group] = drawn
     sigma = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(s)) for s in group.seeds])
     with monkeypatch.context() as patch:

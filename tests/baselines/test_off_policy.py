@@ -23,8 +23,10 @@ def test_at_pure_noise_it_is_danceopd_and_elsewhere_not(bench):
     one, other = (bench.gradient(method, window=AT_NOISE) for method in (OffPolicy(), HardRoutedOnPolicy()))
     assert one.norm() > 0
     assert torch.equal(one, other)
-    one, other = (bench.gradient(method, window=(QueryWindow(1.0, 1.0, 0.0, 0.5)))
-                  for method in (OffPolicy(), HardRoutedOnPolicy()))  # fmt: skip
+    one, other = (
+        bench.gradient(method, window=(QueryWindow(1.0, 1.0, 0.0, 0.5)))
+        for method in (OffPolicy(), HardRoutedOnPolicy())
+    )
     assert not torch.allclose(one, other, rtol=0.1)
 
 

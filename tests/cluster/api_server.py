@@ -69,9 +69,10 @@ class ApiServer:
             if gone is not None:
                 uid = gone["metadata"]["uid"]
                 owned = [
-                    key for key, o in self.objects.items()
+                    key
+                    for key, o in self.objects.items()
                     if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))
-                ]  # fmt: skip
+                ]
                 for key in owned:
                     self.remove(*key)
             self.changed.notify_all()
@@ -105,13 +106,31 @@ class ApiServer:
         label = "batch.kubernetes.io/job-name" if plural == "jobs" else "jobset.sigs.k8s.io/jobset-name"
         name = name or f"{job}-{index}"
         states = {"Running": {"running": {}}, "Succeeded": {"terminated": {"exitCode": 0}}, "Pending": {}, "Failed": {}}
-        status = {"phase": phase, "containerStatuses": [{"name": "danceopd", "image": "danceopd:dev",
-                  "imageID": "", "ready": True, "restartCount": 0, "state": states[phase]}]} | status  # fmt: skip
+        status = {
+            "phase": phase,
+            "containerStatuses": [
+                {
+                    "name": "danceopd",
+                    "image": "danceopd:dev",
+                    "imageID": "",
+                    "ready": True,
+                    "restartCount": 0,
+                    "state": states[phase],
+                }
+            ],
+        } | status
         labels = {label: job, "batch.kubernetes.io/job-completion-index": str(index)}
         limits = {"memory": "16Gi", "nvidia.com/gpu": "8"}
         old = self.objects.get(("pods", name))
-        metadata = old["metadata"] if old else {"name": name, "labels": labels, "ownerReferences": [
-            {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": owner["uid"]}]}  # fmt: skip
+        metadata = (
+            old["metadata"]
+            if old
+            else {
+                "name": name,
+                "labels": labels,
+                "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": owner["uid"]}],
+            }
+        )
         spec = {"containers": [{"name": "danceopd", "resources": {"limits": limits}}]}
         return self.put("pods", {"metadata": metadata, "spec": spec, "status": status})
 
@@ -123,10 +142,16 @@ class ApiServer:
 
     def event(self, about: str, reason: str, message: str) -> None:
         """A warning."""
-        self.put("events", {
-            "metadata": {"name": f"{about}.{self.version}"}, "reason": reason, "message": message, "type": "Warning",
-            "involvedObject": {"name": about, "namespace": self.namespace},
-        })  # fmt: skip
+        self.put(
+            "events",
+            {
+                "metadata": {"name": f"{about}.{self.version}"},
+                "reason": reason,
+                "message": message,
+                "type": "Warning",
+                "involvedObject": {"name": about, "namespace": self.namespace},
+            },
+        )
 
     def say(self, pod: str, *lines: str) -> None:
         """Add to a pod's log."""
@@ -240,8 +265,17 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == DROP:
             self._hang_up()
         elif fault == "gone":  # as an event within a watch that began well
-            self._chunks([json.dumps({"type": "ERROR", "object": {
-                "code": 410, "reason": "Expired", "message": "too old resource version"}}) + "\n"])  # fmt: skip
+            self._chunks(
+                [
+                    json.dumps(
+                        {
+                            "type": "ERROR",
+                            "object": {"code": 410, "reason": "Expired", "message": "too old resource version"},
+                        }
+                    )
+                    + "\n"
+                ]
+            )
         elif fault == "half a line":
             self._chunks(['{"type": "MODIFIED", "obj'], broken=True)
         else:

@@ -26,12 +26,21 @@ NAME = "danceopd-distill"
 @pytest.fixture
 def kubeconfig(api, tmp_path, monkeypatch) -> Path:
     path = tmp_path / "kubeconfig"
-    path.write_text(yaml.safe_dump({
-        "apiVersion": "v1", "kind": "Config", "current-context": "here", "users": [{"name": "me", "user": {}}],
-        "clusters": [{"name": "here", "cluster": {"server": api.address}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "danceopd"}},
-                     {"name": "bare", "context": {"cluster": "here", "user": "me"}}],
-    }))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "here",
+                "users": [{"name": "me", "user": {}}],
+                "clusters": [{"name": "here", "cluster": {"server": api.address}}],
+                "contexts": [
+                    {"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "danceopd"}},
+                    {"name": "bare", "context": {"cluster": "here", "user": "me"}},
+                ],
+            }
+        )
+    )
     monkeypatch.setenv("KUBECONFIG", str(path))
     monkeypatch.setattr(config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
     monkeypatch.delenv(cli.WORKFLOW, raising=False)

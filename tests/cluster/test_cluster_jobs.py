@@ -128,9 +128,11 @@ def test_a_service_that_a_broken_off_submission_left_out_is_made_at_the_next(api
 
 def test_a_job_is_followed_to_its_end(api, cluster):
     handle = submit(cluster)
-    api.acts = [lambda: api.pod(NAME, phase="Pending") and api.job(NAME, active=1),
-                lambda: api.pod(NAME) and api.job(NAME, ready=1),
-                lambda: api.pod(NAME, phase="Succeeded") and api.condition(NAME, "Complete")]  # fmt: skip
+    api.acts = [
+        lambda: api.pod(NAME, phase="Pending") and api.job(NAME, active=1),
+        lambda: api.pod(NAME) and api.job(NAME, ready=1),
+        lambda: api.pod(NAME, phase="Succeeded") and api.condition(NAME, "Complete"),
+    ]
     last, said = wait(cluster, handle)
     assert last.state == jobs.SUCCEEDED
     assert states(said) == ["pending", "running", "succeeded"]
@@ -166,10 +168,12 @@ def test_an_api_that_stays_away_is_given_up_and_the_job_is_left_alone(api, clust
 
 def test_a_pod_that_was_deleted_is_no_end(api, cluster):
     handle = submit(cluster)
-    api.acts = [lambda: api.pod(NAME) and api.job(NAME, ready=1),
-                lambda: api.remove("pods", f"{NAME}-0") and api.job(NAME, ready=0),
-                lambda: api.pod(NAME, name="second") and api.job(NAME, ready=1),
-                lambda: api.condition(NAME, "Complete")]  # fmt: skip
+    api.acts = [
+        lambda: api.pod(NAME) and api.job(NAME, ready=1),
+        lambda: api.remove("pods", f"{NAME}-0") and api.job(NAME, ready=0),
+        lambda: api.pod(NAME, name="second") and api.job(NAME, ready=1),
+        lambda: api.condition(NAME, "Complete"),
+    ]
     _, said = wait(cluster, handle)
     assert states(said) == ["pending", "running", "pending", "running", "succeeded"]
 
@@ -186,8 +190,10 @@ def test_a_job_that_someone_deleted_is_gone_even_if_another_took_its_name(api, c
 
 def test_a_train_job_is_followed_too(api, cluster):
     handle = submit(cluster, replace(PLAN, kind="TrainJob", nodes=2))
-    api.acts = [lambda: [api.pod(NAME, i, plural="trainjobs") for i in (0, 1)] and api.job(NAME, "trainjobs", x=1),
-                lambda: api.condition(NAME, "Complete", "trainjobs")]  # fmt: skip
+    api.acts = [
+        lambda: [api.pod(NAME, i, plural="trainjobs") for i in (0, 1)] and api.job(NAME, "trainjobs", x=1),
+        lambda: api.condition(NAME, "Complete", "trainjobs"),
+    ]
     last, said = wait(cluster, handle)
     assert last.state == jobs.SUCCEEDED and said[1] == f"TrainJob {NAME}: running (2 of 2 pods)"
 
@@ -241,8 +247,18 @@ def unscheduled(message: str) -> dict:
 
 def waiting(reason: str, message: str) -> dict:
     state = {"waiting": {"reason": reason, "message": message}}
-    return {"containerStatuses": [{"name": "danceopd", "image": "example.com/d:1", "imageID": "", "ready": False,
-                                   "restartCount": 0, "state": state}]}  # fmt: skip
+    return {
+        "containerStatuses": [
+            {
+                "name": "danceopd",
+                "image": "example.com/d:1",
+                "imageID": "",
+                "ready": False,
+                "restartCount": 0,
+                "state": state,
+            }
+        ]
+    }
 
 
 def plays(api) -> dict:
@@ -286,7 +302,7 @@ def plays(api) -> dict:
             lambda: api.ended(NAME, 75, message="danceopd: stopped at step 40"),
             "interrupted (it was asked to end); it goes on from its last checkpoint",
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("play", plays(None))

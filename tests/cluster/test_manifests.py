@@ -246,10 +246,25 @@ def test_the_role_allows_exactly_what_the_code_calls(api, cluster):
             jobs.wait(cluster, handle, lambda line: None, 30, 1)
         jobs.find_all(cluster)
         jobs.cancel(cluster, handle)
-    api.put("pods", {"metadata": {"name": "p", "labels": {"batch.kubernetes.io/job-name": "x"}},
-                     "status": {"phase": "Succeeded", "containerStatuses": [
-                         {"name": "a", "image": "a", "imageID": "", "ready": True, "restartCount": 0,
-                          "state": {"terminated": {"exitCode": 0}}}]}})  # fmt: skip
+    api.put(
+        "pods",
+        {
+            "metadata": {"name": "p", "labels": {"batch.kubernetes.io/job-name": "x"}},
+            "status": {
+                "phase": "Succeeded",
+                "containerStatuses": [
+                    {
+                        "name": "a",
+                        "image": "a",
+                        "imageID": "",
+                        "ready": True,
+                        "restartCount": 0,
+                        "state": {"terminated": {"exitCode": 0}},
+                    }
+                ],
+            },
+        },
+    )
     list(logs.read(cluster, jobs.Handle(jobs.KINDS["Job"], "x", "u")))
     role = next(d for d in yaml.safe_load_all((MANIFESTS / "base" / "roles.yaml").read_text()) if d["kind"] == "Role")
     allowed = {

@@ -35,10 +35,20 @@ def test_every_folder_and_file_it_names_is_there():
 def test_a_row_of_the_sizes_is_what_the_preflight_counts():
     with torch.device("meta"):
         network = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, num_attention_heads=24,
-            attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        )  # fmt: skip
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
     every = trained_parameters(network, SimpleNamespace(trainable="full"), "")
     spec = SimpleNamespace(trainable="lora", lora=SimpleNamespace(rank=128, targets=None))
     adapters = trained_parameters(network, spec, SD3.lora_targets)

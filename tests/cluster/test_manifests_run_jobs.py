@@ -32,9 +32,17 @@ def test_a_job_becomes_one_command_line(script, tmp_path):
     here = found.index("image:1")
     assert found[here + 1 :] == ["distill", "--recipe", "world", "--workspace", "/workspace", "--set", "a=1"]
     options = " ".join(found[:here])
-    for part in ("podman --runtime runc run ", "--user 1000:0", "--read-only ", "--cap-drop ALL", "no-new-privileges",
-                 f"{tmp_path}/claim:/workspace", f"{tmp_path}/danceopd-recipes:/etc/danceopd/recipes:ro",
-                 f"/tmp:size={20 * 2**30}", f"/dev/shm:size={8 * 2**30}"):  # fmt: skip
+    for part in (
+        "podman --runtime runc run ",
+        "--user 1000:0",
+        "--read-only ",
+        "--cap-drop ALL",
+        "no-new-privileges",
+        f"{tmp_path}/claim:/workspace",
+        f"{tmp_path}/danceopd-recipes:/etc/danceopd/recipes:ro",
+        f"/tmp:size={20 * 2**30}",
+        f"/dev/shm:size={8 * 2**30}",
+    ):
         assert part in options
     assert "--entrypoint" not in found
     assert (tmp_path / "danceopd-recipes" / "recipe.yaml").read_text() == "name: world\n"

@@ -25,10 +25,14 @@ JOB = {"image": "danceopd:dev", "cpu": 2, "memory": 4, "gpu": "nvidia.com/gpu", 
 @pytest.fixture
 def in_a_run(api, tmp_path, monkeypatch) -> Path:
     """The environment of a step's pod; the folder for manifests."""
-    config = {"apiVersion": "v1", "kind": "Config", "current-context": "here", "users": [{"name": "me", "user": {}}],
-              "clusters": [{"name": "here", "cluster": {"server": api.address}}],
-              "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "danceopd"}}],
-              }  # fmt: skip
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "users": [{"name": "me", "user": {}}],
+        "clusters": [{"name": "here", "cluster": {"server": api.address}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me", "namespace": "danceopd"}}],
+    }
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     root = Path(__file__).resolve().parents[2]
     with (root / "pyproject.toml").open("rb") as file:  # an older installation may not have the command yet
@@ -36,8 +40,12 @@ def in_a_run(api, tmp_path, monkeypatch) -> Path:
     written = "\n".join(["[danceopd.commands]", *(f"{name} = {place}" for name, place in commands.items())])
     (tmp_path / "here-0.dist-info").mkdir()
     (tmp_path / "here-0.dist-info" / "entry_points.txt").write_text(written)
-    for name, value in {"KUBECONFIG": str(tmp_path / "kubeconfig"), RUN_ID: "run-1", WORKFLOW: "w-1",
-                        "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}.items():  # fmt: skip
+    for name, value in {
+        "KUBECONFIG": str(tmp_path / "kubeconfig"),
+        RUN_ID: "run-1",
+        WORKFLOW: "w-1",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}",
+    }.items():
         monkeypatch.setenv(name, value)
     api.put("workflows", {"metadata": {"name": "w-1"}, "spec": {}})
     return tmp_path

@@ -156,8 +156,10 @@ def test_the_summary_of_a_good_run_has_the_registration_and_the_report(tmp_path)
 
 
 def test_the_summary_names_the_revision_a_step_found_unless_it_was_given(tmp_path):
-    write_json(notes_folder(tmp_path) / "check.json", {"step": "check-recipe", "state": "done", "seconds": 1,
-                                                       "data_revision": "found"})  # fmt: skip
+    write_json(
+        notes_folder(tmp_path) / "check.json",
+        {"step": "check-recipe", "state": "done", "seconds": 1, "data_revision": "found"},
+    )
     for given, shown in {"": "found", "given": "given"}.items():
         write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision=given)
         assert f"- data revision: `{shown}`\n" in (tmp_path / "out").read_text()

@@ -103,11 +103,23 @@ def test_a_job_is_rendered_with_what_the_placement_gives_and_followed(step, prod
     monkeypatch.setenv(RUN_ID, "8d1f-0002-Aa")
     train_student(step, *products, Way("Job", 2, 8), JOB)
     render, submit = handed
-    assert submit == ["danceopd", "job", "submit", str(step.workspace / "recipes" / "danceopd-distill-8d1f0002aa.yaml"),
-                      "--wait"]  # fmt: skip
+    assert submit == [
+        "danceopd",
+        "job",
+        "submit",
+        str(step.workspace / "recipes" / "danceopd-distill-8d1f0002aa.yaml"),
+        "--wait",
+    ]
     said = " ".join(render)
-    for option in ("--kind Job", "--nodes 2", "--gpus 8", "--image d@sha256:1", f"--workspace {step.workspace}",
-                   "--node-selector pool=a --node-selector zone=b", "--toleration nvidia.com/gpu"):  # fmt: skip
+    for option in (
+        "--kind Job",
+        "--nodes 2",
+        "--gpus 8",
+        "--image d@sha256:1",
+        f"--workspace {step.workspace}",
+        "--node-selector pool=a --node-selector zone=b",
+        "--toleration nvidia.com/gpu",
+    ):
         assert option in said
 
 

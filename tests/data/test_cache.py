@@ -183,11 +183,18 @@ def run_command(monkeypatch, *arguments):
 @pytest.mark.slow
 def test_training_is_the_same_with_a_cache_made_by_the_command(tiny_base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = [f"model.base={tiny_base}", "data.world={t2i: {train: 6, val: 2}, local_edit: {train: 6, val: 2}}",
-                "tasks={t2i: {teacher: base, needs_source: false, metrics: [psnr]}, "
-                "local_edit: {teacher: base, needs_source: true, metrics: [psnr]}}",
-                "teachers={base: {kind: base}}", "distill.steps=2", "distill.batch=4", "distill.rollout_steps=2",
-                "distill.select=null", "distill.start=base"]  # fmt: skip
+    settings = [
+        f"model.base={tiny_base}",
+        "data.world={t2i: {train: 6, val: 2}, local_edit: {train: 6, val: 2}}",
+        "tasks={t2i: {teacher: base, needs_source: false, metrics: [psnr]}, "
+        "local_edit: {teacher: base, needs_source: true, metrics: [psnr]}}",
+        "teachers={base: {kind: base}}",
+        "distill.steps=2",
+        "distill.batch=4",
+        "distill.rollout_steps=2",
+        "distill.select=null",
+        "distill.start=base",
+    ]
     options = [option for setting in settings for option in ("--set", setting)]
     for worker in ("0/2", "1/2"):
         assert run_command(monkeypatch, "--out", "shared", "--worker", worker, "--workspace", "w", *options) == 0

@@ -193,8 +193,22 @@ main()
 
 def test_a_killed_import_goes_on_and_ends_as_if_it_had_not_been(tmp_path, capsys):
     write_omniedit(tmp_path / "in", 200, SIDE, file_rows=90)
-    command = ["data", "import", "omniedit", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "2",
-               "--set", "shard_rows=30", "--set", "resize.area=4096", "--set", "resize.step=16"]  # fmt: skip
+    command = [
+        "data",
+        "import",
+        "omniedit",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "2",
+        "--set",
+        "shard_rows=30",
+        "--set",
+        "resize.area=4096",
+        "--set",
+        "resize.step=16",
+    ]
     done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
@@ -321,13 +335,29 @@ def struct(data):
 
 
 PARQUET_LAYOUTS = {
-    "ultraedit": lambda s, t: {"edit_prompt": "p", "source_image": struct(s), "edited_image": struct(t), "ssim": 0.5,
-                               "edit_type": "change global"},
-    "magicbrush": lambda s, t: {"img_id": "7", "turn_index": 1, "source_img": struct(s), "mask_img": struct(s),
-                                "instruction": "p", "target_img": struct(t)},
-    "instructpix2pix": lambda s, t: {"original_prompt": "a", "original_image": struct(s), "edit_prompt": "p",
-                                     "edited_prompt": "b", "edited_image": struct(t)},
-}  # fmt: skip
+    "ultraedit": lambda s, t: {
+        "edit_prompt": "p",
+        "source_image": struct(s),
+        "edited_image": struct(t),
+        "ssim": 0.5,
+        "edit_type": "change global",
+    },
+    "magicbrush": lambda s, t: {
+        "img_id": "7",
+        "turn_index": 1,
+        "source_img": struct(s),
+        "mask_img": struct(s),
+        "instruction": "p",
+        "target_img": struct(t),
+    },
+    "instructpix2pix": lambda s, t: {
+        "original_prompt": "a",
+        "original_image": struct(s),
+        "edit_prompt": "p",
+        "edited_prompt": "b",
+        "edited_image": struct(t),
+    },
+}
 
 
 @pytest.mark.parametrize("layout", PARQUET_LAYOUTS)
@@ -400,10 +430,16 @@ def write_tar(path, files):
 
 def test_webdataset_shards_of_captions_and_of_pairs(tmp_path):
     source, target = pair(7)
-    files = [("000.jpg", source), ("000.txt", b"a lake"),
-             ("001.src_img.jpg", source), ("001.edited_img.jpg", target), ("001.task.txt", b"style"),
-             ("001.edited_prompt_list.json", b'["as an etching"]'),
-             ("002.jpg", source), ("002.json", b"{")]  # fmt: skip
+    files = [
+        ("000.jpg", source),
+        ("000.txt", b"a lake"),
+        ("001.src_img.jpg", source),
+        ("001.edited_img.jpg", target),
+        ("001.task.txt", b"style"),
+        ("001.edited_prompt_list.json", b'["as an etching"]'),
+        ("002.jpg", source),
+        ("002.json", b"{"),
+    ]
     path = write_tar(tmp_path / "shard-0.tar", files)
     report = run_import(settings("webdataset", [path], tasks=["style=global_edit"]), tmp_path / "out")
     drawing, edit = records_of(tmp_path / "out")

@@ -46,8 +46,11 @@ def base(tiny_base):
 @pytest.fixture(scope="module")
 def records():
     """Two of each size of drawing and of editing, and a prompt without any picture."""
-    made = [record(2 * i + edits, "edit" if edits else "draw", (SQUARE, WIDE, TALL)[i % 3], edits)
-            for i in range(6) for edits in (0, 1)]  # fmt: skip
+    made = [
+        record(2 * i + edits, "edit" if edits else "draw", (SQUARE, WIDE, TALL)[i % 3], edits)
+        for i in range(6)
+        for edits in (0, 1)
+    ]
     return [*made, record(12, "draw", SQUARE, False, target=False)]
 
 
@@ -124,8 +127,7 @@ def test_a_student_learns_from_all_sizes_in_one_batch(base, records):
     encoded = own(base, records, targets=False)
     teacher = base.new_transformer().requires_grad_(False)
     teacher.proj_out.weight.mul_(1.5)
-    teachers = {"base": VelocityField("base", base, base.transformer),
-                "editor": VelocityField("editor", base, teacher)}  # fmt: skip
+    teachers = {"base": VelocityField("base", base, base.transformer), "editor": VelocityField("editor", base, teacher)}
     teacher_of, weights = {"draw": "base", "edit": "editor"}, {"draw": 1.0, "edit": 1.0}
     spec = DistillRecipe(lr=3e-3, warmup=1, log_every=1, steps=12, batch=13, rollout_steps=3)
     setup = Distillation(base, encoded, teachers, teacher_of, 3)
@@ -152,8 +154,9 @@ def test_processes_share_the_groups_of_one_batch(base, records, monkeypatch):
         monkeypatch.setattr(learner, "processes", Processes(rank, 4, torch.device("cpu")))
         tags = [encoded.tasks[row] for row in range(12)]
         weights, window = {"draw": 1.0, "edit": 1.0}, query_window("uniform")
-        groups = draw_groups(setup, HardRoutedOnPolicy(), learner, list(range(12)), tags, weights, window,
-                             torch.Generator())  # fmt: skip
+        groups = draw_groups(
+            setup, HardRoutedOnPolicy(), learner, list(range(12)), tags, weights, window, torch.Generator()
+        )
         assert groups[-1].last
         taken.append([row for group in groups for row in group.rows])
     assert [len(rows) for rows in taken] == [3, 3, 3, 3]

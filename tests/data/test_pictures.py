@@ -41,8 +41,16 @@ def test_plain_pictures_come_as_they_are():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_put_upright(orientation):
-    ways = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: np.rot90(np.fliplr(x)),
-            np.rot90, lambda x: np.rot90(np.fliplr(x), -1), lambda x: np.rot90(x, -1)]  # fmt: skip
+    ways = [
+        lambda x: x,
+        np.fliplr,
+        lambda x: np.rot90(x, 2),
+        np.flipud,
+        lambda x: np.rot90(np.fliplr(x)),
+        np.rot90,
+        lambda x: np.rot90(np.fliplr(x), -1),
+        lambda x: np.rot90(x, -1),
+    ]
     stored = Image.fromarray(np.ascontiguousarray(ways[orientation - 1](PIXELS)))
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -61,8 +61,9 @@ def test_records_come_back_and_datasets_opens_the_folder(small_data):
     assert len(records) == 12
     assert records[0] == GOOD
     assert len(dataset.records("train", limit=5)) == 5
-    loaded = datasets.load_dataset("parquet", data_files={"train": str(small_data / "train-*.parquet")},
-                                   cache_dir=str(small_data.parent / "hf"))["train"]  # fmt: skip
+    loaded = datasets.load_dataset(
+        "parquet", data_files={"train": str(small_data / "train-*.parquet")}, cache_dir=str(small_data.parent / "hf")
+    )["train"]
     row = next(r for r in loaded if r["id"] == GOOD.id)
     assert np.array_equal(np.asarray(row["target"].convert("RGB")), decode_image(GOOD.target, ""))
 

@@ -56,8 +56,11 @@ def test_every_test_record_is_new_in_a_way_it_names(records, task):
         novelty = record.facts()["novelty"]
         assert bool(held_out.search(record.prompt)) == (novelty in ("wording", "both"))
         shown = decode_image(record.source or record.target, record.id)
-        new = any(np.array_equal(shown[world.cell_slice(t.position)][::8, ::8], world.draw_cell(b, t.position, t))
-                  for t in world.HELD_OUT for b in world.BACKGROUNDS)  # fmt: skip
+        new = any(
+            np.array_equal(shown[world.cell_slice(t.position)][::8, ::8], world.draw_cell(b, t.position, t))
+            for t in world.HELD_OUT
+            for b in world.BACKGROUNDS
+        )
         if task != "local_edit":
             assert new == (novelty in ("combination", "both"))
     for record in of(records, task, "train"):

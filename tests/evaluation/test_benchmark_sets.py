@@ -20,11 +20,18 @@ from danceopd.evaluation.benchmark_sets import Asked, import_benchmark
 PICTURE = encode_png(np.full((12, 16, 3), 90, np.uint8))
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {"tag": "counting", "include": [{"class": "bus", "count": 3}], "exclude": [{"class": "bus", "count": 4}],
-     "prompt": "a photo of three buses"},
-    {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1,
-     "position": ["left of", 0]}], "prompt": "a photo of a cat left of a dog"},
-]  # fmt: skip
+    {
+        "tag": "counting",
+        "include": [{"class": "bus", "count": 3}],
+        "exclude": [{"class": "bus", "count": 4}],
+        "prompt": "a photo of three buses",
+    },
+    {
+        "tag": "position",
+        "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
+        "prompt": "a photo of a cat left of a dog",
+    },
+]
 IMGEDIT = {
     "1082": {"id": "animal/1.png", "prompt": "Change the shell's texture.", "edit_type": "alter"},
     "7": {"id": "animal/1.png", "prompt": "Remove the tortoise."},
@@ -34,10 +41,16 @@ IMGEDIT = {
 def gedit_rows() -> list[dict]:
     row = {"task_type": "color_alter", "Intersection_exist": True, "input_image_raw": {"bytes": b"raw", "path": None}}
     return [
-        row | {"key": f"k{i}", "instruction": f"{text} {i}", "instruction_language": language,
-               "input_image": {"bytes": PICTURE, "path": f"{i}.png"}}
-        for i in range(20) for language, text in (("en", "make it red"), ("cn", "变红"))
-    ]  # fmt: skip
+        row
+        | {
+            "key": f"k{i}",
+            "instruction": f"{text} {i}",
+            "instruction_language": language,
+            "input_image": {"bytes": PICTURE, "path": f"{i}.png"},
+        }
+        for i in range(20)
+        for language, text in (("en", "make it red"), ("cn", "变红"))
+    ]
 
 
 def write_gedit(folder: Path, rows: list[dict], form: str) -> Path:
@@ -66,8 +79,11 @@ def test_geneval_keeps_order_tags_and_objects(tmp_path):
     assert [r.id for r in found] == ["geneval-00000", "geneval-00001", "geneval-00002"]
     assert [r.prompt for r in found] == [row["prompt"] for row in GENEVAL]
     assert all((r.task, r.split, r.source, r.target) == ("t2i", "test", None, None) for r in found)
-    assert found[1].facts() == {"benchmark": "geneval", "kind": "counting", **{k: GENEVAL[1][k] for k in ("include",
-                                "exclude")}}  # fmt: skip
+    assert found[1].facts() == {
+        "benchmark": "geneval",
+        "kind": "counting",
+        **{k: GENEVAL[1][k] for k in ("include", "exclude")},
+    }
 
 
 @pytest.mark.parametrize("form", ["arrow", "parquet"])

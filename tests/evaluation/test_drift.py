@@ -68,8 +68,14 @@ def test_batches_change_nothing(backbone, encoded):
 
 def test_plots_are_pictures_for_every_task():
     by_steps = {"1": {"student": 10.0, "teacher": None}, "8": {"student": 20.0, "teacher": 21.0}}
-    facts = {"sigmas": [1.0, 0.5, 0.0], "drift": [0.0, 0.1, 0.2], "velocity_error": [0.1, None], "metric": "psnr",
-             "unit": "dB", "by_steps": by_steps}  # fmt: skip
+    facts = {
+        "sigmas": [1.0, 0.5, 0.0],
+        "drift": [0.0, 0.1, 0.2],
+        "velocity_error": [0.1, None],
+        "metric": "psnr",
+        "unit": "dB",
+        "by_steps": by_steps,
+    }
     plots = plot_paths({"a_b": facts, "c": facts})
     assert set(plots) == {"drift", "velocity_error", "steps-a_b", "steps-c"}
     assert all(data.startswith(b"\x89PNG") for data in plots.values())

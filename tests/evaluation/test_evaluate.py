@@ -82,8 +82,9 @@ def other_network(backbone, seed: int):
 @pytest.fixture(scope="module")
 def fields(backbone):
     base = CountingField("base", backbone, backbone.transformer)
-    local, style, student = (CountingField(n, backbone, other_network(backbone, i))
-                             for i, n in enumerate(("local", "style", "student")))  # fmt: skip
+    local, style, student = (
+        CountingField(n, backbone, other_network(backbone, i)) for i, n in enumerate(("local", "style", "student"))
+    )
     return {"base": base, "local": local, "style": style, "student": student}
 
 
@@ -121,11 +122,28 @@ def test_the_matrix_covers_every_field_on_every_task(evaluation, gated, fields):
 def test_metrics_hold_the_contract_and_are_json(evaluation, gated):
     metrics = evaluation.metrics
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
-    assert set(metrics) >= {"recipe", "split", "records", "steps", "seed", "units", "teacher_of", "ceiling", "scores",
-                            "retention", "gates", "passed"}  # fmt: skip
+    assert set(metrics) >= {
+        "recipe",
+        "split",
+        "records",
+        "steps",
+        "seed",
+        "units",
+        "teacher_of",
+        "ceiling",
+        "scores",
+        "retention",
+        "gates",
+        "passed",
+    }
     assert metrics["records"] == {t: 4 for t in world.TASKS}
-    assert metrics["units"] == {"scene_accuracy": "rate", "psnr": "dB", "edit_success": "rate",
-                                "preserved_psnr": "dB", "ssim": "index"}  # fmt: skip
+    assert metrics["units"] == {
+        "scene_accuracy": "rate",
+        "psnr": "dB",
+        "edit_success": "rate",
+        "preserved_psnr": "dB",
+        "ssim": "index",
+    }
     assert metrics["teacher_of"] == {"t2i": "base", "local_edit": "local", "global_style": "style"}
     assert {t: set(m) for t, m in metrics["ceiling"].items()} == {t: set(s.metrics) for t, s in gated.tasks.items()}
     assert [g["task"] for g in metrics["gates"]] == ["t2i", "local_edit"]
@@ -176,8 +194,12 @@ def test_the_ceiling_leaves_out_records_without_a_target(backbone, small_data):
     with_bare = ev.score_ceiling(backbone, encoded, bare, ("psnr",), 2)
     assert with_bare == pytest.approx(ev.score_ceiling(backbone, full, records[1:], ("psnr",), 2), abs=1e-3)
     none = [dataclasses.replace(r, target=None) for r in records]
-    assert ev.score_ceiling(backbone, encode_records(backbone, none, *SIZE, None, "k", targets=True), none,
-                            ("scene_accuracy",), 2) == {}  # fmt: skip
+    assert (
+        ev.score_ceiling(
+            backbone, encode_records(backbone, none, *SIZE, None, "k", targets=True), none, ("scene_accuracy",), 2
+        )
+        == {}
+    )
 
 
 def test_two_names_of_one_field_are_drawn_once(backbone, fields, small_data):
@@ -281,8 +303,13 @@ def test_seeds_fit_a_generator_and_do_not_collide():
 
 def test_score_records_is_drawing_and_scoring(backbone, mixed):
     records, encoded = mixed
-    scored = ev.score_records(VelocityField("f", backbone, backbone.transformer), encoded, records, ("psnr", "ssim"),
-                              EvaluateRecipe(steps=1, batch=4))  # fmt: skip
+    scored = ev.score_records(
+        VelocityField("f", backbone, backbone.transformer),
+        encoded,
+        records,
+        ("psnr", "ssim"),
+        EvaluateRecipe(steps=1, batch=4),
+    )
     assert scored.pictures.shape == (9, *SIZE, 3) and scored.pictures.dtype == np.uint8
     assert scored.values == ev.score_pictures(scored.pictures, records, ("psnr", "ssim")).values
     assert scored.means["psnr"] == pytest.approx(np.mean(scored.values["psnr"]))
@@ -403,8 +430,9 @@ def benchmark_folder(tmp_path_factory, small_data):
     """Five edits of the small world as an evaluation set of its own."""
     records = open_dataset(small_data).records("test", "local_edit")[:5]
     folder = tmp_path_factory.mktemp("benchmark") / "edits"
-    named = [dataclasses.replace(r, id=f"b{i}", provenance=json.dumps({"kind": f"k{i % 2}"}))
-             for i, r in enumerate(records)]  # fmt: skip
+    named = [
+        dataclasses.replace(r, id=f"b{i}", provenance=json.dumps({"kind": f"k{i % 2}"})) for i, r in enumerate(records)
+    ]
     assemble(named, folder)
     return folder
 
@@ -488,9 +516,9 @@ def test_an_edit_without_a_region_is_told_before_anything_is_drawn(backbone, fie
 
 def test_a_gate_the_judge_did_not_answer_for_says_so():
     recipe, scores = table(None, None)
-    task = recipe.tasks["t2i"].model_copy(update={
-        "metrics": ("judge_overall",), "gates": (Gate(metric="judge_overall", max_drop=1, champion_margin=0),)
-    })  # fmt: skip
+    task = recipe.tasks["t2i"].model_copy(
+        update={"metrics": ("judge_overall",), "gates": (Gate(metric="judge_overall", max_drop=1, champion_margin=0),)}
+    )
     [verdict] = ev.judge(recipe.model_copy(update={"tasks": {"t2i": task}}), scores)
     assert not verdict["passed"] and verdict["reason"] == "the judge gave no readable answer on some pictures"
 

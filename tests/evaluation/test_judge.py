@@ -226,9 +226,12 @@ def test_nobody_there_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize(
     "status, said",
-    [(401, r"HTTP 401 .*; check the key in JUDGE_KEY"), (404, r"HTTP 404 .*; check evaluate.judge \(url, model"),
-     (302, r"HTTP 302 .*; check evaluate.judge")],
-)  # fmt: skip
+    [
+        (401, r"HTTP 401 .*; check the key in JUDGE_KEY"),
+        (404, r"HTTP 404 .*; check evaluate.judge \(url, model"),
+        (302, r"HTTP 302 .*; check evaluate.judge"),
+    ],
+)
 def test_a_refusal_is_one_line_at_once_and_ends_the_others(server, status, said):
     server.script = [(status, {"Location": "http://elsewhere.invalid/"}, f"bad key {KEY}\nreally")] * 20
     with pytest.raises(UserError, match=said) as error:

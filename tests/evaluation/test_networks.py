@@ -62,9 +62,14 @@ def test_a_prompt_longer_than_clip_reads_is_cut(tools, records):
 
 @pytest.mark.parametrize(
     "name, field",
-    [("style_gram", "target"), ("clip_target", "target"), ("dino_target", "target"), ("structure_dino", "source"),
-     ("structure_ssim", "source")],
-)  # fmt: skip
+    [
+        ("style_gram", "target"),
+        ("clip_target", "target"),
+        ("dino_target", "target"),
+        ("structure_dino", "source"),
+        ("structure_ssim", "source"),
+    ],
+)
 def test_likeness_is_one_with_itself_and_less_with_another(tools, records, name, field):
     same = metric(name).score(pictures(records, field), records, tools)
     noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3)).astype(np.uint8)

@@ -39,15 +39,19 @@ def make_recipe(gates: list[dict], task: str = TASK) -> Recipe:
             "data": {"world": {TASK: {"test": 6}}},
             "tasks": {
                 "t2i": {"teacher": "base", "needs_source": False, "metrics": ["scene_accuracy"]},
-                task: {"teacher": TEACHER, "needs_source": True, "metrics": ["preserved_psnr", "edit_success"],
-                       "gates": gates},
+                task: {
+                    "teacher": TEACHER,
+                    "needs_source": True,
+                    "metrics": ["preserved_psnr", "edit_success"],
+                    "gates": gates,
+                },
             },
             "teachers": {"base": {"kind": "base"}, TEACHER: {"kind": "checkpoint", "path": "x"}},
             "distill": {"lr": 0.001, "steps": 1, "batch": 1},
             "register_as": {"model": "m"},
         },
         "test",
-    )  # fmt: skip
+    )
 
 
 GATES = [
@@ -120,8 +124,15 @@ def test_every_file_is_written_and_what_lay_there_stays(tmp_path):
     evaluation = make_evaluation()
     write_report(evaluation, tmp_path, PROVENANCE)
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert files == {"step.json", "metrics.json", "values.json", "report.html", "report.md", "grids/t2i.png",
-                     f"grids/{TASK}.png"}  # fmt: skip
+    assert files == {
+        "step.json",
+        "metrics.json",
+        "values.json",
+        "report.html",
+        "report.md",
+        "grids/t2i.png",
+        f"grids/{TASK}.png",
+    }
     assert json.loads((tmp_path / "metrics.json").read_text()) == evaluation.metrics
     assert json.loads((tmp_path / "values.json").read_text()) == evaluation.values
     with Image.open(tmp_path / f"grids/{TASK}.png") as image:
@@ -176,9 +187,12 @@ def test_the_verdict_comes_first_and_says_what_fails(tmp_path):
 
 @pytest.mark.parametrize(
     "gates, banner, verdict",
-    [(GATES, "held", "The student holds all 2 gates"), (GATES[:1], "held", "The student holds its gate"),
-     ([], "none", "The recipe sets no gates")],
-)  # fmt: skip
+    [
+        (GATES, "held", "The student holds all 2 gates"),
+        (GATES[:1], "held", "The student holds its gate"),
+        ([], "none", "The recipe sets no gates"),
+    ],
+)
 def test_other_verdicts(tmp_path, gates, banner, verdict):
     page = write(tmp_path, make_evaluation(gates=gates))
     assert next(a["class"] for t, a in page.tags if "banner" in (a.get("class") or "")) == f"banner {banner}"
@@ -267,8 +281,15 @@ def test_records_need_no_novelty(tmp_path):
 
 # --- intervals, worst cases, plots, the champion ---
 
-DRIFT = {"records": 4, "metric": "psnr", "unit": "dB", "sigmas": [1.0, 0.5, 0.0], "drift": [0.0, 0.125, 0.25],
-         "velocity_error": [0.1, 0.3], "by_steps": {"1": {"student": 10.0, "teacher": 12.0}}}  # fmt: skip
+DRIFT = {
+    "records": 4,
+    "metric": "psnr",
+    "unit": "dB",
+    "sigmas": [1.0, 0.5, 0.0],
+    "drift": [0.0, 0.125, 0.25],
+    "velocity_error": [0.1, 0.3],
+    "by_steps": {"1": {"student": 10.0, "teacher": 12.0}},
+}
 
 
 def test_the_first_screen_says_how_good_and_how_sure(tmp_path):

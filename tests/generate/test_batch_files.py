@@ -27,8 +27,15 @@ def write(folder: Path, text: str | bytes, name: str = "p.jsonl") -> Path:
     return path
 
 
-FULL = {"prompt": "mix", "source": ["in/a.png", "in/b.png"], "seed": 7, "steps": 3, "guidance": 2.5, "size": "96x32",
-        "name": "mixed.png"}  # fmt: skip
+FULL = {
+    "prompt": "mix",
+    "source": ["in/a.png", "in/b.png"],
+    "seed": 7,
+    "steps": 3,
+    "guidance": 2.5,
+    "size": "96x32",
+    "name": "mixed.png",
+}
 
 
 def test_jsonl_and_csv_say_the_same(folder):
@@ -87,8 +94,14 @@ def test_all_bad_rows_are_told_at_once_and_many_are_counted(folder):
     with pytest.raises(UserError) as told:
         read_rows(write(folder, "\n".join([*map(json.dumps, bad), "{", "[]", '{"prompt": ""}'])))
     text = str(told.value)
-    for words in ("line 1, field 'seed'", "line 1, field 'steps'", "line 2, field 'prompt'", "line 5: not JSON",
-                  "line 6: not a JSON object", "; and 2 more"):  # fmt: skip
+    for words in (
+        "line 1, field 'seed'",
+        "line 1, field 'steps'",
+        "line 2, field 'prompt'",
+        "line 5: not JSON",
+        "line 6: not a JSON object",
+        "; and 2 more",
+    ):
         assert words in text
 
 

@@ -78,8 +78,27 @@ def test_a_lone_prompt_is_one_file(run, student, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png"]
     [drawn] = open_student(student).draw_samples([Sample("red ring", (), 5, 2)])
     assert (tmp_path / "out.png").read_bytes() == encode_picture(drawn)
-    assert run(student, "mix", "--image", "out.png", "--source", "out.png", "--out", "b.png", "--size", "32x48",
-               "--steps", 1, "--guidance", 2, "--dtype", "bfloat16")[0] == 0  # fmt: skip
+    assert (
+        run(
+            student,
+            "mix",
+            "--image",
+            "out.png",
+            "--source",
+            "out.png",
+            "--out",
+            "b.png",
+            "--size",
+            "32x48",
+            "--steps",
+            1,
+            "--guidance",
+            2,
+            "--dtype",
+            "bfloat16",
+        )[0]
+        == 0
+    )
     assert open_image(tmp_path / "b.png").size == (32, 48)
 
 
@@ -95,7 +114,10 @@ def test_a_batch_is_a_folder_with_a_manifest(run, student, tmp_path):
     assert files == {"student/ring-seed1.png", "student/ring-seed2.png", "student/0002.png"}
     assert [p["files"]["student"] for p in manifest["pictures"]] == sorted(files)[1:] + sorted(files)[:1]
     assert [(p["seed"], p["steps"], p["size"]) for p in manifest["pictures"]] == [
-        (1, 2, "64x64"), (2, 2, "64x64"), (9, 2, "32x48")]  # fmt: skip
+        (1, 2, "64x64"),
+        (2, 2, "64x64"),
+        (9, 2, "32x48"),
+    ]
     for entry in manifest["pictures"]:
         data = (tmp_path / "drawn" / entry["files"]["student"]).read_bytes()
         assert entry["sha256"]["student"] == hashlib.sha256(data).hexdigest()

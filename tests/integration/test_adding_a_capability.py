@@ -30,13 +30,25 @@ SMALL = [
     " outline: {teacher: outline, needs_source: true, metrics: [psnr],"
     " gates: [{metric: psnr, max_drop: 0.5, champion_margin: 1}]}}",
     "teachers.outline.train={trainable: full, optimizer: muon, lr: 0.04, steps: 24, batch: 8, warmup: 4}",
-    "distill.steps=1", "distill.lr=1.0e-9", "distill.warmup=1", "distill.batch=4", "distill.rollout_steps=2",
+    "distill.steps=1",
+    "distill.lr=1.0e-9",
+    "distill.warmup=1",
+    "distill.batch=4",
+    "distill.rollout_steps=2",
     "distill.optimizer=adamw",
     "evaluate={per_task: 6, steps: 2, drift: null, worst: 0, pictures: 1, resamples: 100}",
-]  # fmt: skip
+]
 MODEL = "danceopd-world"
-LINEAGE = {"recipe": "r", "code": "c", "git": None, "dvc": None, "data": "other", "base": "b", "teachers": {},
-           "student": "first"}  # fmt: skip
+LINEAGE = {
+    "recipe": "r",
+    "code": "c",
+    "git": None,
+    "dvc": None,
+    "data": "other",
+    "base": "b",
+    "teachers": {},
+    "student": "first",
+}
 
 
 def recipe_with(*settings):
@@ -44,10 +56,12 @@ def recipe_with(*settings):
 
 
 FIRST = [
-    "data.world={t2i: {train: 1}}", "teachers={base: {kind: base}}", "distill.start=base",
+    "data.world={t2i: {train: 1}}",
+    "teachers={base: {kind: base}}",
+    "distill.start=base",
     "tasks={t2i: {teacher: base, needs_source: false, metrics: [psnr],"
     " gates: [{metric: psnr, max_drop: 9, champion_margin: 0.5}]}}",
-]  # fmt: skip
+]
 
 
 def register_first(workspace) -> str:
@@ -63,8 +77,15 @@ def register_first(workspace) -> str:
     condition = Condition(backbone.encode_prompts(["", recipe.name]), None, 64, 64)
     save_file({"velocity": probe(VelocityField("s", backbone, network), condition)}, student / "probe.safetensors")
     gate = {"task": "t2i", "metric": "psnr", "rule": "max_drop 9", "limit": 0.0, "value": 1.0, "passed": True}
-    metrics = {"split": "test", "records": {"t2i": 6}, "steps": 2, "seed": 0, "gates": [gate], "passed": True,
-               "scores": {"student": {"t2i": {"psnr": 1.0}}}}  # fmt: skip
+    metrics = {
+        "split": "test",
+        "records": {"t2i": 6},
+        "steps": 2,
+        "seed": 0,
+        "gates": [gate],
+        "passed": True,
+        "scores": {"student": {"t2i": {"psnr": 1.0}}},
+    }
     write_json(evaluation / "metrics.json", metrics)
     uri = tracking.default_tracking_uri(workspace)
     assert registry.register_student(recipe, student, evaluation, LINEAGE, uri, workspace).alias == ["champion"]
@@ -124,8 +145,10 @@ def test_a_student_spoiled_on_one_task_is_refused_with_its_figures_and_interval(
     assert not result.registered and aliases(uri) == {"champion": "1"}
     [reason] = result.reasons
     low, high = gates["outline"]["interval"]
-    assert reason == (f"outline.psnr is {gates['outline']['value']:.4g}, its gate is {gates['outline']['limit']:.4g} "
-                      f"(max_drop 0.5), 95 % interval {low:.4g} to {high:.4g}")  # fmt: skip
+    assert reason == (
+        f"outline.psnr is {gates['outline']['value']:.4g}, its gate is {gates['outline']['limit']:.4g} "
+        f"(max_drop 0.5), 95 % interval {low:.4g} to {high:.4g}"
+    )
 
 
 def with_a_lower_gate(evaluation, folder):

@@ -22,10 +22,15 @@ SMALL = [
     "tasks.local_edit.gates=[{metric: psnr, max_drop: 20, champion_margin: 20}]",
     "tasks.global_style.gates=[{metric: psnr, max_drop: 20, champion_margin: 20}]",
     "tasks.t2i.gates=[{metric: scene_accuracy, retain: 0.5, champion_margin: 0.5}]",
-    "teachers.local_edit={kind: base}", "teachers.global_style.train.steps=160", "teachers.global_style.train.batch=16",
-    "distill.steps=12", "distill.log_every=4", "distill.preview_every=0", "distill.lr=0.002",
+    "teachers.local_edit={kind: base}",
+    "teachers.global_style.train.steps=160",
+    "teachers.global_style.train.batch=16",
+    "distill.steps=12",
+    "distill.log_every=4",
+    "distill.preview_every=0",
+    "distill.lr=0.002",
     "evaluate.per_task=12",
-]  # fmt: skip
+]
 
 
 def danceopd(*arguments, cwd):
@@ -103,8 +108,9 @@ def test_the_registered_student_draws_and_edits_from_another_process(chain, tmp_
         "open(sys.argv[1], 'wb').write(model.predict(edit)['image'][0])\n"
     )
     out = tmp_path / "edit.png"
-    done = subprocess.run([sys.executable, "-c", script, str(out)], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(out)], capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert Image.open(io.BytesIO(out.read_bytes())).size == (64, 64)
 

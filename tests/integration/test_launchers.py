@@ -27,10 +27,23 @@ SETTINGS = [
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "danceopd"],
     # On CPUs Accelerate's own launcher starts one process (more need MPI); on accelerators it starts torchrun's.
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "{port}",
-                   "-m", "danceopd"],
-}  # fmt: skip
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "{port}",
+        "-m",
+        "danceopd",
+    ],
+}
 
 
 @pytest.mark.slow

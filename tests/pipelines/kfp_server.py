@@ -22,8 +22,13 @@ from pipelines.cli import app
 
 ROOT = "/apis/v2beta1/"
 DROP, PAGE = "drop", "page"
-IDS = {"experiments": "experiment_id", "runs": "run_id", "recurringruns": "recurring_run_id",
-       "pipelines": "pipeline_id", "versions": "pipeline_version_id"}  # fmt: skip
+IDS = {
+    "experiments": "experiment_id",
+    "runs": "run_id",
+    "recurringruns": "recurring_run_id",
+    "pipelines": "pipeline_id",
+    "versions": "pipeline_version_id",
+}
 
 
 class KfpServer:
@@ -61,9 +66,16 @@ class KfpServer:
         """A run as it is now."""
         self.act()
         state, tasks = self.progress.pop(0) if len(self.progress) > 1 else self.progress[0]
-        details = [{"run_id": run["run_id"], "task_id": f"{n}", "display_name": name, "state": task.split(": ")[0],
-                    **({"error": {"code": 2, "message": task.split(": ")[1]}} if ": " in task else {})}
-                   for n, (name, task) in enumerate(tasks.items())]  # fmt: skip
+        details = [
+            {
+                "run_id": run["run_id"],
+                "task_id": f"{n}",
+                "display_name": name,
+                "state": task.split(": ")[0],
+                **({"error": {"code": 2, "message": task.split(": ")[1]}} if ": " in task else {}),
+            }
+            for n, (name, task) in enumerate(tasks.items())
+        ]
         run |= {"state": state, "run_details": {"task_details": details}}
         return run
 
@@ -194,8 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
             if name in [p["display_name"] for p in self.state.kept["pipelines"]]:
                 raise _Refused(409, f"The name {name} already exist")
             made = self.state.make("pipelines", {"display_name": name})
-            self.state.make("versions", {"pipeline_id": made["pipeline_id"], "display_name": name,
-                                         "pipeline_spec": whole})  # fmt: skip
+            self.state.make(
+                "versions", {"pipeline_id": made["pipeline_id"], "display_name": name, "pipeline_spec": whole}
+            )
             return made
         if name in [v["display_name"] for v in self.state.kept["versions"]]:
             raise _Refused(409, f"The version {name} already exist")

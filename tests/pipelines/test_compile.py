@@ -53,10 +53,15 @@ def with_gpu(tmp_path_factory) -> tuple[dict, dict]:
 def bare(tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("bare")
     placement = Placement(
-        retries=0, claim=None, image_pull_policy="Always", image_pull_secrets=("registry",),
-        secrets=({"name": "store", "env": {"KEY": "key"}}, {"name": "hub", "env": {"HF_TOKEN": "token"},
-                  "steps": ("resolve_base",), "optional": False}),
-    )  # fmt: skip
+        retries=0,
+        claim=None,
+        image_pull_policy="Always",
+        image_pull_secrets=("registry",),
+        secrets=(
+            {"name": "store", "env": {"KEY": "key"}},
+            {"name": "hub", "env": {"HF_TOKEN": "token"}, "steps": ("resolve_base",), "optional": False},
+        ),
+    )
     return compiled(folder, placement=placement, threads=Threads(finetune=3, others=6))
 
 
@@ -83,8 +88,17 @@ def parameters(pipeline: dict) -> dict[str, dict]:
 
 
 def test_a_run_needs_no_typing_and_every_parameter_is_described(plain, with_gpu):
-    defaults = {"recipe": "world", "overrides": [], "data_revision": "", "distill_on": "step", "gpus": 0, "nodes": 1,
-                "code_revision": IMAGE, "workspace": MOUNT, "tracking_uri": ""}  # fmt: skip
+    defaults = {
+        "recipe": "world",
+        "overrides": [],
+        "data_revision": "",
+        "distill_on": "step",
+        "gpus": 0,
+        "nodes": 1,
+        "code_revision": IMAGE,
+        "workspace": MOUNT,
+        "tracking_uri": "",
+    }
     found = parameters(plain[0])
     assert {name: parameter["defaultValue"] for name, parameter in found.items()} == defaults
     assert all(parameter["description"] for parameter in found.values())
@@ -148,8 +162,15 @@ def before(pipeline: dict, step: str) -> set[str]:
     for level, members in levels.items():
         if step in members:
             direct = set(members[step].get("dependentTasks", []))
-            outer = next((task for inner in levels.values() for task, spec in inner.items()
-                          if spec["componentRef"]["name"] == level), None)  # fmt: skip
+            outer = next(
+                (
+                    task
+                    for inner in levels.values()
+                    for task, spec in inner.items()
+                    if spec["componentRef"]["name"] == level
+                ),
+                None,
+            )
             direct |= {outer} if outer else set()
             return direct.union(*(before(pipeline, name) for name in direct))
     return set()
@@ -182,8 +203,9 @@ def test_every_gpu_step_carries_accelerator_selector_toleration_memory_retry_and
 
 
 def test_one_gpu_a_step_and_the_student_as_many_as_the_run_says(with_gpu):
-    counts = {s: c["resources"]["accelerator"]["resourceCount"] for s, c in containers(with_gpu[0]).items()
-              if s in GPU_STEPS}  # fmt: skip
+    counts = {
+        s: c["resources"]["accelerator"]["resourceCount"] for s, c in containers(with_gpu[0]).items() if s in GPU_STEPS
+    }
     assert counts == {"finetune": "1", "evaluate": "1", "distill": SETTLED % "pod_gpus"}
     selector = with_gpu[1]["exec-distill"]["nodeSelector"]["nodeSelectorJson"]
     assert selector == {"taskOutputParameter": {"producerTask": "check-recipe", "outputParameterKey": "pod_nodes"}}
@@ -195,14 +217,22 @@ def constant(pipeline: dict, step: str, name: str):
 
 def test_the_check_knows_what_the_pod_would_take_and_the_job_takes_the_same(with_gpu):
     assert constant(with_gpu[0], "check_recipe", "placement") == {
-        "accelerator": "nvidia.com/gpu", "cpu": "96", "memory": "800Gi",
+        "accelerator": "nvidia.com/gpu",
+        "cpu": "96",
+        "memory": "800Gi",
         "node_selector": {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"},
-    }  # fmt: skip
+    }
     assert constant(with_gpu[0], "distill", "job") == {
-        "image": "registry.example.com/d@sha256:1", "cpu": 96, "memory": 800, "hours": 96, "retries": 2,
-        "gpu": "nvidia.com/gpu", "claim": "danceopd-workspace", "toleration": ["nvidia.com/gpu"],
+        "image": "registry.example.com/d@sha256:1",
+        "cpu": 96,
+        "memory": 800,
+        "hours": 96,
+        "retries": 2,
+        "gpu": "nvidia.com/gpu",
+        "claim": "danceopd-workspace",
+        "toleration": ["nvidia.com/gpu"],
         "node-selector": ["cloud.google.com/gke-accelerator=nvidia-h100-80gb"],
-    }  # fmt: skip
+    }
 
 
 def test_secrets_and_pulls(bare, with_gpu):
@@ -252,8 +282,9 @@ def test_requests_and_limits(plain):
             asked = (SETTLED % "pod_cpu", SETTLED % "pod_memory")
         assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == asked
         assert (resources["resourceCpuLimit"], resources["resourceMemoryLimit"]) == (
-            str(needs.cpu[1]), f"{needs.memory[1]}Gi",
-        )  # fmt: skip
+            str(needs.cpu[1]),
+            f"{needs.memory[1]}Gi",
+        )
 
 
 def test_retries_back_off_and_spare_the_recipe_check(plain):

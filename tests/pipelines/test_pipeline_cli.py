@@ -15,8 +15,11 @@ from pipelines.cli import app
 from pipelines.summary import registration_line, retention, summary_table
 
 METRICS = {
-    "recipe": "world", "split": "test", "units": {"hit": "rate", "out": "dB", "ssim": "index"},
-    "teacher_of": {"t2i": "base", "edit": "local"}, "ceiling": {"t2i": {}, "edit": {"out": 33.25}},
+    "recipe": "world",
+    "split": "test",
+    "units": {"hit": "rate", "out": "dB", "ssim": "index"},
+    "teacher_of": {"t2i": "base", "edit": "local"},
+    "ceiling": {"t2i": {}, "edit": {"out": 33.25}},
     "scores": {
         "base": {"t2i": {"hit": 0.97}, "edit": {"hit": 0.01, "out": 9.5, "ssim": None}},
         "local": {"t2i": {"hit": 0.2}, "edit": {"hit": 0.99, "out": 31.0, "ssim": 0.9}},
@@ -35,7 +38,7 @@ METRICS = {
         {"task": "edit", "metric": "hit", "rule": "retain 0.95", "limit": 0.94, "value": 0.5, "passed": False},
     ],
     "passed": False,
-}  # fmt: skip
+}
 REGISTERED = {"registered": True, "version": "3", "alias": ["challenger", "champion"], "reasons": []}
 REFUSED = {"registered": False, "version": None, "alias": [], "reasons": ["edit.hit is 0.5, its gate is 0.94"]}
 

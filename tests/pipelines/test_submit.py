@@ -26,8 +26,22 @@ SECRET = "t0ken-of-mine"
 
 
 def test_a_run_is_made_with_the_recipe_and_the_parameters_given(kfp, package):
-    out = good(*RUN, kfp.address, "--package", package, "--set", "seed=5", "--name", "first", "--experiment", "mine",
-               "--tracking-uri", "http://mlflow:5000", "--param", "workspace=/elsewhere")  # fmt: skip
+    out = good(
+        *RUN,
+        kfp.address,
+        "--package",
+        package,
+        "--set",
+        "seed=5",
+        "--name",
+        "first",
+        "--experiment",
+        "mine",
+        "--tracking-uri",
+        "http://mlflow:5000",
+        "--param",
+        "workspace=/elsewhere",
+    )
     [run], [experiment] = kfp.kept["runs"], kfp.kept["experiments"]
     assert (run["display_name"], run["experiment_id"]) == ("first", experiment["experiment_id"])
     assert experiment["display_name"] == "mine"
@@ -58,7 +72,9 @@ def test_an_uploaded_pipeline_runs_by_name(kfp, package):
     good(*UPLOAD, kfp.address, "--package", package)
     good(*RUN, kfp.address, "--pipeline", "danceopd")
     assert kfp.kept["runs"][0]["pipeline_version_reference"] == {
-        "pipeline_id": "pipelines-1", "pipeline_version_id": "versions-1"}  # fmt: skip
+        "pipeline_id": "pipelines-1",
+        "pipeline_version_id": "versions-1",
+    }
     assert "'nope' is not known; choose one of: danceopd" in refused(*RUN, kfp.address, "--pipeline", "nope")
 
 

@@ -24,9 +24,14 @@ from danceopd.recipe import Recipe, parse_recipe
 from danceopd.registry import failed_gates, read_metrics, register_student, verify_export
 
 LINEAGE = {
-    "recipe": "r1", "code": "c1", "git": "g1", "dvc": None, "data": "d1", "base": "b1",
+    "recipe": "r1",
+    "code": "c1",
+    "git": "g1",
+    "dvc": None,
+    "data": "d1",
+    "base": "b1",
     "teachers": {"base": "b1", "painter": "p1"},
-}  # fmt: skip
+}
 
 
 def new_recipe(model: str) -> Recipe:
@@ -49,14 +54,19 @@ def new_recipe(model: str) -> Recipe:
     }
     data = {
         "name": "tiny",
-        "model": {"base": "world", "height": 64, "width": 64, "max_sequence_length": 24,
-                  "text_encoder_out_layers": [1, 2, 3]},
+        "model": {
+            "base": "world",
+            "height": 64,
+            "width": 64,
+            "max_sequence_length": 24,
+            "text_encoder_out_layers": [1, 2, 3],
+        },
         "data": {"world": {"t2i": {"train": 4, "val": 2, "test": 2}}},
         "tasks": tasks,
         "teachers": {"base": {"kind": "base"}},
         "distill": {"lr": 0.01, "steps": 1, "batch": 1},
         "register_as": {"model": model, "experiment": "tiny"},
-    }  # fmt: skip
+    }
     return parse_recipe(data, "test")
 
 
@@ -218,8 +228,11 @@ def test_the_margin_decides(ours, count):
     metrics = new_metrics()
     student = metrics["scores"]["student"]
     for name, value in ours.items():
-        task, metric = {"scene": ("t2i", "scene_accuracy"), "edit": ("local_edit", "edit_success"),
-                        "psnr": ("local_edit", "preserved_psnr")}[name]  # fmt: skip
+        task, metric = {
+            "scene": ("t2i", "scene_accuracy"),
+            "edit": ("local_edit", "edit_success"),
+            "psnr": ("local_edit", "preserved_psnr"),
+        }[name]
         student[task][metric] = value
     assert len(registry.below_champion(new_recipe("m"), metrics, new_metrics(), "champion")) == count
 
@@ -374,7 +387,9 @@ def test_a_version_tells_how_it_compares_with_the_champion(shop, student, tmp_pa
     assert (metrics["champion"], table["t2i"]["scene_accuracy"]["verdict"]) == ("1", "equal")
     assert table["local_edit"]["preserved_psnr"]["verdict"] == "better"
     assert (table["local_edit"]["edit_success"]["verdict"], table["local_edit"]["edit_success"]["sure"]) == (
-        "equal", False)  # fmt: skip
+        "equal",
+        False,
+    )
     page = (files / "report.html").read_text()
     assert "Beside the champion (version 1): better on 1, equal on 2 of 3 figures" in page and "+1.0 dB" in page
     card = Path(shop.client.download_artifacts(second.run_id, "README.md", str(tmp_path))).read_text()
@@ -552,8 +567,17 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
 
     result = shop.register("served", "s1", new_metrics())
     version = shop.client.get_model_version("served", result.version)
-    wanted = {"code": "c1", "git": "g1", "dvc": "none", "data": "d1", "base": "b1", "recipe": "r1", "student": "s1",
-              "teacher.painter": "p1", "gate.t2i.scene_accuracy": "0.97 (retain 0.95)"}  # fmt: skip
+    wanted = {
+        "code": "c1",
+        "git": "g1",
+        "dvc": "none",
+        "data": "d1",
+        "base": "b1",
+        "recipe": "r1",
+        "student": "s1",
+        "teacher.painter": "p1",
+        "gate.t2i.scene_accuracy": "0.97 (retain 0.95)",
+    }
     assert wanted.items() <= version.tags.items()
     run = shop.client.get_run(result.run_id)
     assert run.info.status == "FINISHED" and run.data.metrics["local_edit/preserved_psnr"] == 30.0
@@ -562,8 +586,13 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", tracking.ENVIRONMENT)}
     ran = subprocess.run(
         [sys.executable, "-c", LOADER, shop.uri, base64.b64encode(png).decode()],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout.splitlines()[-1])
     drawer = open_student(student / "pipeline")

@@ -235,8 +235,10 @@ def test_the_queue_is_bounded_and_one_draws_at_a_time(gated):
         while len(worker._jobs) < 2:
             threading.Event().wait(0.01)
         assert "danceopd_queue_waiting 2\n" in client.get("/metrics").text
-        for refused in (client.post(GENERATIONS, json={"prompt": "a"}),
-                        client.post(EDITS, data={"prompt": "a"}, files={"image": png()})):  # fmt: skip
+        for refused in (
+            client.post(GENERATIONS, json={"prompt": "a"}),
+            client.post(EDITS, data={"prompt": "a"}, files={"image": png()}),
+        ):
             assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
             assert int(refused.headers["retry-after"]) >= 1
         gate.let.set()
@@ -280,8 +282,17 @@ def test_a_client_that_goes_away_frees_its_place(gated, monkeypatch):
     assert gate.begun.wait(10)
     body = b'{"prompt": "b"}'
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    scope = {"type": "http", "method": "POST", "path": GENERATIONS, "headers": headers, "query_string": b"",
-             "http_version": "1.1", "scheme": "http", "server": ("x", 80), "root_path": ""}  # fmt: skip
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": GENERATIONS,
+        "headers": headers,
+        "query_string": b"",
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("x", 80),
+        "root_path": "",
+    }
     messages = iter([{"type": "http.request", "body": body}])
     sent = []
 

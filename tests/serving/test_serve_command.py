@@ -22,8 +22,9 @@ from danceopd.generate import Sample, encode_picture, open_student
 def test_it_serves_until_it_is_told_to_stop(student_pipeline, tmp_path):
     command = [sys.executable, "-m", "danceopd", "serve", str(student_pipeline), "--port", "0", "--steps", "2"]
     environment = os.environ | {"DANCEOPD_API_KEY": "secret"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                          env=environment) as process:  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as process:
         try:
             url = process.stdout.readline().strip()  # said when the model is there
             assert url.startswith("http://127.0.0.1:")

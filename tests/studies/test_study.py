@@ -40,9 +40,12 @@ SMALL = [
     " gates: [{metric: psnr, retain: 0.5, champion_margin: 1}]}",
     "tasks.global_style={teacher: base, needs_source: true, metrics: [psnr, ssim],"
     " gates: [{metric: psnr, retain: 0.5, champion_margin: 1}]}",
-    "distill.start=base", "distill.batch=6", "distill.rollout_steps=3", "distill.checkpoint_every=0",
+    "distill.start=base",
+    "distill.batch=6",
+    "distill.rollout_steps=3",
+    "distill.checkpoint_every=0",
     "evaluate.steps=2",
-]  # fmt: skip
+]
 
 
 def plan(base, **changes) -> dict:
@@ -294,8 +297,12 @@ def test_intervals_on_known_numbers():
 
 def test_retention_is_the_mean_of_ratios_over_gated_metrics():
     recipe = load_recipe("world")
-    gated = [("t2i", "scene_accuracy"), ("local_edit", "edit_success"), ("local_edit", "preserved_psnr"),
-             ("global_style", "psnr")]  # fmt: skip
+    gated = [
+        ("t2i", "scene_accuracy"),
+        ("local_edit", "edit_success"),
+        ("local_edit", "preserved_psnr"),
+        ("global_style", "psnr"),
+    ]
     assert counted_metrics(recipe) == gated
     teachers = {"a": {"x": 2.0, "y": 4.0}, "b": {"x": 1.0}}
     student = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 3.0}}

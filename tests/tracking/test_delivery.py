@@ -245,8 +245,9 @@ def test_an_evaluation_names_the_student_that_another_step_made(store, experimen
     assert runs["evaluate"].data.metrics == {"t2i/psnr": 29.0, "base/t2i/psnr": 20.0}
     found = store.client.get_logged_model(used.model_id).metrics
     assert sorted((m.value, m.run_id) for m in found) == [
-        (29.0, runs["evaluate"].info.run_id), (30.0, runs["distill"].info.run_id),
-    ]  # fmt: skip
+        (29.0, runs["evaluate"].info.run_id),
+        (30.0, runs["distill"].info.run_id),
+    ]
 
 
 def test_by_hand(store, experiment, tmp_path):

@@ -32,8 +32,10 @@ def test_training_that_goes_on_leaves_no_point_model_or_picture_twice(tmp_path):
     lines, _ = read_lines(book.folder)
     assert kinds(book) == ["points", "model", "image", "points", "points"]
     assert [line["values"] for line in lines if line["kind"] == "points"] == [
-        {"loss": 0.5}, {"grad_norm": 1.0}, {"loss": 0.3},
-    ]  # fmt: skip
+        {"loss": 0.5},
+        {"grad_norm": 1.0},
+        {"loss": 0.3},
+    ]
     assert book.next_step("lo") == 21 and book.next_step("system/") == 0
 
 

@@ -26,9 +26,12 @@ def test_a_history_has_one_loss_or_one_a_task(book):
     recording.entry(book, "student", {"step": 5, "loss": {"t2i": 1.0, "edit": 2.0}, "forwards_per_sample": 9.0})
     recording.entry(book, "student", {"step": 6, "loss": 0.5, "grad_norm": 0.1})
     assert points(book) == {
-        "loss/t2i": (5, 1.0), "loss/edit": (5, 2.0), "forwards_per_sample": (5, 9.0),
-        "loss": (6, 0.5), "grad_norm": (6, 0.1),
-    }  # fmt: skip
+        "loss/t2i": (5, 1.0),
+        "loss/edit": (5, 2.0),
+        "forwards_per_sample": (5, 9.0),
+        "loss": (6, 0.5),
+        "grad_norm": (6, 0.1),
+    }
 
 
 def test_a_validated_state_is_a_model_with_its_figures(book):

@@ -12,11 +12,7 @@ from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, read_picture
 
 __all__ = ["MAX_PSNR", "METRICS", "Metric", "metric", "read_picture"]
 
-METRICS = {
-    m.name: m
-    for room in (small_world, fidelity, drawing, editing, styling, judged)
-    for m in room.METRICS
-}  # fmt: skip
+METRICS = {m.name: m for room in (small_world, fidelity, drawing, editing, styling, judged) for m in room.METRICS}
 
 
 def metric(name: str) -> Metric:

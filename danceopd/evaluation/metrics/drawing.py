@@ -74,21 +74,35 @@ _KERNEL = {"kid": ("Inception-v3", "inception"), "kd_dino": ("DINO", "dino")}
 
 METRICS = (
     Metric(
-        "clip_score", "index", "cosine of CLIP's embeddings of picture and prompt (papers write it times 100)",
-        (), _clip_score, tools=("clip",),
+        "clip_score",
+        "index",
+        "cosine of CLIP's embeddings of picture and prompt (papers write it times 100)",
+        (),
+        _clip_score,
+        tools=("clip",),
     ),
     *(
         Metric(
-            name, "distance", f"minus the Fréchet distance to the targets' {of} features; few records make it large",
-            ("target",), _set_distance(tool, frechet_distance), tools=(tool,), of_set=True,
+            name,
+            "distance",
+            f"minus the Fréchet distance to the targets' {of} features; few records make it large",
+            ("target",),
+            _set_distance(tool, frechet_distance),
+            tools=(tool,),
+            of_set=True,
         )
         for name, (of, tool) in _BY.items()
     ),
     *(
         Metric(
-            name, "distance", f"minus the squared kernel distance (MMD) to the targets' {of} features",
-            ("target",), _set_distance(tool, kernel_distance), tools=(tool,), of_set=True,
+            name,
+            "distance",
+            f"minus the squared kernel distance (MMD) to the targets' {of} features",
+            ("target",),
+            _set_distance(tool, kernel_distance),
+            tools=(tool,),
+            of_set=True,
         )
         for name, (of, tool) in _KERNEL.items()
     ),
-)  # fmt: skip
+)

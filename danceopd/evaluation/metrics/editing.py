@@ -38,8 +38,10 @@ def edit_mask(record: Record, height: int, width: int) -> np.ndarray:
         mask = _derived(record, height, width)
     if not mask.any() or mask.all():
         found = "no pixel" if not mask.any() else "every pixel"
-        raise UserError(f"record {record.id!r}: its edit covers {found}, so inside and outside cannot be told apart; "
-                        "remove it, give its provenance a 'box', or measure this task by psnr or ssim")  # fmt: skip
+        raise UserError(
+            f"record {record.id!r}: its edit covers {found}, so inside and outside cannot be told apart; "
+            "remove it, give its provenance a 'box', or measure this task by psnr or ssim"
+        )
     return mask
 
 
@@ -55,8 +57,10 @@ def _given_mask(record: Record, text: object, height: int, width: int) -> np.nda
 def _given_box(record: Record, box: object, height: int, width: int) -> np.ndarray:
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
     if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise UserError(f"record {record.id!r}, provenance 'box': is {str(box)[:60]}; write [left, top, right, bottom] "
-                        "as shares of width and height, each from 0 to 1")  # fmt: skip
+        raise UserError(
+            f"record {record.id!r}, provenance 'box': is {str(box)[:60]}; write [left, top, right, bottom] "
+            "as shares of width and height, each from 0 to 1"
+        )
     left, top, right, bottom = box
     mask = np.zeros((height, width), dtype=bool)
     mask[int(top * height) : int(np.ceil(bottom * height)), int(left * width) : int(np.ceil(right * width))] = True
@@ -83,8 +87,10 @@ def _edit_match(pictures: np.ndarray, records: list[Record], _: Tools) -> list[f
     values = []
     for picture, record in zip(pictures, records, strict=True):
         mask = edit_mask(record, *picture.shape[:2])
-        inside = [p[mask].astype(np.float64) for p in (picture, *(picture_of(record, f, picture.shape)
-                                                                  for f in ("source", "target")))]  # fmt: skip
+        inside = [
+            p[mask].astype(np.float64)
+            for p in (picture, *(picture_of(record, f, picture.shape) for f in ("source", "target")))
+        ]
         drawn, source, target = inside
         left, whole = np.square(drawn - target).mean(), np.square(source - target).mean()
         values.append(float(left == 0) if whole == 0 else max(0.0, 1 - left / whole))
@@ -112,27 +118,41 @@ def _preserved_psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> li
         source, target = (picture_of(record, field, picture.shape) for field in ("source", "target"))
         outside = (source == target).all(axis=-1)
         if not outside.any():
-            raise UserError(f"record {record.id!r}: metric 'preserved_psnr' finds no pixel that source and target "
-                            "share; measure this task by psnr or ssim, or by outside_psnr")  # fmt: skip
+            raise UserError(
+                f"record {record.id!r}: metric 'preserved_psnr' finds no pixel that source and target "
+                "share; measure this task by psnr or ssim, or by outside_psnr"
+            )
         values.append(_psnr_over(outside, picture, target))
     return values
 
 
 METRICS = (
     Metric(
-        "preserved_psnr", "dB", "PSNR to the target over the pixels that source and target share, at most 60 dB",
-        ("source", "target"), _preserved_psnr,
+        "preserved_psnr",
+        "dB",
+        "PSNR to the target over the pixels that source and target share, at most 60 dB",
+        ("source", "target"),
+        _preserved_psnr,
     ),
     Metric(
-        "outside_psnr", "dB", "PSNR to the source outside the edit's region, at most 60 dB",
-        ("source", "mask"), _outside_psnr,
+        "outside_psnr",
+        "dB",
+        "PSNR to the source outside the edit's region, at most 60 dB",
+        ("source", "mask"),
+        _outside_psnr,
     ),
     Metric(
-        "edit_change", "index", "share of the edit's region that differs visibly from the source; not whether rightly",
-        ("source", "mask"), _edit_change,
+        "edit_change",
+        "index",
+        "share of the edit's region that differs visibly from the source; not whether rightly",
+        ("source", "mask"),
+        _edit_change,
     ),
     Metric(
-        "edit_match", "index", "how far the edit's region went from source (0) to target (1), by squared error",
-        ("source", "target", "mask"), _edit_match,
+        "edit_match",
+        "index",
+        "how far the edit's region went from source (0) to target (1), by squared error",
+        ("source", "target", "mask"),
+        _edit_match,
     ),
-)  # fmt: skip
+)

@@ -48,7 +48,11 @@ METRICS = (
     Metric("psnr", "dB", "PSNR to the target over the whole picture, at most 60 dB", ("target",), _psnr),
     Metric("ssim", "index", "structural similarity to the target, 1 when equal", ("target",), _ssim),
     Metric(
-        "lpips", "distance", "minus LPIPS (AlexNet) to the target: 0 when equal, lower the more a person would see",
-        ("target",), _lpips, tools=("lpips",),
+        "lpips",
+        "distance",
+        "minus LPIPS (AlexNet) to the target: 0 when equal, lower the more a person would see",
+        ("target",),
+        _lpips,
+        tools=("lpips",),
     ),
-)  # fmt: skip
+)

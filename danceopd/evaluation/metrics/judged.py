@@ -24,20 +24,36 @@ def _judged(parts: tuple[str, ...], value: Callable[[Verdict], float]) -> Callab
 
 METRICS = (
     Metric(
-        "judge_instruction", "score", "the judge: how well the prompt was followed, 0 to 10",
-        (), _judged(("semantic",), lambda v: v.instruction), tools=("judge",),
+        "judge_instruction",
+        "score",
+        "the judge: how well the prompt was followed, 0 to 10",
+        (),
+        _judged(("semantic",), lambda v: v.instruction),
+        tools=("judge",),
     ),
     Metric(
-        "judge_preservation", "score", "the judge: how well what the prompt does not name was left alone, 0 to 10",
-        ("source",), _judged(("semantic",), lambda v: v.preservation), tools=("judge",),
+        "judge_preservation",
+        "score",
+        "the judge: how well what the prompt does not name was left alone, 0 to 10",
+        ("source",),
+        _judged(("semantic",), lambda v: v.preservation),
+        tools=("judge",),
     ),
     Metric(
-        "judge_quality", "score", "the judge: the lower of naturalness and freedom from artifacts (PQ), 0 to 10",
-        (), _judged(("quality",), lambda v: v.quality), tools=("judge",),
+        "judge_quality",
+        "score",
+        "the judge: the lower of naturalness and freedom from artifacts (PQ), 0 to 10",
+        (),
+        _judged(("quality",), lambda v: v.quality),
+        tools=("judge",),
     ),
     Metric(
-        "judge_overall", "score", "the judge: geometric mean of the semantic score (SC: the lower of instruction and "
+        "judge_overall",
+        "score",
+        "the judge: geometric mean of the semantic score (SC: the lower of instruction and "
         "preservation) and quality (PQ), 0 to 10",
-        (), _judged(("semantic", "quality"), lambda v: v.overall), tools=("judge",),
+        (),
+        _judged(("semantic", "quality"), lambda v: v.overall),
+        tools=("judge",),
     ),
-)  # fmt: skip
+)

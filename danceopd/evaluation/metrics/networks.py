@@ -23,8 +23,10 @@ def _open(folder: Path, what: str, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:  # transformers raises many kinds for files it cannot use
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: cannot be opened as {what} ({text}); it needs the model's config.json, "
-                        "model.safetensors and preprocessor_config.json") from error  # fmt: skip
+        raise UserError(
+            f"{folder}: cannot be opened as {what} ({text}); it needs the model's config.json, "
+            "model.safetensors and preprocessor_config.json"
+        ) from error
 
 
 def _offline(folder: Path) -> dict[str, Any]:
@@ -56,8 +58,9 @@ class Clip:
         model = _open(folder, "a CLIP model", lambda: _read(CLIPModel, folder, "clip"))
         self._model = model.to(device).requires_grad_(False).eval()
         self._prepare = _open(folder, "a CLIP model's image processor", lambda: _processor(folder))
-        self._tokens = _open(folder, "a CLIP model's tokenizer",
-                             lambda: AutoTokenizer.from_pretrained(**_offline(folder)))  # fmt: skip
+        self._tokens = _open(
+            folder, "a CLIP model's tokenizer", lambda: AutoTokenizer.from_pretrained(**_offline(folder))
+        )
 
     @torch.inference_mode()
     def images(self, pictures: np.ndarray) -> Tensor:

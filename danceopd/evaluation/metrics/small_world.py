@@ -31,8 +31,10 @@ def _board(pictures: np.ndarray, name: str) -> np.ndarray:
     """
     if pictures.shape[1:] != (world.SIZE, world.SIZE, 3):
         height, width = pictures.shape[1:3]
-        raise UserError(f"metric '{name}' reads the small world's {world.SIZE}x{world.SIZE} pictures, these are "
-                        f"{height}x{width}; set model.height and model.width to {world.SIZE}")  # fmt: skip
+        raise UserError(
+            f"metric '{name}' reads the small world's {world.SIZE}x{world.SIZE} pictures, these are "
+            f"{height}x{width}; set model.height and model.width to {world.SIZE}"
+        )
     shape = (len(pictures), world.GRID, world.SCALE, world.GRID, world.SCALE, 3)
     return pictures.reshape(shape).mean(axis=(2, 4), dtype=np.float64)
 
@@ -75,11 +77,17 @@ def _edit_success(pictures: np.ndarray, records: list[Record], _: Tools) -> list
 
 METRICS = (
     Metric(
-        "scene_accuracy", "rate", "share of pictures in which every place and the background are right",
-        ("scene",), _scene_accuracy,
+        "scene_accuracy",
+        "rate",
+        "share of pictures in which every place and the background are right",
+        ("scene",),
+        _scene_accuracy,
     ),
     Metric(
-        "edit_success", "rate", "share of pictures in which the edited place holds exactly what was asked for",
-        ("scene", "position"), _edit_success,
+        "edit_success",
+        "rate",
+        "share of pictures in which the edited place holds exactly what was asked for",
+        ("scene", "position"),
+        _edit_success,
     ),
-)  # fmt: skip
+)

@@ -70,23 +70,42 @@ def edges(pictures: Tensor) -> Tensor:
 
 METRICS = (
     Metric(
-        "style_gram", "index", "likeness of style to the target: cosine of Gram matrices of CLIP's patch features",
-        ("target",), _style_gram, tools=("clip",),
+        "style_gram",
+        "index",
+        "likeness of style to the target: cosine of Gram matrices of CLIP's patch features",
+        ("target",),
+        _style_gram,
+        tools=("clip",),
     ),
     Metric(
-        "clip_target", "index", "cosine of CLIP's embeddings of picture and target (CLIP-I)",
-        ("target",), _clip_target, tools=("clip",),
+        "clip_target",
+        "index",
+        "cosine of CLIP's embeddings of picture and target (CLIP-I)",
+        ("target",),
+        _clip_target,
+        tools=("clip",),
     ),
     Metric(
-        "dino_target", "index", "cosine of DINO's embeddings of picture and target",
-        ("target",), _dino_target, tools=("dino",),
+        "dino_target",
+        "index",
+        "cosine of DINO's embeddings of picture and target",
+        ("target",),
+        _dino_target,
+        tools=("dino",),
     ),
     Metric(
-        "structure_dino", "index", "likeness of structure to the source: self-similarity of DINO's patches",
-        ("source",), _structure_dino, tools=("dino",),
+        "structure_dino",
+        "index",
+        "likeness of structure to the source: self-similarity of DINO's patches",
+        ("source",),
+        _structure_dino,
+        tools=("dino",),
     ),
     Metric(
-        "structure_ssim", "index", "likeness of structure to the source: SSIM of the luminance's edges, 1 when equal",
-        ("source",), _structure_ssim,
+        "structure_ssim",
+        "index",
+        "likeness of structure to the source: SSIM of the luminance's edges, 1 when equal",
+        ("source",),
+        _structure_ssim,
     ),
-)  # fmt: skip
+)

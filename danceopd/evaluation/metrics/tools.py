@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from danceopd.evaluation.judge import Judge
     from danceopd.evaluation.metrics.networks import Clip, Dino, Inception, Lpips
 
-_WHAT = {"clip": "a folder with a CLIP model", "dino": "a folder with a DINOv2 model",
-         "inception": "torch-fidelity's Inception weights"}  # fmt: skip
+_WHAT = {
+    "clip": "a folder with a CLIP model",
+    "dino": "a folder with a DINOv2 model",
+    "inception": "torch-fidelity's Inception weights",
+}
 _PACKAGES = {"inception": ("torch_fidelity", "torch-fidelity"), "lpips": ("torchvision", "torchvision")}
 ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it
 
