@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.harness import Report, arguments, in_turns, names, paired_ratio, run_script
 from benchmarks.setting import SIZES, load_base
+from danceopd.config.recipe import DistillRecipe
 from danceopd.files import hash_file
-from danceopd.recipe import DistillRecipe
-from danceopd.resume import Checkpoints
-from danceopd.training import new_learner
+from danceopd.training.checkpoints import Checkpoints
+from danceopd.training.learner import new_learner
 
 ROUNDS = 5
 HOW = (

@@ -19,8 +19,9 @@ from benchmarks.harness import Bar, Report, arguments, held_bytes, in_turns, nam
 from benchmarks.plain import PlainLoop
 from benchmarks.reference import Reference
 from benchmarks.setting import SIZES, Setting, Size, make_setting
-from danceopd.distill import HardRoutedOnPolicy, UpdateFigures
-from danceopd.queries import NAMED
+from danceopd.methods.base import UpdateFigures
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.methods.queries import NAMED
 
 SPEED_BARS = {"semantic": 3.0, "low_noise": 1.8}
 MEMORY_BAR = 0.4
@@ -47,7 +48,7 @@ COLUMNS = [
 
 def engine_update(setting: Setting, window: str, batch: int, seed: int) -> None:
     """One update as `danceopd.distill` makes it, draws included."""
-    method, figures = HardRoutedOnPolicy(), UpdateFigures()
+    method, figures = DanceOPD(), UpdateFigures()
     with setting.learner.precision():
         for group in setting.groups(window, batch, seed):
             method.accumulate(setting.distillation, setting.learner, group, figures)
@@ -58,7 +59,7 @@ def gradient_difference(setting: Setting, plain: PlainLoop) -> float:
     """Length of the difference of both sides' gradients of one batch, relative to the gradient's."""
     groups = setting.groups("uniform", 3, seed=0)
     for group in groups:
-        HardRoutedOnPolicy().accumulate(setting.distillation, setting.learner, group, UpdateFigures())
+        DanceOPD().accumulate(setting.distillation, setting.learner, group, UpdateFigures())
     plain.accumulate(groups)
     sides = []
     for parameters in (setting.learner.parameters, plain.parameters):

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from benchmarks.harness import Report, arguments, names, run_script
 from benchmarks.plain import PlainLoop
 from benchmarks.setting import SIZES, STEPS, Setting, make_setting
-from danceopd.distill import Group, HardRoutedOnPolicy, UpdateFigures
-from danceopd.queries import NAMED, query_window
+from danceopd.methods.base import Group, UpdateFigures
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.methods.queries import NAMED, query_window
 
 HOW = (
     "Samples that pass through the transformer's last block, per sample of the batch, counted by hooks on the network: "
@@ -95,7 +96,7 @@ def engine_passes(setting: Setting, groups: list[Group]) -> Passes:
     """What one batch costs the engine."""
     with counted(setting.backbone.transformer) as passes:
         for group in groups:
-            HardRoutedOnPolicy().accumulate(setting.distillation, setting.learner, group, UpdateFigures())
+            DanceOPD().accumulate(setting.distillation, setting.learner, group, UpdateFigures())
     setting.learner.optimizer.zero_grad()
     return passes
 

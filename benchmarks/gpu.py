@@ -26,17 +26,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.forwards import mean_steps
 from benchmarks.harness import Bar, Report, arguments, held_bytes, names, run_script
 from benchmarks.setting import STEPS, wake
-from danceopd.adapters import add_lora
 from danceopd.backbones.base import Condition
 from danceopd.backbones.flux2_klein import Flux2Klein
+from danceopd.backbones.lora import add_lora
+from danceopd.config.recipe import DistillRecipe, LoraRecipe, ModelRecipe
 from danceopd.data.encoded import EncodedRecords
-from danceopd.distill import Distillation, Group, HardRoutedOnPolicy, UpdateFigures
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
-from danceopd.recipe import DistillRecipe, LoraRecipe, ModelRecipe
-from danceopd.rollout import roll_out
-from danceopd.training import Learner, new_learner
-from danceopd.world_base import new_text_encoder, new_vae
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.rollout import roll_out
+from danceopd.methods.base import Distillation, Group, UpdateFigures
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.pretraining.world_base import new_text_encoder, new_vae
+from danceopd.training.learner import Learner, new_learner
 
 TEACHERS = ("first", "second", "third")
 ROLLOUT_STEPS = 2  # of the grid that are timed
@@ -222,7 +223,7 @@ class Contest:
     def update(self) -> None:
         """With its query at the noise: no rollout."""
         with self.learner.precision():
-            HardRoutedOnPolicy().accumulate(self.distillation, self.learner, self.group, UpdateFigures())
+            DanceOPD().accumulate(self.distillation, self.learner, self.group, UpdateFigures())
         self.learner.update()
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.setting import STUDENT, Setting
-from danceopd.adapters import adapter_parameters, add_lora, plain_copy
 from danceopd.backbones.base import Condition
-from danceopd.distill import Group
+from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
+from danceopd.methods.base import Group
 
 
 class PlainLoop:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from danceopd.bases import shipped_folder
+from danceopd.backbones.bases import shipped_folder
 from danceopd.data import world
 from danceopd.errors import UserError
 

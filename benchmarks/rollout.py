@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.harness import Report, arguments, in_turns, names, paired_ratio, run_script
 from benchmarks.setting import SIZES, STEPS, Setting, make_setting
 from danceopd.backbones.base import Condition
-from danceopd.queries import NAMED
-from danceopd.rollout import roll_out
+from danceopd.flow.rollout import roll_out
+from danceopd.methods.queries import NAMED
 
 BATCH = 16
 ROUNDS = 3

@@ -9,20 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from danceopd.adapters import adapter_parameters, add_lora, save_lora
 from danceopd.backbones import load_backbone
+from danceopd.backbones.bases import shipped_folder
 from danceopd.backbones.flux2_klein import Flux2Klein
-from danceopd.bases import shipped_folder
+from danceopd.backbones.lora import adapter_parameters, add_lora, save_lora
+from danceopd.config.recipe import DistillRecipe, LoraRecipe
 from danceopd.data import world
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
-from danceopd.distill import Distillation, Group, HardRoutedOnPolicy, draw_groups
-from danceopd.fields import VelocityField
-from danceopd.queries import query_window
-from danceopd.recipe import DistillRecipe, LoraRecipe
-from danceopd.routing import TaskSampler, task_counts
-from danceopd.training import Learner, new_learner
-from danceopd.world_base import SHAPE, new_transformer
+from danceopd.data.sampler import TaskSampler
+from danceopd.flow.fields import VelocityField
+from danceopd.methods.base import Distillation, Group
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.methods.groups import draw_groups
+from danceopd.methods.queries import query_window
+from danceopd.methods.routing import task_counts
+from danceopd.pretraining.world_base import SHAPE, new_transformer
+from danceopd.training.learner import Learner, new_learner
 
 STEPS = 16
 STUDENT = "student"
@@ -90,7 +93,7 @@ class Setting:
         sampler = TaskSampler(self.encoded.rows_by_task(), seed)
         rows, tags = sampler.draw(task_counts(WEIGHTS, batch))
         generator = torch.Generator().manual_seed(seed)
-        method = HardRoutedOnPolicy()
+        method = DanceOPD()
         return draw_groups(
             self.distillation, method, self.learner, rows, tags, WEIGHTS, query_window(window), generator
         )

@@ -16,7 +16,7 @@ from kfp import dsl
 
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
-from danceopd.steps import Product, open_product
+from danceopd.workspace import Product, open_product
 
 PATH_FACTS = ("dataset", "pipeline", "report")
 

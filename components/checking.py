@@ -10,10 +10,10 @@ from typing import Any
 from components.running import Step
 from components.training import Way, pod_of
 from danceopd import steps
-from danceopd.champion import find_champion, needs_champion
+from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.files import content_key, write_atomic, write_json
-from danceopd.recipe import CheckpointTeacher, Recipe
-from danceopd.tracking import default_tracking_uri
+from danceopd.registry.champion_teacher import find_champion, needs_champion
+from danceopd.tracking.mlflow_store import default_tracking_uri
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from components.tracked import end_tracked, tracked
+from danceopd.config.load import apply_overrides, load_recipe, parse_recipe
+from danceopd.config.recipe import Recipe
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import read_json, write_atomic, write_json
-from danceopd.journal import NO_LAST_WORD
-from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
+from danceopd.tracking.journal import NO_LAST_WORD
 
 RUN_ID = "KFP_RUN_ID"
 BAD_INPUT = 2

@@ -1,8 +1,8 @@
 """What a step tells MLflow as a part of its pipeline run: which run it is of, how that ended, and when it is delivered.
 
-Steps write journals into the workspace (`danceopd.journal`). A server gets them every minute and at each step's end. A
-store that is a file, which nobody watches meanwhile, gets them from the step that needs the store anyway (`register`),
-or from the run's last one: opening it takes seconds.
+Steps write journals into the workspace (`danceopd.tracking.journal`). A server gets them every minute and at each
+step's end. A store that is a file, which nobody watches meanwhile, gets them from the step that needs the store anyway
+(`register`), or from the run's last one: opening it takes seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from danceopd import delivery, journal
-from danceopd.recipe import Recipe
-from danceopd.tracking import ENVIRONMENT, default_tracking_uri
+from danceopd.config.recipe import Recipe
+from danceopd.tracking import delivery, journal
+from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
 
 GOOD_ENDS = ("SUCCEEDED", "SKIPPED", "CACHED")
 

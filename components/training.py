@@ -23,8 +23,8 @@ from danceopd import steps
 from danceopd.devices import usable_cores
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import write_atomic
-from danceopd.steps import Product
-from danceopd.tracking import ENVIRONMENT
+from danceopd.tracking.mlflow_store import ENVIRONMENT
+from danceopd.workspace import Product
 
 STEP, JOB, TRAIN_JOB = "step", "Job", "TrainJob"
 WAYS = (STEP, JOB, TRAIN_JOB)

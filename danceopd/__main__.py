@@ -1,6 +1,6 @@
 """`python -m danceopd`: the command line, for launchers that start modules (`torchrun -m danceopd distill ...`)."""
 
-from danceopd.cli import main
+from danceopd.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
+from danceopd.config.recipe import FinetuneRecipe
 from danceopd.data.encoded import EncodedRecords
+from danceopd.data.sampler import TaskSampler
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
-from danceopd.objectives import flow_matching_loss
-from danceopd.processes import Processes, share
-from danceopd.progress import StepProgress
-from danceopd.recipe import FinetuneRecipe
-from danceopd.resume import Checkpoints, resumable
-from danceopd.routing import TaskSampler
-from danceopd.training import new_learner
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.losses import flow_matching_loss
+from danceopd.training.checkpoints import Checkpoints, resumable
+from danceopd.training.learner import new_learner
+from danceopd.training.processes import Processes, share
+from danceopd.training.progress import StepProgress
 
 
 def finetune(

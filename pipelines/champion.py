@@ -13,8 +13,8 @@ from kfp import dsl
 from components.move_champion import move_champion
 from components.running import read_notes
 from danceopd import steps
-from danceopd.recipe import Recipe
-from danceopd.tracking import ENVIRONMENT
+from danceopd.config.recipe import Recipe
+from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines.distillation import place_task
 from pipelines.local import run_here
 from pipelines.options import MOUNT, PipelineOptions

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from components.image import IMAGE
-from danceopd.options import RecipeOption, SetOption
-from danceopd.recipe import load_recipe
+from danceopd.cli.options import RecipeOption, SetOption
+from danceopd.config.load import load_recipe
 from pipelines.one_line import one_line_errors
 
 WorkspaceOption = Annotated[Path | None, typer.Option(help="where the store lies; default: runs/<recipe name>")]

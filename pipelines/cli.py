@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from components.image import IMAGE
+from danceopd.cli.options import RecipeOption, SetOption, WorkspaceOption
+from danceopd.config.load import load_recipe
 from danceopd.errors import UserError
-from danceopd.options import RecipeOption, SetOption, WorkspaceOption
-from danceopd.recipe import load_recipe
-from danceopd.tracking import ENVIRONMENT
+from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
 from pipelines.one_line import one_line_errors

@@ -19,9 +19,9 @@ from components.cards import card_problem
 from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd import steps
+from danceopd.config.recipe import FinetunedTeacher, Recipe
 from danceopd.devices import usable_cores
 from danceopd.files import read_json
-from danceopd.recipe import FinetunedTeacher, Recipe
 from pipelines.distillation import build_pipeline
 from pipelines.one_line import StepFailed
 from pipelines.options import PipelineOptions, Threads

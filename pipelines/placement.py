@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from danceopd.recipe import say_invalid
-from danceopd.shipped import read_settings
+from danceopd.config.load import say_invalid
+from danceopd.config.shipped import read_settings
 
 PLACEMENTS = "pipelines.placements"  # the package of those that ship
 Range = tuple[PositiveInt, PositiveInt]

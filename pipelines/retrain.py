@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from danceopd import registry, steps
+from danceopd import steps
+from danceopd.config.recipe import Recipe
 from danceopd.data import versioning
 from danceopd.errors import UserError
 from danceopd.files import content_key
-from danceopd.recipe import Recipe
-from danceopd.tracking import has_store, open_client
+from danceopd.registry.versions import RegisteredModel
+from danceopd.tracking.mlflow_store import has_store, open_client
 
 UNKNOWN = "unknown"
 
@@ -151,21 +152,16 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
     Raises:
         UserError: if the store does not answer.
     """
-    model = recipe.register_as.model
+    name = recipe.register_as.model
     if not has_store(tracking_uri):
-        return Comparison(model, None, [], None, 0)
-    client = open_client(tracking_uri)
-    champion = registry.current_champion(client, model)
-    versions = registry.list_versions(client, model) if champion is not None or _knows(client, model) else []
+        return Comparison(name, None, [], None, 0)
+    model = RegisteredModel(open_client(tracking_uri), name)
+    champion, versions = model.champion(), model.lines()
     wanted = inputs.tags()
     tried = next((v.version for v in versions if inputs.known and wanted.items() <= v.tags.items()), None)
     differences = [] if champion is None else _differences(wanted, champion.tags)
     number = None if champion is None else str(champion.version)
-    return Comparison(model, number, differences, tried, int(versions[0].version) if versions else 0)
-
-
-def _knows(client: Any, model: str) -> bool:
-    return model in [found.name for found in client.search_registered_models()]
+    return Comparison(name, number, differences, tried, int(versions[0].version) if versions else 0)
 
 
 def _differences(wanted: dict[str, str], tags: dict[str, str]) -> list[Difference]:
@@ -193,7 +189,7 @@ def verdict(recipe: Recipe, inputs: Inputs, tracking_uri: str, before: int) -> s
     if after.newest <= before:
         old = f"its student is version {after.tried}, as before" if after.tried else "a gate failed; see the summary"
         return f"{after.model}: no new version, {old}"
-    lines = registry.list_versions(open_client(tracking_uri), after.model)
+    lines = RegisteredModel(open_client(tracking_uri), after.model).lines()
     newest = next(line for line in lines if int(line.version) == after.newest)
     aliases, reasons = ", ".join(newest.aliases) or "no alias", "; ".join(newest.reasons)
     return f"{after.model}: registered as version {newest.version} ({aliases})" + (f": {reasons}" if reasons else "")

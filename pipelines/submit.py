@@ -27,7 +27,7 @@ from kfp_server_api import ApiException
 
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import hash_file
-from danceopd.tracking import redact
+from danceopd.tracking.mlflow_store import redact
 
 HOST_ENV, TOKEN_ENV, COOKIE_ENV, CA_ENV = "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KFP_COOKIE", "SSL_CERT_FILE"
 TIMEOUT = (10, 60)  # seconds to connect, and between two bytes of an answer

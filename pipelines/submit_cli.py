@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from components.image import IMAGE
+from danceopd.cli.options import RecipeOption, SetOption
+from danceopd.config.load import load_recipe
+from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
-from danceopd.options import RecipeOption, SetOption
-from danceopd.recipe import Recipe, load_recipe
-from danceopd.tracking import ENVIRONMENT, default_tracking_uri
+from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
 from pipelines.one_line import one_line_errors
 
 FAILED, UNCHANGED, AGAIN = 1, 3, 75

@@ -19,7 +19,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A Flux2KleinPipeline folder with random weights (a 50,000-parameter transformer) and the world's tokenizer."""
-    from danceopd import world_base as wb
+    from danceopd.pretraining import world_base as wb
 
     torch.manual_seed(0)
     transformer = wb.new_transformer(192, 16, heads=2, head_dim=16, doubles=1, singles=1)
@@ -33,7 +33,7 @@ def tiny_base(tmp_path_factory) -> Path:
 def backbone(tiny_base):
     """The tiny base, loaded. Do not change it."""
     from danceopd.backbones import load_backbone
-    from danceopd.world_base import SHAPE
+    from danceopd.pretraining.world_base import SHAPE
 
     return load_backbone(tiny_base, SHAPE)
 

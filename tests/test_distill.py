@@ -9,28 +9,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from danceopd import training
 from danceopd.backbones import load_backbone
+from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe, WeightPhase
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
-from danceopd.distill import (
-    Distillation,
-    HardRoutedOnPolicy,
-    Selection,
-    UpdateFigures,
-    Validation,
-    distill,
-    draw_groups,
-)
+from danceopd.distill import distill
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
 from danceopd.finetune import finetune
-from danceopd.objectives import velocity_matching_loss
-from danceopd.operators import GuidedField
-from danceopd.queries import NAMED, query_window
-from danceopd.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe, WeightPhase
-from danceopd.training import new_learner
-from danceopd.world_base import SHAPE
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.guidance import GuidedField
+from danceopd.flow.losses import velocity_matching_loss
+from danceopd.methods.base import Distillation, UpdateFigures
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.methods.groups import draw_groups
+from danceopd.methods.queries import NAMED, query_window
+from danceopd.pretraining.world_base import SHAPE
+from danceopd.training import learner as training
+from danceopd.training.learner import new_learner
+from danceopd.training.selection import Selection, Validation
 
 TEACHER_OF = {"t2i": "base", "local_edit": "editor", "global_style": "editor"}
 WEIGHTS = {"t2i": 1.0, "local_edit": 1.0, "global_style": 2.0}
@@ -74,7 +70,7 @@ def drawn(base, encoded, learner, teachers, generator, **changes):
     rows = [by_task[t][i] for t in TEACHER_OF for i in range(2)]
     tags = [t for t in TEACHER_OF for _ in range(2)]
     window = query_window("uniform")
-    method = HardRoutedOnPolicy()
+    method = DanceOPD()
     return setup, draw_groups(setup, method, learner, rows, tags, WEIGHTS, window, generator, **changes)
 
 
@@ -84,7 +80,7 @@ def test_one_update_sends_gradient_to_the_student_alone(base, encoded):
     setup, groups = drawn(base, encoded, learner, teachers, torch.Generator().manual_seed(0))
     figures = UpdateFigures()
     for group in groups:
-        HardRoutedOnPolicy().accumulate(setup, learner, group, figures)
+        DanceOPD().accumulate(setup, learner, group, figures)
     assert all(p.grad is not None for p in learner.parameters)
     for field in teachers.values():
         assert all(p.grad is None for p in field.network.parameters())
@@ -102,11 +98,11 @@ def test_forwards_are_the_steps_before_the_query_one_teacher_and_three(base, enc
         rows = list(range(6))
         tags = [encoded.tasks[row] for row in rows]
         generator = torch.Generator().manual_seed(3)
-        groups = draw_groups(setup, HardRoutedOnPolicy(), learner, rows, tags, WEIGHTS, query_window(window), generator)
+        groups = draw_groups(setup, DanceOPD(), learner, rows, tags, WEIGHTS, query_window(window), generator)
         figures = UpdateFigures()
         with count_samples(base) as passed:
             for group in groups:
-                HardRoutedOnPolicy().accumulate(setup, learner, group, figures)
+                DanceOPD().accumulate(setup, learner, group, figures)
         before_query = sum(int(group.stop.sum()) for group in groups)
         assert sum(passed) == before_query + 6 + 6  # rollout, teacher, student; its backward pass is two more
         assert figures.forwards == before_query + 4 * 6
@@ -122,7 +118,7 @@ def test_a_guided_teacher_counts_both_of_its_passes(base, encoded):
     figures = UpdateFigures()
     with count_samples(base) as passed:
         for group in groups:
-            HardRoutedOnPolicy().accumulate(setup, learner, group, figures)
+            DanceOPD().accumulate(setup, learner, group, figures)
     assert figures.forwards == sum(passed) + 2 * 6  # a backward pass is two
 
 
@@ -147,7 +143,7 @@ def test_a_batch_in_parts_gives_the_same_gradient(base, encoded, parts):
         setup, groups = drawn(base, encoded, learner, teachers, torch.Generator().manual_seed(0), parts=count)
         assert [group.last for group in groups] == [False] * (len(groups) - 1) + [True]
         for group in groups:
-            HardRoutedOnPolicy().accumulate(setup, learner, group, UpdateFigures())
+            DanceOPD().accumulate(setup, learner, group, UpdateFigures())
         gradients.append([p.grad for p in learner.parameters])
     assert len(groups) > 2
     for one, other in zip(*gradients, strict=True):
@@ -319,7 +315,7 @@ def test_precision_and_recomputation_change_the_gradient_by_little(base, encoded
         setup, groups = drawn(other, encoded, learner, teachers, torch.Generator().manual_seed(0))
         with learner.precision():
             for group in groups:
-                HardRoutedOnPolicy().accumulate(setup, learner, group, UpdateFigures())
+                DanceOPD().accumulate(setup, learner, group, UpdateFigures())
         gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters]))
     difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     assert difference < (0.03 if "precision" in changes else 1e-5)

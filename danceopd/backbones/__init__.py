@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from danceopd.backbones.base import Backbone, Condition
-from danceopd.recipe import ModelRecipe
+from danceopd.config.recipe import ModelRecipe
 
 if TYPE_CHECKING:
     from danceopd.backbones.pipeline import PipelineBackbone
@@ -26,7 +26,7 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
     Raises:
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
-    from danceopd.kernels import quantize_frozen, set_attention
+    from danceopd.backbones.kernels import quantize_frozen, set_attention
 
     backbone = _family(settings).load(Path(folder), settings, device)
     set_attention(backbone.transformer, settings.attention)

@@ -15,14 +15,14 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from danceopd.adapters import plain_copy
 from danceopd.backbones.base import LOADING, SETTINGS, Condition
+from danceopd.backbones.bases import INDEX, components
+from danceopd.backbones.lora import plain_copy
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.weights import read_transformer
-from danceopd.bases import INDEX, components
+from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
 from danceopd.files import forget_origin, read_json
-from danceopd.recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
 

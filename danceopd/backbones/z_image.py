@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
 from danceopd.backbones.pipeline import ShiftedLatentsBackbone
+from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
-from danceopd.recipe import ModelRecipe
 
 
 class ZImage(ShiftedLatentsBackbone):

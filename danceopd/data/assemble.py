@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from danceopd.config.recipe import DataRecipe
 from danceopd.data.records import (
     MANIFEST,
     SHARD_ROWS,
@@ -26,7 +27,6 @@ from danceopd.data.records import (
 from danceopd.data.world import world_records
 from danceopd.errors import UserError
 from danceopd.files import atomic_folder, hash_file, read_json, write_json
-from danceopd.recipe import DataRecipe
 
 METADATA = "metadata.jsonl"
 SHARD_BYTES = 1 << 28  # of a shard's pictures; `SHARD_ROWS` is reached first where they are small

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from danceopd.data.encoded import EncodedRecords
-from danceopd.fields import Field
-from danceopd.sample import seeded_noise
+from danceopd.flow.fields import Field
+from danceopd.flow.sampling import seeded_noise
 
 STUDENT, TEACHER = "student", "teacher"
 _SIDES = {STUDENT: {"linestyle": "-", "marker": "o"}, TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"}}

@@ -6,9 +6,7 @@ the same start, and their values can be compared pair by pair.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import time
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,45 +17,34 @@ from types import MappingProxyType
 import numpy as np
 
 from danceopd.backbones.base import Backbone
+from danceopd.config.recipe import Recipe
 from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.drift import path_drift
+from danceopd.evaluation.gates import Scores, gate_allowance, judge, retention, score_of
 from danceopd.evaluation.metrics import metric, read_picture
 from danceopd.evaluation.metrics.editing import edit_mask
 from danceopd.evaluation.metrics.tools import Tools
+from danceopd.evaluation.names import BASE, STUDENT
+from danceopd.evaluation.scoring import (
+    Scored,
+    Values,
+    draw_field,
+    finite,
+    mean,
+    paid,
+    record_seed,
+    score_ceiling,
+    score_pictures,
+    score_records,
+    skipped_metrics,
+)
 from danceopd.evaluation.statistics import bootstrap_interval, compare
-from danceopd.fields import Field
-from danceopd.recipe import EvaluateRecipe, Gate, Recipe
-from danceopd.sample import sample_pixels, to_uint8
+from danceopd.flow.fields import Field
 
 log = logging.getLogger(__name__)
-
-BASE, STUDENT = "base", "student"
-Values = dict[str, list[float]]
-Scores = dict[str, dict[str, dict[str, float | None]]]
-_ROUNDING = 1e-9  # a limit such as 0.95 * 0.8 may land above a mean that equals it
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What one field drew for some records, and how good it is.
-
-    Attributes:
-        pictures: (N, H, W, 3) uint8, in the records' order.
-        values: per metric one value a record; NaN where there is none: of a metric that was skipped, or of a set.
-        whole: the value of each metric of a set.
-    """
-
-    pictures: np.ndarray
-    values: Values
-    whole: dict[str, float] = attribute(default_factory=dict)
-
-    @property
-    def means(self) -> dict[str, float]:
-        """The mean of each metric, or its value over the set; NaN if any value is, or if there are no records."""
-        return {name: _mean(values) for name, values in self.values.items()} | self.whole
 
 
 @dataclass(frozen=True)
@@ -114,123 +101,6 @@ class _TaskResult:
 
     def means(self, field: str) -> dict[str, float]:
         return Scored(np.empty(0), self.values[field], self.whole.get(field, {})).means
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def record_seed(seed: int, record_id: str) -> int:
-    """The noise seed of one record under one recipe seed: 63 bits of a stable hash."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{record_id}".encode()).digest()[:8], "big") >> 1
-
-
-def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
-    """Draw one picture a record: (N, H, W, 3) uint8, in the records' order.
-
-    Args:
-        field: any velocity field.
-        encoded: the N records; tasks with and without a source image may be mixed.
-        ids: the N records' ids, which decide their noise.
-        spec: steps, batch size and seed.
-    """
-    device = next(field.backbone.transformer.parameters()).device  # an offloaded field's own weights lie elsewhere
-    pictures = np.empty((len(ids), encoded.height, encoded.width, 3), dtype=np.uint8)
-    for group in encoded.shape_groups(list(range(len(ids)))):
-        for start in range(0, len(group), spec.batch):
-            rows = group[start : start + spec.batch]
-            seeds = [record_seed(spec.seed, ids[row]) for row in rows]
-            pictures[rows] = to_uint8(sample_pixels(field, encoded.condition(rows, device), seeds, spec.steps))
-    return pictures
-
-
-def skipped_metrics(names: Iterable[str], tools: Tools) -> dict[str, str]:
-    """The metrics that cannot be measured on this machine, each with the reason.
-
-    Raises:
-        UserError: if a metric is unknown.
-    """
-    return {name: reason for name in names if (reason := tools.lacks(metric(name).tools)) is not None}
-
-
-def score_pictures(
-    pictures: np.ndarray, records: list[Record], metrics: tuple[str, ...], tools: Tools | None = None
-) -> Scored:
-    """Score pictures (N, H, W, 3) uint8 by metrics; those whose tools are not there get NaN.
-
-    Raises:
-        UserError: if a metric is unknown, or a record lacks what it needs.
-    """
-    tools = tools or Tools(EvaluateRecipe())
-    skipped = skipped_metrics(metrics, tools)
-    values: Values = {name: [math.nan] * len(records) for name in metrics}
-    whole = {}
-    for name in metrics:
-        if name in skipped:
-            continue
-        found = metric(name).score(pictures, records, tools)
-        if metric(name).of_set:
-            whole[name] = found[0] if found else math.nan
-        else:
-            values[name] = found
-    return Scored(pictures, values, whole)
-
-
-def score_records(
-    field: Field,
-    encoded: EncodedRecords,
-    records: list[Record],
-    metrics: tuple[str, ...],
-    spec: EvaluateRecipe,
-    tools: Tools | None = None,
-) -> Scored:
-    """Draw records with a field and score the pictures.
-
-    Args:
-        field: any velocity field.
-        encoded: `records`, encoded in the same order.
-        records: what to draw.
-        metrics: names from `danceopd.evaluation.metrics.METRICS`.
-        spec: steps, batch size and seed; networks and judge.
-        tools: opened by an earlier call; default: opened now, from `spec`.
-
-    Raises:
-        UserError: if a metric is unknown, or a record lacks what it needs.
-    """
-    pictures = draw_field(field, encoded, [r.id for r in records], spec)
-    return score_pictures(pictures, records, metrics, tools or Tools(spec))
-
-
-def score_ceiling(
-    backbone: Backbone,
-    encoded: EncodedRecords,
-    records: list[Record],
-    metrics: tuple[str, ...],
-    batch: int,
-    tools: Tools | None = None,
-) -> dict[str, float]:
-    """The means that the autoencoder's own reconstruction of the targets reaches: no field can draw better.
-
-    Records without a target are left out; with none at all the answer is empty. The judge is not asked: it is paid.
-    """
-    rows = [row for row in range(len(records)) if encoded.target_row[row] >= 0]
-    metrics = tuple(name for name in metrics if not _paid(name) and not (metric(name).of_set and len(rows) == 1))
-    if not rows:
-        return {}
-    device = next(backbone.transformer.parameters()).device
-    parts = []
-    for start in range(0, len(rows), batch):
-        latents = encoded.target(rows[start : start + batch], device)
-        parts.append(to_uint8(backbone.decode(latents, encoded.height, encoded.width).float()))
-    return score_pictures(np.concatenate(parts), [records[row] for row in rows], metrics, tools).means
-
-
-def _paid(name: str) -> bool:
-    return "judge" in metric(name).tools
 
 
 def _held_out(recipe: Recipe, dataset: DatasetFolder, skipped: Mapping[str, str]) -> dict[str, list[Record]]:
@@ -364,7 +234,7 @@ def _drift(
     """
     spec, taught = recipe.evaluate, recipe.tasks[task].teacher
     known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))
-    first = next((name for name in known if not _paid(name)), known[0])
+    first = next((name for name in known if not paid(name)), known[0])
     records = records[: spec.drift.records]
     encoded, ids = encoded.subset(list(range(len(records)))), [record.id for record in records]
     seeds = [record_seed(spec.seed, name) for name in ids]
@@ -377,18 +247,18 @@ def _drift(
                 values = scored[name].values[first][: len(records)]
             else:
                 pictures = draw_field(fields[name], encoded, ids, spec.model_copy(update={"steps": steps}))
-                free = not _paid(first)
+                free = not paid(first)
                 values = score_pictures(pictures, records, (first,), tools).values[first] if free else []
                 forwards += len(ids) * steps * fields[name].forwards
-            figures[side] = _finite(_mean(values))
+            figures[side] = finite(mean(values))
         by_steps[str(steps)] = figures
     facts = {
         "records": len(records),
         "metric": first,
         "unit": metric(first).unit,
         "sigmas": found.sigmas,
-        "drift": [_finite(v) for v in found.drift],
-        "velocity_error": [_finite(v) for v in found.velocity_error],
+        "drift": [finite(v) for v in found.drift],
+        "velocity_error": [finite(v) for v in found.velocity_error],
         "by_steps": by_steps,
     }
     log.info(
@@ -469,7 +339,7 @@ def _metrics(
 ) -> dict:
     scores: Scores = {
         field: {
-            task: {name: _finite(value) for name, value in result.means(field).items()}
+            task: {name: finite(value) for name, value in result.means(field).items()}
             for task, result in results.items()
         }
         for field in fields
@@ -492,7 +362,7 @@ def _metrics(
         "primary": {task: measured_of(spec.metrics, skipped)[0] for task, spec in recipe.tasks.items()},
         "teacher_of": {task: spec.teacher for task, spec in recipe.tasks.items()},
         "ceiling": {
-            task: {name: _finite(value) for name, value in result.ceiling.items()} for task, result in results.items()
+            task: {name: finite(value) for name, value in result.ceiling.items()} for task, result in results.items()
         },
         "scores": scores,
         "intervals": intervals,
@@ -533,7 +403,7 @@ def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: S
         teacher = recipe.tasks[task].teacher
         gates = {gate.metric: gate for gate in recipe.tasks[task].gates}
         for name, values in result.values[STUDENT].items():
-            bar = _score(scores, teacher, task, name)
+            bar = score_of(scores, teacher, task, name)
             margin = gate_allowance(gates[name], bar) if name in gates and bar is not None else None
             found = compare(
                 values,
@@ -550,7 +420,7 @@ def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: S
 
 def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
     def row(values: list[float]) -> list[float | None]:
-        return [None if _finite(v) is None else round(v, 4) for v in values]
+        return [None if finite(v) is None else round(v, 4) for v in values]
 
     values: dict = {
         field: {
@@ -570,66 +440,6 @@ def _by_novelty(result: _TaskResult) -> dict[str, dict[str, float | None]]:
         if novelty is not None:
             rows.setdefault(str(novelty), []).append(number)
     return {
-        novelty: {name: _finite(_mean([values[i] for i in part])) for name, values in result.values[STUDENT].items()}
+        novelty: {name: finite(mean([values[i] for i in part])) for name, values in result.values[STUDENT].items()}
         for novelty, part in sorted(rows.items())
     }
-
-
-def _score(scores: Scores, field: str, task: str, name: str) -> float | None:
-    return _finite(scores.get(field, {}).get(task, {}).get(name))
-
-
-def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, float | None]]]:
-    """The student beside each task's own teacher: both values, ratio and difference; None where undefined."""
-    table: dict[str, dict[str, dict[str, float | None]]] = {}
-    for task, spec in recipe.tasks.items():
-        for name in spec.metrics:
-            teacher, student = _score(scores, spec.teacher, task, name), _score(scores, STUDENT, task, name)
-            known = teacher is not None and student is not None
-            table.setdefault(task, {})[name] = {
-                "teacher": teacher,
-                "student": student,
-                "ratio": student / teacher if known and teacher != 0 and metric(name).unit != "distance" else None,
-                "difference": student - teacher if known else None,
-            }
-    return table
-
-
-def gate_limit(gate: Gate, teacher: float) -> float:
-    """The least value, in the metric's unit, with which a student holds a gate."""
-    return teacher * gate.retain if gate.retain is not None else teacher - gate.max_drop
-
-
-def gate_allowance(gate: Gate, teacher: float) -> float:
-    """How far below its teacher a student may lie and hold the gate, in the metric's unit."""
-    return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
-
-
-def judge(recipe: Recipe, scores: Scores, skipped: Mapping[str, str] = MappingProxyType({})) -> list[dict]:
-    """Every gate of the recipe with its limit, the student's value and whether it holds; a `reason` where it has none.
-
-    A value that is missing or not finite, the student's or the teacher's, never holds.
-    """
-    verdicts = []
-    for task, spec in recipe.tasks.items():
-        for gate in spec.gates:
-            teacher = _score(scores, spec.teacher, task, gate.metric)
-            student = _score(scores, STUDENT, task, gate.metric)
-            limit = None if teacher is None else gate_limit(gate, teacher)
-            rule = f"retain {gate.retain}" if gate.retain is not None else f"max_drop {gate.max_drop}"
-            held = student is not None and limit is not None and student >= limit - _ROUNDING
-            reason = skipped.get(gate.metric)
-            if reason is None and (student is None or teacher is None) and _paid(gate.metric):
-                reason = "the judge gave no readable answer on some pictures"
-            verdicts.append(
-                {
-                    "task": task,
-                    "metric": gate.metric,
-                    "rule": rule,
-                    "limit": limit,
-                    "value": student,
-                    "passed": held,
-                    "reason": reason,
-                }
-            )
-    return verdicts

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from danceopd.config.recipe import JudgeRecipe
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.files import content_key, write_json
-from danceopd.recipe import JudgeRecipe
 
 log = logging.getLogger(__name__)
 

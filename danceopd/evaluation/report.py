@@ -22,9 +22,10 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from danceopd.evaluation.drift import plot_paths
-from danceopd.evaluation.evaluate import BASE, STUDENT, Evaluation, Example, judged_by
+from danceopd.evaluation.evaluate import Evaluation, Example, judged_by
 from danceopd.evaluation.grids import fit_scale, picture_grid, resize
 from danceopd.evaluation.metrics import metric
+from danceopd.evaluation.names import BASE, STUDENT
 from danceopd.files import content_key, write_atomic, write_json
 
 _TEMPLATE, _CHAMPION = "report.html.j2", "champion.html.j2"

@@ -108,31 +108,32 @@ def compare(
 
 
 def compare_values(
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
+    ours: tuple[Mapping[str, list[str]], Mapping[str, Mapping[str, list]]],
+    theirs: tuple[Mapping[str, list[str]], Mapping[str, Mapping[str, list]]],
     margins: Mapping[str, Mapping[str, float]],
     reference: str,
     settings: Mapping[str, Any],
 ) -> dict[str, dict[str, dict | None]]:
-    """Compare two evaluations' students, {task: {metric: comparison as plain data, or None}}, paired by record id.
+    """Compare two fields of one or two evaluations, paired by record id: {task: {metric: plain data or None}}.
 
     Tasks and metrics that only one of them has are left out, and so are tasks whose records are not the same ones.
 
     Args:
-        ours: a `values.json`.
+        ours: record ids by task, and {task: {metric: values in their order}}.
         theirs: the other's.
         margins: {task: {metric: margin}}, where a gate sets one.
         reference: the other's name.
         settings: `seed`, `resamples` and `confidence`.
     """
     table: dict[str, dict[str, dict | None]] = {}
-    for task, metrics in ours["student"].items():
-        place = {record: row for row, record in enumerate(theirs["ids"].get(task, []))}
-        ids = ours["ids"][task]
+    (our_ids, our_values), (their_ids, their_values) = ours, theirs
+    for task, metrics in our_values.items():
+        place = {record: row for row, record in enumerate(their_ids.get(task, []))}
+        ids = our_ids[task]
         if set(ids) != set(place):
             continue
         for name, values in metrics.items():
-            other = theirs["student"].get(task, {}).get(name)
+            other = their_values.get(task, {}).get(name)
             if other is None:
                 continue
             paired = [other[place[record]] for record in ids]

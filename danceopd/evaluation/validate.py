@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from danceopd.config.recipe import Gate, Recipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record
-from danceopd.distill import Validation
 from danceopd.errors import UserError
-from danceopd.evaluation.evaluate import gate_allowance, score_records, skipped_metrics
+from danceopd.evaluation.gates import gate_allowance
 from danceopd.evaluation.metrics.tools import Tools
-from danceopd.fields import Field
-from danceopd.recipe import Gate, Recipe
+from danceopd.evaluation.scoring import score_records, skipped_metrics
+from danceopd.flow.fields import Field
+from danceopd.training.selection import Validation
 
 
 def gate_margin(gate: Gate, value: float, teacher: float) -> float:

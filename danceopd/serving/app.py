@@ -20,7 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from danceopd import __version__
 from danceopd.errors import UserError
-from danceopd.generate import Sample, decode_picture, to_fitted
+from danceopd.inference.generate import Sample, decode_picture, to_fitted
 from danceopd.serving.errors import RequestError
 from danceopd.serving.guard import BodyTooLarge, Guard
 from danceopd.serving.metrics import CONTENT_TYPE, Metrics

@@ -12,7 +12,16 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from danceopd.errors import UserError
-from danceopd.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Drawer, Sample, check_prompt, encode_picture, read_size
+from danceopd.inference.generate import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_STEPS,
+    Drawer,
+    Sample,
+    check_prompt,
+    encode_picture,
+    read_size,
+)
 from danceopd.serving.errors import RequestError
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import uvicorn
 
-from danceopd.generate import Drawer
+from danceopd.inference.generate import Drawer
 from danceopd.serving.app import build_app
 from danceopd.serving.metrics import Metrics
 from danceopd.serving.schema import Limits

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from danceopd.generate import Drawer, Sample
+from danceopd.inference.generate import Drawer, Sample
 from danceopd.serving.errors import RequestError
 from danceopd.serving.metrics import Metrics
 

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.files import content_key, hash_folder, read_json, write_json
-from danceopd.recipe import CheckpointTeacher, Recipe
-from danceopd.steps import Product, code_revision, data_revision, open_held_out, open_training
+from danceopd.steps.data import data_revision
+from danceopd.steps.encodings import open_held_out
+from danceopd.steps.student import open_training
 from danceopd.studies.identity import full, given, holds
+from danceopd.workspace import Product, code_revision
 
 if TYPE_CHECKING:
     from danceopd.backbones.base import Backbone
     from danceopd.data.encoded import EncodedRecords
-    from danceopd.fields import Field
+    from danceopd.flow.fields import Field
 
 log = logging.getLogger(__name__)
 OFF = 0.02  # share by which what a cell spent may differ from its plan before it is said
@@ -114,7 +117,7 @@ def _held_out(recipe: Recipe, shared: Shared, backbone: Backbone) -> dict[str, t
 
 def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, Field]) -> dict:
     """Each task's metrics, of the field given for it."""
-    from danceopd.evaluation.evaluate import score_records
+    from danceopd.evaluation.scoring import score_records
 
     means = {}
     for task, (records, encoded) in sets.items():
@@ -129,7 +132,7 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
     path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe, given), taught)}.json"
     settings = _judged(recipe, full)
     if not path.is_file() or not holds(read_json(path)["settings"], settings):
-        from danceopd.fields import VelocityField
+        from danceopd.flow.fields import VelocityField
 
         ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
         bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
@@ -151,7 +154,7 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     if there is not None:
         return there
     from danceopd.distill import distill
-    from danceopd.resume import Checkpoints
+    from danceopd.training.checkpoints import Checkpoints
 
     recipe, spec, key = cell.recipe, cell.recipe.distill, cell_key(cell, shared)
     saves = Checkpoints(shared.folder / "checkpoints" / key, spec.keep_checkpoints, key)

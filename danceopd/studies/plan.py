@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from danceopd.config.load import apply_overrides, load_recipe, say_invalid
+from danceopd.config.recipe import Recipe
+from danceopd.config.shipped import read_settings
 from danceopd.errors import UserError
-from danceopd.recipe import Recipe, apply_overrides, load_recipe, say_invalid
-from danceopd.shipped import read_settings
 
 STUDIES = "danceopd.studies"  # the package of those that ship
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -113,3 +114,19 @@ def load_study(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -
     for variant in study.variants:
         study.recipe_of(variant, study.seeds[0], 1)
     return study
+
+
+def steps_within(budget: Budget, forwards_per_sample: float, batch: int) -> int:
+    """The updates that a budget pays.
+
+    Raises:
+        UserError: if it pays not even one.
+    """
+    if budget.steps is not None:
+        return budget.steps
+    if forwards_per_sample == 0:
+        return 1  # nothing is trained, and a recipe wants a number
+    update = forwards_per_sample * batch
+    if budget.forwards < update:
+        raise UserError(f"budget.forwards {budget.forwards}: one update of batch {batch} takes {update:.0f} forwards")
+    return round(budget.forwards / update)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 from danceopd.files import write_atomic, write_json
-from danceopd.recipe import Recipe
 from danceopd.studies.cells import Cell, Shared, find_result, open_shared, reference_scores, run_cell
 from danceopd.studies.plan import Study
 from danceopd.studies.table import PLOT, markdown, summarise
@@ -26,15 +26,17 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
     Raises:
         UserError: if the budget does not pay one update, or the preflight finds an error.
     """
-    from danceopd.distill import method_of
-    from danceopd.preflight import preflight, settle
-    from danceopd.steps import open_training
-    from danceopd.studies.cost import expected_forwards, steps_within
+    from danceopd.methods.table import needs_targets
+    from danceopd.preflight.checks import preflight
+    from danceopd.preflight.findings import settle
+    from danceopd.preflight.forwards import expected_forwards
+    from danceopd.steps.student import open_training
+    from danceopd.studies.plan import steps_within
 
     trial = {variant: study.recipe_of(variant, study.seeds[0], 1) for variant in study.variants}
     opened, planned = {}, {}
     for variant, recipe in trial.items():
-        targets = method_of(recipe.distill).needs_targets
+        targets = needs_targets(recipe.distill)
         if targets not in opened:
             ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
             facts = {name: product.facts for name, product in shared.teachers.items()}
@@ -120,7 +122,7 @@ def _said(result: dict) -> str:
 
 
 def _write(study: Study, recipe: Recipe, results: list[dict], reference: dict, folder: Path) -> dict:
-    from danceopd.plots import plot_study
+    from danceopd.studies.plot import plot_study
 
     summary = summarise(study, recipe, results, reference)
     write_json(folder / "study.json", summary)

@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
+from danceopd.config.recipe import Recipe
 from danceopd.evaluation.metrics import metric
-from danceopd.recipe import Recipe
 from danceopd.studies.plan import Study
 
 LEVEL = 0.95

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from components.image import IMAGE
 from danceopd.errors import UserError
-from danceopd.journal import RUN
+from danceopd.tracking.journal import RUN
 from pipelines.one_line import BAD_INPUT, one_line_errors
 
 FAILED, AGAIN = 1, 75

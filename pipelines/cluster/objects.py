@@ -13,7 +13,7 @@ import yaml
 
 from components.image import IMAGE
 from danceopd.errors import UserError, unknown_name
-from danceopd.journal import RUN
+from danceopd.tracking.journal import RUN
 
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous

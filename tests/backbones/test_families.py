@@ -15,24 +15,24 @@ from tiny_models import EDITORS, FAMILIES, FLUX2, QWEN_IMAGE, SD3, Z_IMAGE, stoc
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from danceopd.adapters import add_lora, save_diffusers_lora
 from danceopd.backbones import FAMILIES as KNOWN
 from danceopd.backbones import load_backbone, open_outline
 from danceopd.backbones.base import Condition
+from danceopd.backbones.lora import add_lora, save_diffusers_lora
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
-from danceopd.checkpoint import load_field, save_field
+from danceopd.config.recipe import LoraRecipe
 from danceopd.data.cache import EncodingCache, encode_cached
 from danceopd.data.encoded import Sizing, encode_records
 from danceopd.data.records import Record
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
 from danceopd.files import read_json, write_json
-from danceopd.generate import Drawer, open_student
-from danceopd.operators import GuidedField
-from danceopd.outlook import forward_operations
-from danceopd.recipe import LoraRecipe
-from danceopd.rollout import roll_out
-from danceopd.sample import sample_pixels, seeded_noise
+from danceopd.flow.field_io import load_field, save_field
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.guidance import GuidedField
+from danceopd.flow.rollout import roll_out
+from danceopd.flow.sampling import sample_pixels, seeded_noise
+from danceopd.inference.generate import Drawer, open_student
+from danceopd.preflight.outlook import forward_operations
 
 PROMPTS = ["a red ring", "", "draw a small green square at the top left and one more below it"]
 SIZES = [(64, 64), (64, 96)]

@@ -11,8 +11,8 @@ from tiny_models import FAMILIES
 
 from danceopd.backbones import load_backbone
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
-from danceopd.generate import Drawer, Sample
+from danceopd.flow.fields import VelocityField
+from danceopd.inference.generate import Drawer, Sample
 
 MOST = {"flux2_klein": None, "z_image": 1, "sd3": 0, "qwen_image": None}
 

@@ -13,9 +13,9 @@ from danceopd.backbones.base import Condition
 from danceopd.backbones.flux2_klein import Flux2Klein
 from danceopd.data import world
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
-from danceopd.sample import sample_pixels, seeded_noise, to_uint8
-from danceopd.world_base import OUT_LAYERS, PROMPT_TOKENS, SHAPE, to_tensor
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.sampling import sample_pixels, seeded_noise, to_uint8
+from danceopd.pretraining.world_base import OUT_LAYERS, PROMPT_TOKENS, SHAPE, to_tensor
 
 SCENE = world.Scene("sand", (world.Thing("top left", "red", "ring"),))
 
@@ -120,7 +120,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
 def test_a_checkpoint_of_another_latent_space_or_with_missing_weights_is_refused(backbone, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from danceopd.world_base import new_transformer
+    from danceopd.pretraining.world_base import new_transformer
 
     new_transformer(192, 32, heads=2, head_dim=16, doubles=1, singles=1).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match="not the same latent space"):

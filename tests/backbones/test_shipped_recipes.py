@@ -15,21 +15,22 @@ from test_families import base_field, every_family, noise_of, png, with_lora
 from tiny_models import FAMILIES, SD3
 
 from danceopd import steps
-from danceopd.adapters import adapter_parameters, save_lora
 from danceopd.backbones import load_backbone, qwen_image
-from danceopd.bases import SHIPPED
-from danceopd.checkpoint import load_field
+from danceopd.backbones.bases import SHIPPED
+from danceopd.backbones.lora import adapter_parameters, save_lora
+from danceopd.cli.recipe import check
+from danceopd.config.load import RECIPES as RECIPE_PACKAGE
+from danceopd.config.load import load_recipe
+from danceopd.config.recipe import CheckpointTeacher, Recipe
+from danceopd.config.shipped import shipped_names
 from danceopd.data.encoded import encode_records
 from danceopd.data.records import Record, write_shard
 from danceopd.errors import UserError
-from danceopd.evaluation.evaluate import draw_field
 from danceopd.evaluation.metrics import read_picture
-from danceopd.generate import encode_picture
-from danceopd.recipe import RECIPES as RECIPE_PACKAGE
-from danceopd.recipe import CheckpointTeacher, Recipe, load_recipe
-from danceopd.recipe_commands import check
-from danceopd.rollout import roll_out
-from danceopd.shipped import shipped_names
+from danceopd.evaluation.scoring import draw_field
+from danceopd.flow.field_io import load_field
+from danceopd.flow.rollout import roll_out
+from danceopd.inference.generate import encode_picture
 
 RECIPES = {
     "flux2_klein": "flux2_klein_local_global",

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from test_families import base_field, condition_of, noise_of, with_lora
 from tiny_models import FAMILIES, FLUX2, QWEN_IMAGE, SD3, Z_IMAGE
 
-from danceopd.adapters import CONFIG, save_diffusers_lora, save_lora
 from danceopd.backbones import load_backbone
-from danceopd.checkpoint import field_kind, load_field, save_field
+from danceopd.backbones.lora import CONFIG, save_diffusers_lora, save_lora
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
+from danceopd.export.lora_files import save_comfyui_lora
 from danceopd.files import read_json, write_json
-from danceopd.lora_files import save_comfyui_lora
+from danceopd.flow.field_io import field_kind, load_field, save_field
+from danceopd.flow.fields import VelocityField
 
 STRENGTH = 1.5  # alpha 3 over rank 2, as `with_lora` makes them
 

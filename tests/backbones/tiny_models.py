@@ -40,11 +40,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from danceopd import world_base as wb
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.qwen_image import PictureProcessor
+from danceopd.config.recipe import ModelRecipe
 from danceopd.files import read_json, write_json
-from danceopd.recipe import ModelRecipe
+from danceopd.pretraining import world_base as wb
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from benchmarks import checkpoints, engine, forwards, gpu, harness, rollout
 from benchmarks.harness import Bar, Report
 from benchmarks.plain import PlainLoop
 from benchmarks.setting import SIZES, STEPS, make_setting
-from danceopd.distill import UpdateFigures
+from danceopd.methods.base import UpdateFigures
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from kubernetes import config
 from typer.testing import CliRunner
 
 from danceopd.errors import UserError
-from danceopd.journal import RUN
+from danceopd.tracking.journal import RUN
 from pipelines.cluster import cli, connect
 from pipelines.cluster.objects import JobPlan, manifests, to_yaml
 

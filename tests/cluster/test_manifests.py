@@ -12,7 +12,7 @@ import pytest
 import yaml
 from manifest_plans import PLANS, training_runtime
 
-from danceopd.recipe import load_recipe
+from danceopd.config.load import load_recipe
 from pipelines.cluster import jobs, logs, runs
 from pipelines.cluster.objects import JobPlan, manifests
 from pipelines.options import PipelineOptions

@@ -11,7 +11,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from danceopd.backbones.sd3 import SD3
-from danceopd.preflight import trained_parameters
+from danceopd.preflight.memory import trained_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "operator.md").read_text()

@@ -12,7 +12,7 @@ from kfp import dsl
 from components.cards import card_problem, gate_figures, publish_evaluation, read_card, read_cards, write_card
 from danceopd.errors import UserError
 from danceopd.files import write_json
-from danceopd.steps import STEP, Product, open_product
+from danceopd.workspace import STEP, Product, open_product
 
 FACTS = {"kind": "lora", "scores": {"t2i": {"hit": 0.1 + 0.2}}, "git": None, "window": [0.2, 0.8], "steps": 3}
 

@@ -18,10 +18,10 @@ from components.running import (
     summary_markdown,
     write_summary,
 )
+from danceopd.config.load import load_recipe
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import write_atomic, write_json
-from danceopd.recipe import load_recipe
-from danceopd.tracking import ENVIRONMENT
+from danceopd.tracking.mlflow_store import ENVIRONMENT
 
 RECIPE = load_recipe("world")
 

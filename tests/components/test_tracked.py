@@ -11,9 +11,9 @@ import pytest
 
 from components import tracked as room
 from components.tracked import end_tracked, tracked
-from danceopd import delivery, journal
-from danceopd.recipe import load_recipe
-from danceopd.tracking import ENVIRONMENT
+from danceopd.config.load import load_recipe
+from danceopd.tracking import delivery, journal
+from danceopd.tracking.mlflow_store import ENVIRONMENT
 
 RECIPE = load_recipe("world")
 NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens

@@ -11,10 +11,10 @@ from components.checking import check, inputs_revision, of_each_teacher, write_c
 from components.running import RUN_ID, Step
 from components.training import Way, job_commands, job_name, own_pod_command, pod_of, train_student
 from danceopd import steps
+from danceopd.config.load import load_recipe
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
-from danceopd.recipe import load_recipe
-from danceopd.steps import Product
+from danceopd.workspace import Product
 
 RECIPE = load_recipe("world")
 GPUS = {"accelerator": "nvidia.com/gpu", "node_selector": {"pool": "a"}, "cpu": "96", "memory": "800Gi"}

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from danceopd import cli, steps
+from danceopd import steps
+from danceopd.cli import main as cli
+from danceopd.config.load import load_recipe
 from danceopd.data import cache as cache_module
 from danceopd.data.assemble import open_dataset
 from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache, fill_cache, picture_group, wanted_by
 from danceopd.data.encoded import Sizing, encode_records
 from danceopd.errors import UserError
-from danceopd.recipe import load_recipe
 
 SIZING = Sizing(64, 64)
 

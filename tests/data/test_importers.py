@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks import importing
 from benchmarks.importing import SCHEMA, omniedit_row, write_omniedit
-from danceopd import cli
+from danceopd.cli import main as cli
 from danceopd.data.assemble import assemble, read_input
 from danceopd.data.importers.convert import REASONS, convert
 from danceopd.data.importers.run import run_import

@@ -10,19 +10,22 @@ import torch
 from PIL import Image
 
 from danceopd.backbones import load_backbone
+from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
 from danceopd.data.cache import EncodingCache, encode_cached
 from danceopd.data.encoded import Sizing, encode_records, load_pixels
 from danceopd.data.png import encode_png
 from danceopd.data.records import Record
-from danceopd.distill import Distillation, HardRoutedOnPolicy, distill, draw_groups
+from danceopd.distill import distill
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
 from danceopd.finetune import finetune
-from danceopd.processes import Processes
-from danceopd.queries import query_window
-from danceopd.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
-from danceopd.training import new_learner
-from danceopd.world_base import SHAPE
+from danceopd.flow.fields import VelocityField
+from danceopd.methods.base import Distillation
+from danceopd.methods.danceopd import DanceOPD
+from danceopd.methods.groups import draw_groups
+from danceopd.methods.queries import query_window
+from danceopd.pretraining.world_base import SHAPE
+from danceopd.training.learner import new_learner
+from danceopd.training.processes import Processes
 
 SQUARE, WIDE, TALL = (64, 64), (32, 96), (96, 32)
 LORA = {"trainable": "lora", "lora": LoraRecipe(rank=4, alpha=8), "lr": 3e-3, "warmup": 1, "log_every": 1}
@@ -133,7 +136,7 @@ def test_a_student_learns_from_all_sizes_in_one_batch(base, records):
     setup = Distillation(base, encoded, teachers, teacher_of, 3)
     learner, window, rows = new_learner(base, "probe", spec), query_window("uniform"), list(range(13))
     tags = [encoded.tasks[row] for row in rows]
-    whole = draw_groups(setup, HardRoutedOnPolicy(), learner, rows, tags, weights, window, torch.Generator())
+    whole = draw_groups(setup, DanceOPD(), learner, rows, tags, weights, window, torch.Generator())
     assert sum(float(group.weights.sum()) for group in whole) == pytest.approx(1)
     for group in whole:
         size = (group.condition.height, group.condition.width)
@@ -154,9 +157,7 @@ def test_processes_share_the_groups_of_one_batch(base, records, monkeypatch):
         monkeypatch.setattr(learner, "processes", Processes(rank, 4, torch.device("cpu")))
         tags = [encoded.tasks[row] for row in range(12)]
         weights, window = {"draw": 1.0, "edit": 1.0}, query_window("uniform")
-        groups = draw_groups(
-            setup, HardRoutedOnPolicy(), learner, list(range(12)), tags, weights, window, torch.Generator()
-        )
+        groups = draw_groups(setup, DanceOPD(), learner, list(range(12)), tags, weights, window, torch.Generator())
         assert groups[-1].last
         taken.append([row for group in groups for row in group.rows])
     assert [len(rows) for rows in taken] == [3, 3, 3, 3]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from danceopd.cli import app
+from danceopd.cli.main import app
 from danceopd.data.assemble import open_dataset
 from danceopd.data.png import encode_png
 from danceopd.errors import UserError

@@ -10,7 +10,7 @@ from danceopd.data import world
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.evaluation.drift import path_drift, plot_paths
-from danceopd.fields import VelocityField
+from danceopd.flow.fields import VelocityField
 
 SIZE = (world.SIZE, world.SIZE)
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from danceopd.config.load import parse_recipe
+from danceopd.config.recipe import DriftRecipe, EvaluateRecipe, Gate, Recipe
 from danceopd.data import world
 from danceopd.data.assemble import assemble, open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
 from danceopd.evaluation import evaluate as ev
-from danceopd.fields import VelocityField
-from danceopd.recipe import DriftRecipe, EvaluateRecipe, Gate, Recipe, parse_recipe
+from danceopd.flow.fields import VelocityField
 
 SIZE = (world.SIZE, world.SIZE)
 
@@ -179,7 +180,7 @@ def test_examples_carry_pictures_of_every_field(evaluation, fields):
 def test_the_ceiling_is_the_decoded_encoding_of_the_targets(backbone, small_data, evaluation):
     records = open_dataset(small_data).records("test", "global_style", 4)
     encoded = encode_records(backbone, records, *SIZE, None, "key", targets=True)
-    from danceopd.sample import to_uint8
+    from danceopd.flow.sampling import to_uint8
 
     drawn = to_uint8(backbone.decode(encoded.targets[encoded.target_row], *SIZE))
     want = ev.score_pictures(drawn, records, ("psnr", "ssim")).means

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from danceopd.config.recipe import EvaluateRecipe, JudgeRecipe
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.judge import Judge, Verdict, read_answer, retry_after
 from danceopd.evaluation.metrics import metric
 from danceopd.evaluation.metrics.tools import Tools
-from danceopd.recipe import EvaluateRecipe, JudgeRecipe
 
 KEY = "sk-very-secret-123"
 GOOD = {"instruction": 8, "preservation": 6, "naturalness": 9, "artifacts": 6, "reason": "fine"}
@@ -327,7 +327,7 @@ def test_the_key_is_in_one_header_and_nowhere_else(server, tmp_path, caplog):
 def test_settings_that_cannot_be_right_are_refused_without_repeating_a_secret(settings, said):
     from pydantic import ValidationError
 
-    from danceopd.recipe import say_invalid
+    from danceopd.config.load import say_invalid
 
     with pytest.raises(ValidationError) as error:
         JudgeRecipe(**{"url": "http://host/v1", "model": "m"} | settings)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from danceopd.config.recipe import DISTANCES, EvaluateRecipe
 from danceopd.data import world
 from danceopd.data.records import Record, decode_image
 from danceopd.errors import UserError
-from danceopd.evaluation.evaluate import score_pictures, skipped_metrics
 from danceopd.evaluation.metrics import METRICS, metric
 from danceopd.evaluation.metrics import tools as tools_room
 from danceopd.evaluation.metrics.drawing import frechet_distance, kernel_distance
 from danceopd.evaluation.metrics.tools import ALEXNET, Tools, alexnet_path
-from danceopd.recipe import DISTANCES, EvaluateRecipe
+from danceopd.evaluation.scoring import score_pictures, skipped_metrics
 
 
 @pytest.fixture(scope="module")

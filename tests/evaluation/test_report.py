@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from danceopd.config.load import parse_recipe
+from danceopd.config.recipe import Recipe
 from danceopd.data import world
 from danceopd.data.records import Record, decode_image
 from danceopd.evaluation import evaluate as ev
 from danceopd.evaluation.report import grid_path, write_report
-from danceopd.recipe import Recipe, parse_recipe
 
 EVIL = '<script>alert("x")</script> & "quotes" | pipe <img src=https://evil.example/x.png>'
 TASK = "local_edit"

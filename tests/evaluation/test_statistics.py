@@ -92,15 +92,15 @@ def test_verdicts(difference, low, high, margin, verdict, sure):
 def test_two_evaluations_are_paired_by_record_whatever_their_order():
     values = draw(6).normal(size=20).tolist()
     ids = [f"r{i}" for i in range(20)]
-    ours = {"student": {"t": {"m": values}}, "ids": {"t": ids}}
-    theirs = {"student": {"t": {"m": [v - 1 for v in values[::-1]]}}, "ids": {"t": ids[::-1]}}
+    ours = ({"t": ids}, {"t": {"m": values}})
+    theirs = ({"t": ids[::-1]}, {"t": {"m": [v - 1 for v in values[::-1]]}})
     found = compare_values(ours, theirs, {"t": {"m": 0.5}}, "champion", SETTINGS)["t"]["m"]
     assert found["difference"] == pytest.approx(1) and found["high"] - found["low"] < 1e-9
     assert (found["verdict"], found["margin"], found["reference"]) == ("better", 0.5, "champion")
 
 
 def test_other_records_other_tasks_and_other_metrics_are_not_compared():
-    ours = {"student": {"a": {"m": [1.0], "n": [1.0]}, "b": {"m": [1.0]}}, "ids": {"a": ["x"], "b": ["x"]}}
-    theirs = {"student": {"a": {"m": [1.0]}, "b": {"m": [1.0]}}, "ids": {"a": ["x"], "b": ["y"]}}
+    ours = ({"a": ["x"], "b": ["x"]}, {"a": {"m": [1.0], "n": [1.0]}, "b": {"m": [1.0]}})
+    theirs = ({"a": ["x"], "b": ["y"]}, {"a": {"m": [1.0]}, "b": {"m": [1.0]}})
     assert set(compare_values(ours, theirs, {}, "champion", SETTINGS)) == {"a"}
     assert set(compare_values(ours, theirs, {}, "champion", SETTINGS)["a"]) == {"m"}

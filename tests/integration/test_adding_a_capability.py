@@ -11,15 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd import champion, registry, steps, tracking
+from danceopd import steps
 from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Condition
-from danceopd.bases import shipped_folder
-from danceopd.checkpoint import load_field, probe
+from danceopd.backbones.bases import shipped_folder
+from danceopd.config.load import load_recipe
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
 from danceopd.files import read_json, write_json
-from danceopd.recipe import load_recipe
+from danceopd.flow.field_io import load_field, probe
+from danceopd.flow.fields import VelocityField
+from danceopd.registry import champion_teacher
+from danceopd.registry.champion import compare_versions
+from danceopd.registry.register import register_student
+from danceopd.registry.versions import RegisteredModel
+from danceopd.tracking import mlflow_store
 
 pytestmark = pytest.mark.slow
 
@@ -87,8 +92,8 @@ def register_first(workspace) -> str:
         "scores": {"student": {"t2i": {"psnr": 1.0}}},
     }
     write_json(evaluation / "metrics.json", metrics)
-    uri = tracking.default_tracking_uri(workspace)
-    assert registry.register_student(recipe, student, evaluation, LINEAGE, uri, workspace).alias == ["champion"]
+    uri = mlflow_store.default_tracking_uri(workspace)
+    assert register_student(recipe, student, evaluation, LINEAGE, uri, workspace).alias == ["champion"]
     return uri
 
 
@@ -107,7 +112,7 @@ def run_chain(recipe, workspace):
 def shop(tmp_path_factory):
     """A workspace with a registered champion: (workspace, store)."""
     environment = pytest.MonkeyPatch()
-    environment.delenv(tracking.ENVIRONMENT, raising=False)
+    environment.delenv(mlflow_store.ENVIRONMENT, raising=False)
     environment.setenv("OMP_NUM_THREADS", "1")
     workspace = tmp_path_factory.mktemp("shop")
     yield workspace, register_first(workspace)
@@ -115,7 +120,7 @@ def shop(tmp_path_factory):
 
 
 def aliases(uri: str) -> dict[str, str]:
-    found = tracking.open_client(uri).get_registered_model(MODEL).aliases
+    found = mlflow_store.open_client(uri).get_registered_model(MODEL).aliases
     return {name: str(number) for name, number in found.items()}
 
 
@@ -164,28 +169,28 @@ def test_a_better_one_replaces_the_champion_and_a_rollback_restores_it(shop, spo
     workspace, uri = shop
     lineage, student, evaluation, _ = spoiled[1:]
     recipe, allowed = recipe_with(), with_a_lower_gate(evaluation.folder, workspace / "allowed")
-    result = registry.register_student(recipe, student.folder, allowed, lineage, uri, workspace)
+    result = register_student(recipe, student.folder, allowed, lineage, uri, workspace)
     assert (result.version, result.alias, result.reasons) == ("2", ["champion"], [])
     assert aliases(uri) == {"champion": "2", "previous": "1"}
-    client = tracking.open_client(uri)
+    client = mlflow_store.open_client(uri)
     assert client.get_model_version(MODEL, "2").tags["added_to"] == f"{MODEL} version 1"
 
     # The two were measured on different data by their own runs; the second run measured both.
     for first, second, sign in (("2", "1", 1), ("1", "2", -1)):
-        found = registry.compare_versions(client, recipe, first, second)
+        found = compare_versions(RegisteredModel(client, MODEL), recipe, first, second)
         assert found.unlike == [] and set(found.table) >= {"t2i"}
         scores = read_json(evaluation.folder / "metrics.json")["scores"]
         wanted = scores["student"]["t2i"]["psnr"] - scores["champion"]["t2i"]["psnr"]
         assert found.table["t2i"]["psnr"]["difference"] == pytest.approx(sign * wanted, abs=1e-3)
 
-    found = champion.find_champion(recipe, uri)
+    found = champion_teacher.find_champion(recipe, uri)
     assert (found.version, found.student) == ("2", student.digest)
 
     file = workspace / "recipe.json"
     file.write_text(recipe.model_dump_json())
     # In a process of its own: kfp looks through all modules at each step it composes, and here there are thousands.
     words = ["pipeline", "champion", "rollback", "--recipe", str(file), "--workspace", str(workspace)]
-    run = [sys.executable, "-c", "from danceopd.cli import main; main()", *words]
+    run = [sys.executable, "-c", "from danceopd.cli.main import main; main()", *words]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{MODEL}: champion is version 1, previous is 2" in done.stdout
@@ -195,20 +200,20 @@ def test_a_better_one_replaces_the_champion_and_a_rollback_restores_it(shop, spo
 
 
 def test_a_champion_that_is_not_there_is_one_line(shop, tmp_path):
-    uri = tracking.default_tracking_uri(tmp_path)
+    uri = mlflow_store.default_tracking_uri(tmp_path)
     line = "recipe 'world_outline' starts from the champion of '{}', and .* has none; .* make run"
     with pytest.raises(UserError, match=line.format(MODEL)):
-        champion.find_champion(recipe_with(), uri)
+        champion_teacher.find_champion(recipe_with(), uri)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=line.format("nobody")):
-        champion.find_champion(recipe_with("register_as.model=nobody"), shop[1])
+        champion_teacher.find_champion(recipe_with("register_as.model=nobody"), shop[1])
 
 
 def test_weights_that_are_not_the_registered_ones_are_refused(shop, tmp_path):
     _, uri = shop
-    found = champion.find_champion(recipe_with(), uri)
-    assert (champion.fetch_champion(found, uri, tmp_path / "a") / "transformer").is_dir()
+    found = champion_teacher.find_champion(recipe_with(), uri)
+    assert (champion_teacher.fetch_champion(found, uri, tmp_path / "a") / "transformer").is_dir()
     with pytest.raises(UserError, match=r"version \d: its weights are not the ones that were registered"):
-        champion.fetch_champion(replace(found, weights="0" * 64), uri, tmp_path / "b")
+        champion_teacher.fetch_champion(replace(found, weights="0" * 64), uri, tmp_path / "b")
     with pytest.raises(UserError, match="version 99: its files cannot be fetched"):
-        champion.fetch_champion(replace(found, version="99"), uri, tmp_path / "c")
+        champion_teacher.fetch_champion(replace(found, version="99"), uri, tmp_path / "c")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from danceopd import delivery, tracking
+from danceopd.tracking import delivery, mlflow_store
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ SMALL = [
 
 
 def danceopd(*arguments, cwd):
-    command = [sys.executable, "-c", "from danceopd.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from danceopd.cli.main import main; main()", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -68,7 +68,7 @@ def test_the_chain_ends_well_and_prints_its_table(chain):
 
 def test_mlflow_has_one_run_with_a_child_a_step(chain):
     workspace, _ = chain
-    client = tracking.open_client(f"sqlite:///{workspace / 'mlflow.db'}")
+    client = mlflow_store.open_client(f"sqlite:///{workspace / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("danceopd-world").experiment_id])
     [parent] = [run for run in runs if delivery.PARENT_TAG not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not parent}
@@ -130,7 +130,7 @@ def test_generate_draws_and_edits_from_the_students_folder(chain, tmp_path):
 
 
 def test_a_step_that_fails_is_named_and_the_summary_is_written_though_mlflow_is_away(tmp_path, monkeypatch):
-    monkeypatch.setenv(tracking.ENVIRONMENT, "http://127.0.0.1:9")  # the discard port, where nothing listens
+    monkeypatch.setenv(mlflow_store.ENVIRONMENT, "http://127.0.0.1:9")  # the discard port, where nothing listens
     workspace = tmp_path / "runs"
     done = run_pipeline(workspace, "teachers.global_style.train.lr=1e-12", "teachers.global_style.train.steps=2")
     assert done.returncode == 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from danceopd.files import read_json
-from danceopd.steps import STEP
+from danceopd.workspace import STEP
 
 SETTINGS = [
     "data.world={t2i: {train: 12, val: 4, test: 4}, local_edit: {train: 12, val: 4, test: 4}}",

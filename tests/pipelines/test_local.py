@@ -12,9 +12,10 @@ from kfp.local.cache import LocalCache
 
 from components.cards import write_card
 from components.running import RUN_ID
+from danceopd.config.load import load_recipe
 from danceopd.files import write_json
-from danceopd.recipe import load_recipe
-from danceopd.steps import STEP, open_product, resolve_base
+from danceopd.steps.base import resolve_base
+from danceopd.workspace import STEP, open_product
 from pipelines import local as runner
 from pipelines.local import (
     StepFailed,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from danceopd.config.shipped import shipped_names
 from danceopd.errors import UserError
-from danceopd.shipped import shipped_names
 from pipelines.placement import NEEDS, PLACEMENTS, Placement, load_placement
 
 

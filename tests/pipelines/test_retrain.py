@@ -8,9 +8,9 @@ import pytest
 import yaml
 from kfp_server import good, invoke, refused
 
-from danceopd import tracking
+from danceopd.config.load import load_recipe
 from danceopd.files import content_key
-from danceopd.recipe import load_recipe
+from danceopd.tracking import mlflow_store
 from pipelines import local
 from pipelines.retrain import read_inputs
 
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.usefixtures("no_settings"), pytest.mark.filterwarnings
 @pytest.fixture(scope="session")
 def store(tmp_path_factory) -> str:
     """The address of an empty registry, which many models share."""
-    uri = tracking.default_tracking_uri(tmp_path_factory.mktemp("store"))
-    tracking.open_client(uri)
+    uri = mlflow_store.default_tracking_uri(tmp_path_factory.mktemp("store"))
+    mlflow_store.open_client(uri)
     return uri
 
 
@@ -29,7 +29,7 @@ class Registry:
     """One model of the store, and the options of a command about it."""
 
     def __init__(self, uri: str, model: str, data_file):
-        self.model, self.client = model, tracking.open_client(uri)
+        self.model, self.client = model, mlflow_store.open_client(uri)
         self.recipe = load_recipe("world", [f"register_as.model={model}"])
         self.data_file = data_file
         self.options = ("--set", f"register_as.model={model}", "--tracking-uri", uri, "--data", str(data_file))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from kfp_server import DROP, PAGE, KfpServer, good, invoke, refused, serve
 
+from danceopd.config.load import load_recipe
 from danceopd.errors import UserError
-from danceopd.recipe import load_recipe
 from pipelines import compile, submit
 from pipelines.placement import load_placement
 from pipelines.schedules import check_cron

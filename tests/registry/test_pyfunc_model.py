@@ -12,8 +12,8 @@ from mlflow.models import validate_schema
 from PIL import Image
 
 from danceopd.errors import UserError
-from danceopd.generate import encode_picture
-from danceopd.pyfunc_model import StudentModel, read_rows, signature
+from danceopd.inference.generate import encode_picture
+from danceopd.registry.pyfunc_model import StudentModel, read_rows, signature
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 PNG = encode_picture(PICTURE)

@@ -15,13 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd import registry, tracking
 from danceopd.backbones import Condition
-from danceopd.checkpoint import probe
+from danceopd.config.load import parse_recipe
+from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
-from danceopd.recipe import Recipe, parse_recipe
-from danceopd.registry import failed_gates, read_metrics, register_student, verify_export
+from danceopd.evaluation.measured import Measured, read_evaluation
+from danceopd.export.student import verify_export
+from danceopd.flow.field_io import probe
+from danceopd.flow.fields import VelocityField
+from danceopd.registry.champion import below_champion, measured_unlike
+from danceopd.registry.register import Registration, register_student
+from danceopd.registry.versions import DECISION, RegisteredModel
+from danceopd.tracking import mlflow_store
 
 LINEAGE = {
     "recipe": "r1",
@@ -132,12 +137,10 @@ class Shop:
 
     def __init__(self, workspace: Path, student: Path):
         self.workspace, self.student = workspace, student
-        self.uri = tracking.default_tracking_uri(workspace)
-        self.client = tracking.open_client(self.uri)
+        self.uri = mlflow_store.default_tracking_uri(workspace)
+        self.client = mlflow_store.open_client(self.uri)
 
-    def register(
-        self, model: str, digest: str, metrics: dict, values: dict | None = None, **changes
-    ) -> registry.Registration:
+    def register(self, model: str, digest: str, metrics: dict, values: dict | None = None, **changes) -> Registration:
         """Register the student under another digest, as if it were another one."""
         evaluation = self.workspace / f"evaluation-{model}-{digest}"
         evaluation.mkdir(exist_ok=True)
@@ -155,12 +158,21 @@ class Shop:
 @pytest.fixture(scope="module")
 def shop(student, tmp_path_factory) -> Shop:
     environment = pytest.MonkeyPatch()
-    environment.delenv(tracking.ENVIRONMENT, raising=False)
+    environment.delenv(mlflow_store.ENVIRONMENT, raising=False)
     yield Shop(tmp_path_factory.mktemp("shop"), student)
     environment.undo()
 
 
 # ------------------------------------------------------------------------------------------- figures, without a store
+
+
+def failed_gates(metrics: dict) -> list[str]:
+    return Measured(metrics, None).failed_gates()
+
+
+def fallen(recipe: Recipe, ours: dict, theirs: dict, table: dict | None = None) -> list[str]:
+    champion = Measured(theirs, None)
+    return below_champion(recipe, Measured(ours, None), champion, "champion", champion.own_tasks, table)
 
 
 def test_failed_gates_name_task_metric_and_figures():
@@ -188,10 +200,16 @@ def test_a_fall_below_the_champion_shows_the_interval_of_the_difference():
 
     ours, theirs = new_values(edit=0.8), new_values()
     settings = {"seed": 0, "resamples": 500, "confidence": 0.95}
-    paired = compare_values(ours, theirs, {"local_edit": {"edit_success": 0.03}}, "version 1", settings)
+    paired = compare_values(
+        Measured({}, ours).by_record,
+        Measured({}, theirs).by_record,
+        {"local_edit": {"edit_success": 0.03}},
+        "version 1",
+        settings,
+    )
     found = paired["local_edit"]["edit_success"]
     assert (found["verdict"], found["difference"]) == ("worse", pytest.approx(-0.15))
-    [line] = registry.below_champion(new_recipe("m"), new_metrics(edit=0.8), new_metrics(), "champion", paired)
+    [line] = fallen(new_recipe("m"), new_metrics(edit=0.8), new_metrics(), paired)
     assert line.startswith("local_edit.edit_success is 0.8, the champion has 0.95 (margin 0.03), difference -0.15, ")
     assert f"95 % interval {found['low']:.4g} to {found['high']:.4g}" in line
 
@@ -199,15 +217,15 @@ def test_a_fall_below_the_champion_shows_the_interval_of_the_difference():
 def test_metrics_that_do_not_fit_are_refused(tmp_path):
     recipe = new_recipe("m")
     with pytest.raises(UserError, match="no such file"):
-        read_metrics(tmp_path, recipe)
+        read_evaluation(tmp_path, recipe)
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="no scores of a student"):
-        read_metrics(tmp_path, recipe)
+        read_evaluation(tmp_path, recipe)
     fewer = new_metrics()
     fewer["gates"].pop()
     (tmp_path / "metrics.json").write_text(json.dumps(fewer))
     with pytest.raises(UserError, match=r"gate on local_edit.preserved_psnr was not judged"):
-        read_metrics(tmp_path, recipe)
+        read_evaluation(tmp_path, recipe)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +252,13 @@ def test_the_margin_decides(ours, count):
             "psnr": ("local_edit", "preserved_psnr"),
         }[name]
         student[task][metric] = value
-    assert len(registry.below_champion(new_recipe("m"), metrics, new_metrics(), "champion")) == count
+    assert len(fallen(new_recipe("m"), metrics, new_metrics())) == count
 
 
 def test_a_champion_that_can_do_more_is_not_replaced():
     theirs = new_metrics()
     theirs["gates"].append({"task": "global_style", "metric": "psnr"})
-    lines = registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion")
+    lines = fallen(new_recipe("m"), new_metrics(), theirs)
     assert lines == ["the champion also does task 'global_style', this student does not"]
 
 
@@ -253,20 +271,20 @@ def test_a_benchmarks_gate_has_its_margin_and_a_dropped_benchmark_blocks_nothing
         metrics["scores"]["student"]["b"] = {"psnr": value}
         metrics["benchmarks"] = {"b": {"task": "t2i", "content": "c"}}
         metrics["gates"].append({"task": "b", "metric": "psnr"})
-    [line] = registry.below_champion(recipe, ours, theirs, "champion")
+    [line] = fallen(recipe, ours, theirs)
     assert line.startswith("b.psnr is 29, the champion has 30 (margin 0.5)")
-    assert registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion") == []
+    assert fallen(new_recipe("m"), new_metrics(), theirs) == []
     other = copy.deepcopy(theirs)
     other["benchmarks"]["b"]["content"] = "d"
     theirs["records"]["b"] = other["records"]["b"] = 5
-    unlike = registry.measured_unlike(registry._conditions(theirs, "data"), registry._conditions(other, "data"))
+    unlike = measured_unlike(*(Measured(m, None).conditions("data") for m in (theirs, other)))
     assert unlike == ["records"]
 
 
 def test_a_gate_that_could_not_be_judged_is_refused_with_the_reason():
     metrics = new_metrics(scene=0.5)
     metrics["gates"][0] |= {"value": None, "reason": "clip is not there"}
-    [line] = registry.failed_gates(metrics)
+    [line] = failed_gates(metrics)
     assert line.startswith("t2i.scene_accuracy is unknown") and line.endswith(": clip is not there")
 
 
@@ -274,15 +292,15 @@ def test_a_new_ability_is_not_held_against_the_student():
     theirs = new_metrics()
     del theirs["scores"]["student"]["local_edit"]
     theirs["gates"] = theirs["gates"][:1]
-    assert registry.below_champion(new_recipe("m"), new_metrics(), theirs, "champion") == []
+    assert fallen(new_recipe("m"), new_metrics(), theirs) == []
 
 
 def test_measurements_are_alike_only_in_every_condition():
     ours = {"data": "d", "records": {"a": 4, "b": 4}, "split": "test", "steps": 8, "seed": 0}
-    assert registry.measured_unlike(ours, copy.deepcopy(ours)) == []
-    assert registry.measured_unlike(ours, ours | {"records": {"a": 4, "c": 9}}) == []
+    assert measured_unlike(ours, copy.deepcopy(ours)) == []
+    assert measured_unlike(ours, ours | {"records": {"a": 4, "c": 9}}) == []
     for name, value in {"data": "e", "records": {"a": 5}, "split": "val", "steps": 4, "seed": 1}.items():
-        assert registry.measured_unlike(ours, ours | {name: value}) == [name]
+        assert measured_unlike(ours, ours | {name: value}) == [name]
 
 
 # ------------------------------------------------------------------------------------------------------- the export
@@ -328,7 +346,7 @@ def test_a_missing_probe_is_named(student, tmp_path):
 @pytest.mark.slow
 def test_a_failed_gate_registers_nothing(shop):
     result = shop.register("refused", "s1", new_metrics(scene=0.5))
-    assert result == registry.Registration(
+    assert result == Registration(
         False, None, [], ["t2i.scene_accuracy is 0.5, its gate is 0.95 (retain 0.95)"], None, None
     )
     assert shop.client.search_registered_models("name = 'refused'") == []
@@ -411,7 +429,7 @@ class Desk:
         self.recipe.write_text(yaml.safe_dump(new_recipe(model).model_dump(mode="json")))
 
     def __call__(self, *words: str, uri: str | None = None) -> tuple[int, str, str]:
-        from danceopd import cli
+        from danceopd.cli import main as cli
 
         more = ["--recipe", str(self.recipe), "--tracking-uri", uri or self.shop.uri]
         self._patch.setattr(sys, "argv", ["danceopd", "registry", *words, *more])
@@ -509,7 +527,7 @@ def test_a_champion_measured_on_other_data_stays(shop):
     other = shop.register("moved", "s2", new_metrics(scene=1.0), data="d2")
     assert (other.version, other.alias) == ("2", ["challenger"])
     assert "was measured on other data" in other.reasons[0] and "set the alias 'champion' on it" in other.reasons[0]
-    registry.promote(shop.client, "moved", "2")
+    RegisteredModel(shop.client, "moved").promote("2")
     assert shop.aliases("moved") == {"champion": "2", "previous": "1"}
 
 
@@ -525,7 +543,7 @@ def test_a_champion_without_figures_stays(shop):
 @pytest.mark.slow
 def test_a_registration_that_broke_off_is_finished(shop):
     shop.register("torn", "s1", new_metrics())
-    shop.client.delete_model_version_tag("torn", "1", registry.DECISION)
+    shop.client.delete_model_version_tag("torn", "1", DECISION)
     shop.client.delete_registered_model_alias("torn", "champion")
     assert shop.register("torn", "s1", new_metrics()).alias == ["champion"]
     assert shop.aliases("torn") == {"champion": "1"}
@@ -534,7 +552,7 @@ def test_a_registration_that_broke_off_is_finished(shop):
 
 @pytest.mark.slow
 def test_nobody_is_champion_of_an_unknown_model(shop):
-    assert registry.current_champion(shop.client, "unknown") is None
+    assert RegisteredModel(shop.client, "unknown").champion() is None
 
 
 LOADER = """
@@ -563,7 +581,7 @@ print(json.dumps({
 def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     from PIL import Image
 
-    from danceopd.generate import encode_picture, open_student
+    from danceopd.inference.generate import encode_picture, open_student
 
     result = shop.register("served", "s1", new_metrics())
     version = shop.client.get_model_version("served", result.version)
@@ -583,7 +601,7 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     assert run.info.status == "FINISHED" and run.data.metrics["local_edit/preserved_psnr"] == 30.0
     source = Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 50).convert("RGB")
     png = encode_picture(source)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", tracking.ENVIRONMENT)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", mlflow_store.ENVIRONMENT)}
     ran = subprocess.run(
         [sys.executable, "-c", LOADER, shop.uri, base64.b64encode(png).decode()],
         cwd=tmp_path,
@@ -604,5 +622,5 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     assert (logged / "MLmodel").is_file(), "danceopd must come from the logged model"
     files = {path.relative_to(logged).as_posix() for path in logged.rglob("*") if path.is_file()}
     assert not [name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")]
-    assert {"code/danceopd/generate.py", "pyfunc_model.py", "artifacts/pipeline/danceopd.json"} <= files
+    assert {"code/danceopd/inference/generate.py", "pyfunc_model.py", "artifacts/pipeline/danceopd.json"} <= files
     assert all(name.endswith((".py", ".pyc")) for name in files if name.startswith("code/"))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from danceopd.generate import Drawer, Sample, encode_picture, open_student
+from danceopd.inference.generate import Drawer, Sample, encode_picture, open_student
 from danceopd.serving import app as app_module
 from danceopd.serving.app import build_app
 from danceopd.serving.metrics import Metrics
@@ -88,7 +88,7 @@ def pictures(response) -> list[bytes]:
 def test_a_picture_is_the_one_generate_draws(client, student_pipeline, tmp_path, monkeypatch):
     import sys
 
-    from danceopd import cli
+    from danceopd.cli import main as cli
 
     body = {"prompt": "red ring", "seed": 5, "n": 2, "steps": 3, "size": "48x32", "guidance": 2.0, "model": "tiny"}
     answer = client.post(GENERATIONS, json=body)

@@ -15,18 +15,19 @@ import pytest
 import yaml
 
 from danceopd import steps
+from danceopd.config.load import load_recipe
+from danceopd.config.recipe import MERGES, METHODS
+from danceopd.config.shipped import shipped_names
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
-from danceopd.fields import VelocityField
 from danceopd.files import read_json, write_json
-from danceopd.operators import GuidedField
-from danceopd.queries import BY_STEP, NAMED
-from danceopd.recipe import MERGES, METHODS, load_recipe
-from danceopd.shipped import shipped_names
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.guidance import GuidedField
+from danceopd.methods.queries import BY_STEP, NAMED
+from danceopd.preflight.forwards import expected_forwards
 from danceopd.studies import cells
-from danceopd.studies.cost import expected_forwards, steps_within
-from danceopd.studies.plan import STUDIES, Budget, load_study
+from danceopd.studies.plan import STUDIES, Budget, load_study, steps_within
 from danceopd.studies.run import run_study
 from danceopd.studies.table import Estimate, counted_metrics, estimate, markdown, retention, terminal_table, verdict
 from danceopd.studies.workers import usable_cores, work_off
@@ -401,7 +402,7 @@ def test_nothing_is_lost_when_every_process_dies():
 @pytest.mark.slow
 def test_a_study_that_is_killed_keeps_its_cells(tiny_base, here):
     path = write(here, plan(tiny_base, seeds=[0, 1, 2], budget={"steps": 10}))
-    code = "from danceopd.cli import main; main()"
+    code = "from danceopd.cli.main import main; main()"
     command = [sys.executable, "-c", code, "study", path, "--workspace", "ws", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     folder = here / "ws" / "studies" / "tiny"

@@ -14,12 +14,12 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from danceopd import delivery, journal, recording, tracking
-from danceopd.cli import app
-from danceopd.delivery import Courier, deliver, deliver_named, pending
+from danceopd.cli.main import app
+from danceopd.cli.tracking import TELLING, add_tracking
 from danceopd.errors import UserError
-from danceopd.journal import DatasetUse, Journal, begin_run, end_run, open_journal
-from danceopd.tracking_commands import TELLING, add_tracking
+from danceopd.tracking import delivery, journal, mlflow_store, recording
+from danceopd.tracking.delivery import Courier, deliver, deliver_named, pending
+from danceopd.tracking.journal import DatasetUse, Journal, begin_run, end_run, open_journal
 
 NOBODY = "http://me:secret@127.0.0.1:9"  # the discard port, where nothing listens
 DATA = DatasetUse("world", "d" * 64, {"dvc": "abc", "git": "c0de"}, "training", {"t2i": {"train": 3}})
@@ -31,7 +31,7 @@ class Store:
 
     def __init__(self, folder: Path):
         self.uri = f"sqlite:///{folder}/mlflow.db"
-        self.client = tracking.open_client(self.uri)
+        self.client = mlflow_store.open_client(self.uri)
 
     def runs(self, experiment: str) -> dict:
         found = self.client.get_experiment_by_name(experiment)
@@ -50,7 +50,7 @@ def store(tmp_path_factory) -> Store:
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch):
-    for name in (journal.RUN, "RANK", tracking.ENVIRONMENT):
+    for name in (journal.RUN, "RANK", mlflow_store.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -80,7 +80,7 @@ def tell(workspace: Path, experiment: str, name: str = "distill", end: str | Non
 def check(store: Store, run, points: int = 3) -> None:
     """All of a story is there, once."""
     client, run_id = store.client, run.info.run_id
-    assert run.data.params == {"distill.lr": "0.01", "store.api_key": tracking.HIDDEN}
+    assert run.data.params == {"distill.lr": "0.01", "store.api_key": mlflow_store.HIDDEN}
     assert run.data.tags["remote"] == "https://c/x"
     for name in ("loss/t2i", "forwards_1"):
         assert sorted(m.step for m in client.get_metric_history(run_id, name)) == list(range(1, points + 1))
@@ -118,7 +118,7 @@ def test_steps_of_a_pipeline_run_are_children_of_one_parent_that_ends_with_it(st
     runs = store.runs(experiment)
     parent = runs.pop("world 01234567")
     assert (parent.info.status, parent.data.metrics) == ("FAILED", {"t2i/psnr": 30.0})
-    assert parent.data.params == {"seed": "1", "token": tracking.HIDDEN}
+    assert parent.data.params == {"seed": "1", "token": mlflow_store.HIDDEN}
     assert {run.data.tags[delivery.PARENT_TAG] for run in runs.values()} == {parent.info.run_id}
     assert runs["teacher b"].info.status == "FAILED" and runs["teacher b"].data.tags["error"] == "https://c/x broke"
     assert delivery.parent_run(store.client, store.uri, tmp_path) == parent.info.run_id
@@ -155,7 +155,7 @@ def test_what_a_broken_delivery_left_is_found_and_not_sent_again(store, experime
         patch.setattr(type(store.client), "log_image", break_off)
         outcome = deliver(tmp_path, store.uri)
     assert (outcome.delivered, outcome.waiting, outcome.reason) == (0, 1, "https://c/x went away")
-    [line] = [r.getMessage() for r in caplog.records if r.name == "danceopd.delivery"]
+    [line] = [r.getMessage() for r in caplog.records if r.name == "danceopd.tracking.delivery"]
     assert "1 journal(s) stay in the workspace" in line
     assert deliver(tmp_path, store.uri) == delivery.Outcome(1, 0)
     check(store, *store.runs(experiment).values())
@@ -183,7 +183,7 @@ def test_the_next_run_delivers_what_waits_for_the_same_store(store, experiment, 
     for run, uri in (("one", store.uri), ("two", NOBODY)):
         monkeypatch.setenv(journal.RUN, run)
         begin_run(tmp_path, run, experiment, {})
-        journal.run_folder(tmp_path).joinpath(delivery.STORE).write_text(tracking.redact(uri))
+        journal.run_folder(tmp_path).joinpath(delivery.STORE).write_text(mlflow_store.redact(uri))
         tell(tmp_path, experiment, f"of {run}")
     monkeypatch.setenv(journal.RUN, "three")
     assert deliver(tmp_path, store.uri).delivered == 1
@@ -277,7 +277,7 @@ def test_a_single_command_delivers_at_its_end_though_it_failed(store, experiment
         raise UserError("broke")
 
     add_tracking(other)
-    monkeypatch.setenv(tracking.ENVIRONMENT, store.uri)
+    monkeypatch.setenv(mlflow_store.ENVIRONMENT, store.uri)
     if inside:  # the step that started the command delivers
         monkeypatch.setenv(journal.RUN, "run-1")
     done = CliRunner().invoke(other, ["distill", "--workspace", str(tmp_path)])

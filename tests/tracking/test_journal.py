@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from danceopd import journal
 from danceopd.errors import Interrupted, UserError
-from danceopd.journal import DatasetUse, begin_run, end_run, ending, open_journal, read_lines, run_folder
+from danceopd.tracking import journal
+from danceopd.tracking.journal import DatasetUse, begin_run, end_run, ending, open_journal, read_lines, run_folder
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from danceopd import journal, recording
-from danceopd.journal import open_journal, read_lines
+from danceopd.tracking import journal, recording
+from danceopd.tracking.journal import open_journal, read_lines
 
 
 @pytest.fixture

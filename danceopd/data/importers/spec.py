@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from danceopd.config.load import apply_overrides, say_invalid
 from danceopd.data.importers.layouts import LAYOUTS, Layout
 from danceopd.data.pictures import MAX_PIXELS, WHITE
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import content_key
-from danceopd.recipe import apply_overrides, say_invalid
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 ANY = "*"

@@ -16,7 +16,7 @@ from danceopd.data import world
 from danceopd.data.encoded import load_pixels
 from danceopd.data.records import Record
 from danceopd.errors import UserError
-from danceopd.sample import to_uint8
+from danceopd.flow.sampling import to_uint8
 
 if TYPE_CHECKING:
     from danceopd.evaluation.metrics.tools import Tools

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from danceopd.config.recipe import EvaluateRecipe
 from danceopd.files import hash_file, hash_folder
-from danceopd.recipe import EvaluateRecipe
 
 if TYPE_CHECKING:
     import torch

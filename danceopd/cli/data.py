@@ -1,0 +1,156 @@
+"""`danceopd data ...`: the task-tagged dataset: assembled, tracked, checked, imported, encoded."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from danceopd.cli.options import RecipeOption, SetOption, WorkspaceOption, open_recipe
+from danceopd.config.load import load_recipe
+from danceopd.errors import UserError
+
+data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
+
+
+@data_app.command("build")
+def data_build(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006 (typer's way)
+    out: Annotated[Path | None, typer.Option(help="dataset folder; default: tracked data/, or workspace")] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Assemble the recipe's dataset: generate or read, check, split, count, hash."""
+    from danceopd import steps
+
+    loaded, place = open_recipe(recipe, overrides, workspace)
+    product = steps.build_data(loaded, place, folder=out)
+    _print_counts(product.facts["counts"], f"{product.facts['dataset']}  content {product.facts['content'][:16]}")
+
+
+@data_app.command("track")
+def data_track(recipe: RecipeOption = "world", overrides: SetOption = []) -> None:  # noqa: B006
+    """Build the recipe's dataset as the repository's data/ and record it in data.dvc."""
+    from danceopd import steps
+    from danceopd.data import versioning
+
+    repo = versioning.find_repo(Path.cwd())
+    if repo is None:
+        raise UserError(f"{Path.cwd()}: not in a git or DVC repository; run this in a clone")
+    typer.echo(f"data.dvc: md5 {steps.track_data(load_recipe(recipe, overrides), repo)}")
+
+
+@data_app.command("validate")
+def data_validate(folder: Path) -> None:
+    """Check every shard, record and picture of a dataset folder."""
+    from danceopd.data.assemble import verify_dataset
+
+    manifest = verify_dataset(folder)
+    rows = sum(facts["rows"] for facts in manifest["files"].values())
+    typer.echo(f"{folder}: {rows} records in {len(manifest['files'])} shards, all valid; content {manifest['content']}")
+
+
+@data_app.command("stats")
+def data_stats(folder: Path) -> None:
+    """Records by task and split, distinct prompts, bytes of pictures."""
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.records import SPLITS
+
+    dataset = open_dataset(folder)
+    _print_counts(dataset.manifest["counts"], str(folder))
+    for split in SPLITS:
+        records = dataset.records(split)
+        prompts = Counter(r.prompt for r in records)
+        size = sum(len(picture) for r in records for picture in (r.source, r.target) if picture)
+        typer.echo(f"{split}: {len(records)} records, {len(prompts)} distinct prompts, {size / 1e6:.1f} MB of pictures")
+
+
+def _print_counts(counts: dict, title: str) -> None:
+    table = Table("task", "train", "val", "test", title=title)
+    for task, splits in counts.items():
+        table.add_row(task, *(str(splits[s]) for s in ("train", "val", "test")))
+    Console().print(table)
+
+
+@data_app.command("import")
+def data_import(
+    layout: Annotated[str | None, typer.Argument(help="omniedit, ultraedit, magicbrush, ...; or in --spec")] = None,
+    inputs: Annotated[list[str] | None, typer.Argument(help="files, folders, globs; also s3://, gs://, hf://")] = None,
+    out: Annotated[Path, typer.Option(help="folder that appears at the end, for a recipe's data.inputs")] = ...,
+    spec: Annotated[Path | None, typer.Option(help="YAML file with the import's settings")] = None,
+    task: Annotated[list[str], typer.Option(help="KIND=TASK, repeatable; '*=TASK' for every other kind")] = [],  # noqa: B006
+    overrides: Annotated[list[str], typer.Option("--set", help="a setting: key.sub=value, repeatable")] = [],  # noqa: B006
+    workers: Annotated[int, typer.Option(min=1, help="threads that decode and encode pictures")] = os.cpu_count() or 1,
+) -> None:
+    """Import a data set into the task-tagged schema; run it again after an interruption and it goes on."""
+    from danceopd.data.importers.run import run_import
+    from danceopd.data.importers.spec import load_spec
+
+    _tell_import(run_import(load_spec(layout, inputs or [], spec, overrides, task), out, workers), out)
+
+
+def _tell_import(report: dict, out: Path) -> None:
+    console = Console()
+    table = Table("task", "train", "val", "test", title=f"{out}: {report['kept']} of {report['rows']} rows kept")
+    for task, splits in report["counts"].items():
+        table.add_row(task, *(str(splits.get(split, 0)) for split in ("train", "val", "test")))
+    console.print(table)
+    if report["dropped"]:
+        lost = Table("not kept", "why", "rows", "first")
+        for fate, entries in sorted(report["dropped"].items()):
+            for label, entry in sorted(entries.items()):
+                lost.add_row(fate, label, str(entry["count"]), entry["examples"][0])
+        console.print(lost)
+
+
+@data_app.command("cache")
+def data_cache(
+    out: Annotated[Path, typer.Option(help="folder of the cache; what is there already is kept")] = ...,
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    worker: Annotated[
+        str | None, typer.Option(help="K/N: this is worker K (from 0) of N, each started by itself")
+    ] = None,
+) -> None:
+    """Encode what the recipe's training reads, shard by shard; run it again after an interruption and it goes on."""
+    from danceopd import steps
+
+    loaded = load_recipe(recipe, overrides)
+    place = workspace or Path("runs") / loaded.name
+    share = _share(worker)
+    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
+    rows = steps.cache_encodings(loaded, base, data, out, share)
+    if os.environ.get("RANK", "0") == "0":
+        for group, count in rows.items():
+            typer.echo(f"{out / group}: {count} rows")
+
+
+def _share(worker: str | None) -> tuple[int, int] | None:
+    if worker is None:
+        return None
+    number, _, count = worker.partition("/")
+    if not number.isdigit() or not count.isdigit() or int(number) >= int(count):
+        raise UserError(f"--worker {worker!r}: write K/N with 0 <= K < N, for example 0/4")
+    return int(number), int(count)
+
+
+@data_app.command("import-benchmark")
+def data_import_benchmark(
+    benchmark: Annotated[str, typer.Argument(help="geneval, gedit or imgedit")],
+    source: Annotated[Path, typer.Argument(help="the benchmark's file or folder, as its authors give it out")],
+    out: Annotated[Path, typer.Option(help="dataset folder that appears, for evaluate.benchmarks")] = ...,
+    task: Annotated[str, typer.Option(help="task of the records, as a recipe calls it")] = ...,
+    images: Annotated[Path | None, typer.Option(help="imgedit: folder of the pictures; default: the file's")] = None,
+    language: Annotated[str, typer.Option(help="gedit: of the instructions")] = "en",
+) -> None:
+    """Write a benchmark as a dataset folder, to be named under evaluate.benchmarks."""
+    from danceopd.evaluation.benchmark_sets import Asked, import_benchmark
+
+    manifest = import_benchmark(benchmark, Asked(source, task, images, language), out)
+    typer.echo(f"{out}: {manifest['counts'][task]['test']} records  content {manifest['content'][:16]}")

@@ -1,0 +1,94 @@
+"""`danceopd ...`: the command line. Bad input ends with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from danceopd import __version__
+from danceopd.cli.data import data_app
+from danceopd.cli.generate import generate
+from danceopd.cli.recipe import recipe_app
+from danceopd.cli.registry import registry_app
+from danceopd.cli.serve import serve
+from danceopd.cli.steps import distill, evaluate, finetune, register
+from danceopd.cli.study import study
+from danceopd.cli.tracking import add_tracking
+from danceopd.cli.world import world_app
+from danceopd.errors import Interrupted, UserError
+
+# typer brings its own copy of click, whose error base it does not export.
+UsageError = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Many specialists, one flow-matching student."
+)
+app.add_typer(data_app, name="data")
+app.add_typer(world_app, name="world")
+app.add_typer(registry_app, name="registry")
+app.add_typer(recipe_app, name="recipe")
+for command in (finetune, distill, evaluate, register, study, generate, serve):
+    app.command()(command)
+add_tracking(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"danceopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False,
+) -> None:
+    set_up_logging(logging.DEBUG if verbose else logging.INFO)
+
+
+def set_up_logging(level: int) -> None:
+    """Our own log lines to stderr: colored on a terminal, plain elsewhere. Libraries speak from WARNING up."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Of several processes the first speaks for all.
+    logging.getLogger("danceopd").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def _mount_commands() -> None:
+    """Mount the sub-commands that packages above this one offer (`danceopd pipeline ...`)."""
+    for entry in entry_points(group="danceopd.commands"):
+        app.add_typer(entry.load(), name=entry.name)
+
+
+def main() -> None:
+    """Entry point: maps errors a user can mend to one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _mount_commands()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_say(str(error), 2))
+    except UsageError as error:
+        where = f" ({error.ctx.command_path} --help)" if error.ctx else ""
+        sys.exit(_say(error.format_message() + where, 2))
+    except Interrupted as stop:
+        sys.exit(_say(str(stop), stop.code))
+    except typer.Abort:
+        sys.exit(_say("interrupted", 130))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"danceopd: {' '.join(message.split())}", file=sys.stderr)
+    return code

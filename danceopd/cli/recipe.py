@@ -1,0 +1,91 @@
+"""`danceopd recipe check`: what a recipe will load and take, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from danceopd.cli.options import SetOption, WorkspaceOption, open_recipe
+from danceopd.config.recipe import MERGES, Recipe
+from danceopd.errors import UserError
+
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes.")
+
+
+@recipe_app.callback()
+def _recipes() -> None:
+    """Recipes."""
+
+
+@recipe_app.command("check")
+def check(
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
+    overrides: SetOption = [],  # noqa: B006
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together")] = 1,
+    tflops: Annotated[float, typer.Option(min=0.01, help="operations a second of one GPU as used, in 10^12")] = 300.0,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Say what a recipe loads, the memory of each GPU, the forwards of an update, and about how long it takes."""
+    from danceopd.preflight.outlook import look_ahead, what_is_there
+
+    loaded, place = open_recipe(recipe, overrides, workspace)
+    console, rows = Console(), what_is_there(loaded)
+    table = Table("loads", "from", "")
+    for what, place, wrong in rows:
+        table.add_row(what, place, wrong or "")
+    console.print(table)
+    if loaded.distill.method in MERGES:
+        console.print(f"{loaded.distill.method} trains nothing.")
+    else:
+        ahead = look_ahead(loaded, place, gpus)
+        _tell(console, loaded, ahead, gpus, tflops)
+    wrong = [f"{what}: {place}: {why}" for what, place, why in rows if why]
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> None:
+    from danceopd.preflight.memory import say_size
+
+    spec = recipe.distill
+    update = ahead.forwards * spec.batch
+    seconds = spec.steps * update * ahead.operations / (gpus * tflops * 1e12)
+    table = Table("takes", "about")
+    table.add_row(
+        "transformer",
+        f"{_large(ahead.parameters)} weights, "
+        f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens a sample at most",
+    )
+    table.add_row(
+        "memory per GPU",
+        f"{say_size(ahead.held + ahead.training.total)}: frozen weights "
+        f"{say_size(ahead.held)}, training {ahead.training}",
+    )
+    table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
+    table.add_row(
+        "forwards",
+        f"{ahead.forwards:.1f} a sample, {update:,.0f} an update of {spec.batch}, "
+        f"{update * spec.steps:,.0f} in {spec.steps:,} updates",
+    )
+    table.add_row("one forward", f"{_large(ahead.operations)} operations")
+    table.add_row(
+        "time",
+        f"{_duration(seconds)} on {gpus} GPU{'s' * (gpus > 1)} that reach {tflops:g} x 10^12 a "
+        "second (--tflops), without encoding, fine-tuned teachers and evaluation",
+    )
+    console.print(table)
+
+
+def _large(number: float) -> str:
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours >= 1 else f"{max(seconds / 60, 0.1):.1f} minutes"

@@ -1,0 +1,26 @@
+"""`danceopd world ...`: the small world that ships with the project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+world_app = typer.Typer(no_args_is_help=True, help="The small world that ships with the project.")
+
+
+@world_app.command("build-base")
+def world_build_base(
+    out: Annotated[Path, typer.Option(help="folder for the pipeline; <out>.sha256 and <out>.json appear beside it")],
+    vae_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Make the small world's base from nothing; the shipped one took 34 minutes of training."""
+    from dataclasses import replace
+
+    from danceopd.pretraining.world_base import BuildPlan, build_base
+
+    given = {"vae_steps": vae_steps, "steps": steps}
+    figures = build_base(out, replace(BuildPlan(), **{k: v for k, v in given.items() if v is not None}))
+    typer.echo(figures)

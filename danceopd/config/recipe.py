@@ -1,0 +1,506 @@
+"""Every knob of a run, as one tree of pydantic models; recipes are YAML files of it (`danceopd/config/recipes/`).
+
+A field that does not exist is an error that lists the right ones; a value out of range says its range.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from danceopd.files import content_key
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# How often training is saved and how much of that is kept.
+KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
+
+
+# Where weights wait, and what is worked off at once.
+PLACING = {"offload": True}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def decisive(self) -> dict[str, Any]:
+        """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
+        return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
+
+
+OUT_LAYERS = (9, 18, 27)
+
+
+DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
+
+
+class ModelRecipe(_Part):
+    """The base: where it lies and how its prompts are encoded."""
+
+    base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
+    revision: str | None = Field(None, description="hub revision")
+    transformer: str | None = Field(
+        None, description="weights in the place of the base's transformer: a folder, a safetensors file, or a URI"
+    )
+    backbone: Literal["flux2_klein", "z_image", "sd3", "qwen_image"] = "flux2_klein"
+    height: int = Field(gt=0, description="of every picture that is drawn, in pixels")
+    width: int = Field(gt=0)
+    sizes: Literal["one", "own"] = Field(
+        "one", description="training pictures: cropped to height and width, or each at its own size (buckets)"
+    )
+    max_sequence_length: int = Field(512, gt=0, description="prompt tokens, padding included")
+    text_encoder_out_layers: tuple[int, ...] = Field(
+        OUT_LAYERS, description="flux2_klein: hidden states that make the embedding"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen base and full-checkpoint teachers; what trains is float32"
+    )
+    attention: str = Field("native", description="diffusers' attention backend: native (torch's SDPA), flash, ...")
+    quantize: Literal["int8", "float8"] | None = Field(
+        None, description="weights of the frozen base, by torchao; everything that trains is then a LoRA"
+    )
+    offload: bool = Field(
+        False, description="full-checkpoint teachers wait in CPU memory and visit the accelerator for their queries"
+    )
+
+    @model_validator(mode="after")
+    def _layers_fit_the_family(self):
+        if self.backbone != "flux2_klein" and self.text_encoder_out_layers != OUT_LAYERS:
+            raise ValueError(f"text_encoder_out_layers is for flux2_klein, and backbone is {self.backbone}; remove it")
+        return self
+
+
+class DataRecipe(_Part):
+    """The task-tagged dataset. Either inputs to assemble, or the sizes of the generated world."""
+
+    inputs: tuple[str, ...] = Field((), description="Parquet files or folders in the schema, image folders")
+    world: dict[str, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if bool(self.inputs) == bool(self.world):
+            raise ValueError("give either 'inputs' (your data) or 'world' (generated data)")
+        return self
+
+
+class LoraRecipe(_Part):
+    """Low-rank adapter on the transformer; `targets` defaults to the back end's own list."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(16, gt=0)
+    targets: tuple[str, ...] | None = None
+
+
+class TrainRecipe(_Part):
+    """What fine-tuning and distillation share."""
+
+    trainable: Literal["full", "lora"] = "full"
+    lora: LoraRecipe = LoraRecipe()
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0, description="samples an optimizer step, over all processes")
+    accumulate: int = Field(1, gt=0, description="parts a batch is worked off in: less memory, the same update")
+    warmup: int = Field(20, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products, by autocast")
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        "off", description="torch.compile of the transformer's blocks; reduce-overhead uses CUDA graphs"
+    )
+    activation_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    parallel: Literal["replicate", "shard"] = Field(
+        "replicate", description="many processes: whole weights in each, or each a part (FSDP2; full weights only)"
+    )
+    log_every: int = Field(50, gt=0)
+    checkpoint_every: int = Field(200, ge=0, description="steps between saves to resume from; 0: none")
+    keep_checkpoints: int = Field(2, gt=0, description="how many of the last saves to keep")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sharding_fits(self):
+        if self.parallel == "shard" and (self.trainable != "full" or self.optimizer != "adamw"):
+            raise ValueError("parallel: shard is for trainable: full with optimizer: adamw; use replicate otherwise")
+        return self
+
+
+class FinetuneRecipe(TrainRecipe):
+    """Flow-matching fine-tuning of one teacher on one task's paired targets."""
+
+    prompt_dropout: Fraction = Field(0.0, description="share of samples trained with the empty prompt")
+
+
+def check_phases(what: str, ends: list[float]) -> None:
+    """Raise ValueError unless a schedule's phases follow each other to the end of training."""
+    if ends != sorted(set(ends)) or ends[-1] != 1:
+        raise ValueError(f"{what}: the phases end at {ends}; 'until' must rise and the last be 1")
+
+
+Window = Literal["semantic", "mid", "low_noise", "uniform", "early_steps", "late_steps"] | tuple[Fraction, Fraction]
+
+
+class WindowPhase(_Part):
+    """One stretch of a schedule of query windows: `window` holds until this share of the steps is done."""
+
+    until: Fraction
+    window: Window
+
+
+class SelectRecipe(_Part):
+    """Which of the student's states on the way is handed over: the one that holds its gates best on `val`.
+
+    A state's score is the smallest margin over all gates, as a share of what the gate allows; it holds them at >= 0.
+    """
+
+    every: int = Field(gt=0, description="steps between validations")
+    per_task: int = Field(48, gt=0, description="validation records a task")
+    patience: int | None = Field(None, gt=0, description="end after this many validations without a better one")
+    stop_when_held: bool = Field(False, description="end at the first validation that holds every gate")
+
+
+MERGES = ("merge_average", "merge_task_arithmetic", "merge_ties")  # methods that train nothing
+
+
+METHODS = ("danceopd", "off_policy", "soft", "dense", "diffusion_opd", "flow_opd", "joint", *MERGES)
+
+
+# Which methods read a knob that the others have no use for.
+READ_BY = {
+    "queries": ("dense",),
+    "merge_scale": ("merge_task_arithmetic", "merge_ties"),
+    "merge_density": ("merge_ties",),
+}
+
+
+class DistillRecipe(TrainRecipe):
+    """On-policy distillation: one query (K = 1) a sample, from `window`, on a grid of `rollout_steps`.
+
+    `window` is a name, a range `[sigma_lo, sigma_hi]`, or a schedule: a list of phases, the last until 1.
+    `method` is `danceopd`, or one that it is compared with (`danceopd.methods.table`).
+    """
+
+    method: Literal[METHODS] = "danceopd"
+    queries: int | None = Field(None, gt=0, description="dense: query states a sample (K); default 8")
+    merge_scale: float | None = Field(
+        None, gt=0, description="of the merged task vectors; default 0.4 for merge_task_arithmetic, 1 for merge_ties"
+    )
+    merge_density: float | None = Field(
+        None, gt=0, le=1, description="merge_ties: share of each task vector's entries kept; default 0.2"
+    )
+    start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
+    rollout_steps: int = Field(16, gt=0)
+    window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
+    preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
+    select: SelectRecipe | None = Field(None, description="keep the best state rather than the last")
+
+    @property
+    def phases(self) -> tuple[WindowPhase, ...]:
+        """The schedule of query windows; a single window is one phase."""
+        if isinstance(self.window, tuple) and isinstance(self.window[0], WindowPhase):
+            return self.window
+        return (WindowPhase(until=1.0, window=self.window),)
+
+    @model_validator(mode="after")
+    def _knobs_fit_the_method(self):
+        for knob, methods in READ_BY.items():
+            if getattr(self, knob) is not None and self.method not in methods:
+                raise ValueError(f"{knob} is for method {' or '.join(methods)}, and method is {self.method}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_fit(self):
+        for window in (phase.window for phase in self.phases):
+            if isinstance(window, tuple) and window[0] >= window[1]:
+                raise ValueError(f"window {list(window)}: write [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
+        check_phases("window", [phase.until for phase in self.phases])
+        return self
+
+
+class _Guided(_Part):
+    """A teacher whose field may be the guided one, v_empty + guidance (v_cond - v_empty), for the student to absorb."""
+
+    guidance: float | None = Field(None, gt=1, description="scale of classifier-free guidance; none: the plain field")
+    guidance_batched: bool = Field(True, description="both sides in one forward pass; false: two, in less memory")
+
+
+class BaseTeacher(_Guided):
+    """The base itself serves as teacher."""
+
+    kind: Literal["base"]
+
+
+class FinetunedTeacher(_Guided):
+    """A teacher fine-tuned in the run, on one task."""
+
+    kind: Literal["finetune"]
+    task: str
+    train: FinetuneRecipe
+
+
+class CheckpointTeacher(_Guided):
+    """A teacher that exists already: whole weights, or a LoRA on the base."""
+
+    kind: Literal["checkpoint", "lora"]
+    path: str = Field(
+        description="checkpoint: a pipeline or transformer folder, or a safetensors file. lora: a PEFT folder, or a "
+        "file of diffusers, kohya or ComfyUI. Or a URI of one (hf://owner/name, s3://, gs://)"
+    )
+
+
+class ChampionTeacher(_Guided):
+    """The registered model's champion, as it stands when the run begins: it holds the tasks it was trained for."""
+
+    kind: Literal["champion"]
+
+
+Teacher = Annotated[BaseTeacher | FinetunedTeacher | CheckpointTeacher | ChampionTeacher, Field(discriminator="kind")]
+
+
+class Gate(_Part):
+    """What the student must hold on one metric to be registered.
+
+    `retain`: at least this share of its teacher's value; `max_drop`: at most this much below it, in the metric's
+    unit. `champion_margin`: at most this much below the current champion, in the metric's unit.
+    """
+
+    metric: str
+    retain: Fraction | None = None
+    max_drop: float | None = Field(None, ge=0)
+    champion_margin: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _one_rule(self):
+        if (self.retain is None) == (self.max_drop is None):
+            raise ValueError("give exactly one of 'retain' and 'max_drop'")
+        return self
+
+
+class WeightPhase(_Part):
+    """One stretch of a task's curriculum: `weight` holds until this share of the steps is done."""
+
+    until: Fraction
+    weight: float = Field(gt=0)
+
+
+Weight = Annotated[float, Field(gt=0)] | Annotated[tuple[WeightPhase, ...], Field(min_length=1)]
+
+
+# Metrics that are minus a distance: of these no share can be kept.
+DISTANCES = ("lpips", "fid", "kid", "fd_dino", "kd_dino")
+
+
+def check_gates(metrics: tuple[str, ...], gates: tuple[Gate, ...]) -> None:
+    """Raise ValueError unless every gate is on one of the metrics, and by a rule that suits it."""
+    for gate in gates:
+        if gate.metric not in metrics:
+            raise ValueError(f"gate on {gate.metric!r}, which is not among the task's metrics {metrics}")
+        if gate.metric in DISTANCES and gate.retain is not None:
+            raise ValueError(
+                f"gate on {gate.metric!r}: it is minus a distance, of which no share is kept; "
+                "give 'max_drop' instead of 'retain'"
+            )
+
+
+class TaskRecipe(_Part):
+    """One capability: its teacher, its weight in the loss, how it is measured, what it must hold.
+
+    `weight` decides the task's share of a batch and of the loss; a list of phases makes it a curriculum.
+    """
+
+    teacher: str
+    needs_source: bool = Field(description="whether every sample edits a source image")
+    weight: Weight = 1.0
+    metrics: tuple[str, ...] = Field(min_length=1)
+    gates: tuple[Gate, ...] = ()
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self):
+        if isinstance(self.weight, tuple):
+            check_phases("weight", [phase.until for phase in self.weight])
+        check_gates(self.metrics, self.gates)
+        return self
+
+
+class DriftRecipe(_Part):
+    """How far the student's path leaves its teacher's, and what fewer sampling steps cost."""
+
+    records: int = Field(24, gt=0, description="held-out records a task, the first ones")
+    steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
+    )
+
+
+class NetworksRecipe(_Part):
+    """Where the networks lie that metrics look with; nothing is downloaded. A metric without its network is skipped."""
+
+    clip: str | None = Field(None, description="folder of a CLIP model with its processor, weights as safetensors")
+    dino: str | None = Field(None, description="folder of a DINOv2 (or v3) model with its processor, as safetensors")
+    inception: str | None = Field(None, description="file of torch-fidelity's Inception weights, for fid and kid")
+
+
+class JudgeRecipe(_Part):
+    """A vision-language model that judges pictures, behind an OpenAI-compatible endpoint. Pictures are sent there."""
+
+    url: str = Field(description="up to what `/chat/completions` follows, for example http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="as the endpoint calls it")
+    key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable with the API key; none: no key"
+    )
+    parameters: dict[str, JsonValue] = Field(
+        {"temperature": 0, "max_tokens": 600}, description="sent along with every request"
+    )
+    requests_per_minute: float | None = Field(None, gt=0, description="at most; none: as fast as it answers")
+    parallel: int = Field(4, gt=0, description="requests at once")
+    attempts: int = Field(5, gt=0, description="a question, before it is given up")
+    timeout: float = Field(120, gt=0, description="seconds an answer may take")
+    price_prompt: float | None = Field(None, ge=0, description="of a million prompt tokens")
+    price_completion: float | None = Field(None, ge=0, description="of a million completion tokens")
+    currency: str = "USD"
+
+    @model_validator(mode="after")
+    def _plain(self):
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url: write it as http://host/v1 or https://host/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "url: holds a user, a password or a query; put the API key into an environment variable "
+                "and its name into key_env"
+            )
+        if (self.price_prompt is None) != (self.price_completion is None):
+            raise ValueError("give both 'price_prompt' and 'price_completion', or neither")
+        if taken := sorted({"model", "messages", "stream", "n"} & set(self.parameters)):
+            raise ValueError(
+                f"parameters: {', '.join(taken)} cannot be given; the judge sets what it asks and reads "
+                "one whole answer"
+            )
+        return self
+
+
+class BenchmarkRecipe(_Part):
+    """An evaluation set beside the tasks' own held-out records, with a row of its own in every table."""
+
+    input: str = Field(description="dataset folder, as `danceopd data import-benchmark` writes")
+    task: str = Field(description="whose teacher the student is held against")
+    metrics: tuple[str, ...] = Field(min_length=1)
+    gates: tuple[Gate, ...] = ()
+    limit: int | None = Field(None, gt=0, description="records at most, spread evenly over all; none: all")
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self):
+        check_gates(self.metrics, self.gates)
+        return self
+
+
+class EvaluateRecipe(_Part):
+    """Which held-out records are drawn, and how."""
+
+    split: Literal["val", "test"] = "test"
+    per_task: int = Field(128, gt=0)
+    steps: int = Field(8, gt=0)
+    batch: int = Field(64, gt=0)
+    seed: int = 0
+    pictures: int = Field(8, gt=0, description="rows of the report's picture grid, a task")
+    worst: int = Field(4, ge=0, description="records shown a task that fall furthest below the teacher's")
+    drift: DriftRecipe | None = DriftRecipe()
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the bootstrap intervals over records")
+    resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
+    networks: NetworksRecipe = NetworksRecipe()
+    judge: JudgeRecipe | None = None
+    benchmarks: dict[str, BenchmarkRecipe] = {}
+
+
+class RegisterRecipe(_Part):
+    """Where a student that holds its gates goes."""
+
+    model: str = Field(description="name in the MLflow model registry")
+    experiment: str = "danceopd"
+    license: str = Field("other", description="of the student, for its model card; it follows base and teachers")
+
+
+class Recipe(_Part):
+    """One run, from data to a registered student."""
+
+    name: str
+    seed: int = 0
+    model: ModelRecipe
+    data: DataRecipe
+    tasks: dict[str, TaskRecipe] = Field(min_length=1)
+    teachers: dict[str, Teacher] = Field(min_length=1)
+    distill: DistillRecipe
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    register_as: RegisterRecipe
+    cache: str | None = Field(
+        None,
+        description="folder or object-store URI of a cache of encodings (`danceopd data cache`); none: the workspace",
+    )
+
+    @model_validator(mode="after")
+    def _names_fit(self):
+        for task, spec in self.tasks.items():
+            if spec.teacher not in self.teachers:
+                raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")
+            if spec.needs_source and self.model.backbone in DRAW_ONLY:
+                raise ValueError(
+                    f"tasks.{task}.needs_source: backbone {self.model.backbone} cannot edit a source image; take "
+                    "another base, or remove the task"
+                )
+        if (
+            not isinstance(self.teachers.get("base", BaseTeacher(kind="base")), BaseTeacher)
+            or "student" in self.teachers
+        ):
+            raise ValueError("teachers: 'student' is the student's name, and 'base' the base's (kind: base); rename it")
+        if "base" in self.teachers and self.teachers["base"].guidance is not None:
+            raise ValueError("teachers.base.guidance: 'base' is the plain base; give the guided one another name")
+        starts = dict.fromkeys(("base", *self.teachers))
+        if self.distill.start not in starts:
+            raise ValueError(f"distill.start is {self.distill.start!r}; choose one of: {', '.join(starts)}")
+        if self.distill.start != "base" and self.distill.trainable != "full":
+            raise ValueError(
+                "distill.start: a LoRA student starts from the base; set trainable: full to start elsewhere"
+            )
+        if self.model.quantize is not None:
+            trained = {"distill": self.distill} | {
+                f"teachers.{n}.train": t.train for n, t in self.teachers.items() if isinstance(t, FinetunedTeacher)
+            }
+            whole = [where for where, spec in trained.items() if spec.trainable != "lora"]
+            if whole or self.distill.method in MERGES:
+                raise ValueError(
+                    f"model.quantize: only a LoRA trains on a quantized base; set trainable: lora in "
+                    f"{', '.join(whole) or 'distill, and another method than a merge'}"
+                )
+        for name, benchmark in self.evaluate.benchmarks.items():
+            if name in self.tasks:
+                raise ValueError(f"evaluate.benchmarks.{name}: a task has that name already; choose another")
+            if benchmark.task not in self.tasks:
+                raise ValueError(
+                    f"evaluate.benchmarks.{name}.task is {benchmark.task!r}; tasks are: {', '.join(self.tasks)}"
+                )
+        if self.distill.select is not None and not any(spec.gates for spec in self.tasks.values()):
+            raise ValueError("distill.select: no task has a gate to select by; add gates, or remove select")
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, FinetunedTeacher) and teacher.task not in self.tasks:
+                raise ValueError(f"teachers.{name}.task is {teacher.task!r}; tasks are: {', '.join(self.tasks)}")
+        return self
+
+    def with_benchmarks(self) -> Recipe:
+        """The recipe with every benchmark as a further task, to be evaluated and not to be trained."""
+        rows = {
+            name: TaskRecipe(
+                teacher=self.tasks[b.task].teacher,
+                needs_source=self.tasks[b.task].needs_source,
+                metrics=b.metrics,
+                gates=b.gates,
+            )
+            for name, b in self.evaluate.benchmarks.items()
+        }
+        return self.model_copy(update={"tasks": self.tasks | rows})
+
+    def digest(self) -> str:
+        """A 16-digit name of the whole recipe."""
+        return content_key(self.model_dump(mode="json"))

@@ -1,0 +1,76 @@
+"""Gates: what a student must keep of its teachers, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from danceopd.config.recipe import Gate, Recipe
+from danceopd.evaluation.metrics import metric
+from danceopd.evaluation.names import STUDENT
+from danceopd.evaluation.scoring import finite, paid
+
+Scores = dict[str, dict[str, dict[str, float | None]]]
+
+
+_ROUNDING = 1e-9  # a limit such as 0.95 * 0.8 may land above a mean that equals it
+
+
+def score_of(scores: Scores, field: str, task: str, name: str) -> float | None:
+    return finite(scores.get(field, {}).get(task, {}).get(name))
+
+
+def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, float | None]]]:
+    """The student beside each task's own teacher: both values, ratio and difference; None where undefined."""
+    table: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, spec in recipe.tasks.items():
+        for name in spec.metrics:
+            teacher, student = score_of(scores, spec.teacher, task, name), score_of(scores, STUDENT, task, name)
+            known = teacher is not None and student is not None
+            table.setdefault(task, {})[name] = {
+                "teacher": teacher,
+                "student": student,
+                "ratio": student / teacher if known and teacher != 0 and metric(name).unit != "distance" else None,
+                "difference": student - teacher if known else None,
+            }
+    return table
+
+
+def gate_limit(gate: Gate, teacher: float) -> float:
+    """The least value, in the metric's unit, with which a student holds a gate."""
+    return teacher * gate.retain if gate.retain is not None else teacher - gate.max_drop
+
+
+def gate_allowance(gate: Gate, teacher: float) -> float:
+    """How far below its teacher a student may lie and hold the gate, in the metric's unit."""
+    return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
+
+
+def judge(recipe: Recipe, scores: Scores, skipped: Mapping[str, str] = MappingProxyType({})) -> list[dict]:
+    """Every gate of the recipe with its limit, the student's value and whether it holds; a `reason` where it has none.
+
+    A value that is missing or not finite, the student's or the teacher's, never holds.
+    """
+    verdicts = []
+    for task, spec in recipe.tasks.items():
+        for gate in spec.gates:
+            teacher = score_of(scores, spec.teacher, task, gate.metric)
+            student = score_of(scores, STUDENT, task, gate.metric)
+            limit = None if teacher is None else gate_limit(gate, teacher)
+            rule = f"retain {gate.retain}" if gate.retain is not None else f"max_drop {gate.max_drop}"
+            held = student is not None and limit is not None and student >= limit - _ROUNDING
+            reason = skipped.get(gate.metric)
+            if reason is None and (student is None or teacher is None) and paid(gate.metric):
+                reason = "the judge gave no readable answer on some pictures"
+            verdicts.append(
+                {
+                    "task": task,
+                    "metric": gate.metric,
+                    "rule": rule,
+                    "limit": limit,
+                    "value": student,
+                    "passed": held,
+                    "reason": reason,
+                }
+            )
+    return verdicts

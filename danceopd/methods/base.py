@@ -1,0 +1,166 @@
+"""What every method of distillation is made of: a group of samples, what stays the same, what is measured, one step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from danceopd.backbones.base import Backbone, Condition
+from danceopd.data.encoded import EncodedRecords
+from danceopd.flow.fields import VelocityField
+from danceopd.flow.losses import velocity_matching_loss
+from danceopd.methods.queries import QueryWindow
+from danceopd.training.learner import Learner
+
+
+@dataclass
+class UpdateFigures:
+    """What updates measured: loss and query noise levels by task, and the transformer forwards they took.
+
+    A backward pass counts as two forwards, and as three where activations are computed again.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    sigmas: dict[str, list[float]] = field(default_factory=dict)
+    forwards: int = 0
+    samples: int = 0
+
+    def add(self, tags: list[str], losses: Tensor, sigmas: Tensor, forwards: int) -> None:
+        """Add one group: a loss and a noise level a sample (or several a sample, sample by sample)."""
+        per_sample = len(losses) // len(tags)
+        for position, (loss, sigma) in enumerate(zip(losses.tolist(), sigmas.tolist(), strict=True)):
+            tag = tags[position // per_sample]
+            self.losses.setdefault(tag, []).append(loss)
+            self.sigmas.setdefault(tag, []).append(sigma)
+        self.forwards += forwards
+        self.samples += len(tags)
+
+    def merge(self, other: UpdateFigures) -> None:
+        """Add another's figures to these."""
+        for task, losses in other.losses.items():
+            self.losses.setdefault(task, []).extend(losses)
+            self.sigmas.setdefault(task, []).extend(other.sigmas[task])
+        self.forwards += other.forwards
+        self.samples += other.samples
+
+    @property
+    def forwards_per_sample(self) -> float:
+        """Transformer forwards a sample: for this method the rollout, 1 teacher, 3 for the student."""
+        return self.forwards / self.samples
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one size and sequence length: this process's share of a part of a mixed batch, with its random draws.
+
+    Attributes:
+        rows: row numbers in the encoded records.
+        tags: their tasks.
+        weights: each sample's weight in the loss, (n,) float32; over all groups and processes they sum to 1.
+        condition: of the same n samples.
+        noise: where each sample's path starts, (n, N, C).
+        grid: the sampling grid at the samples' picture size, (steps + 1,).
+        stop: indices of the query states on the grid, (n, K), int64 on the CPU, rising along K.
+        seeds: one a sample, for methods that draw more along the path; empty for those that do not.
+        last: whether no group of this process follows in the update: its last backward pass synchronises.
+    """
+
+    rows: list[int]
+    tags: list[str]
+    weights: Tensor
+    condition: Condition
+    noise: Tensor
+    grid: Tensor
+    stop: Tensor
+    seeds: list[int]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """All that stays the same from update to update.
+
+    Attributes:
+        backbone: the model family and base.
+        encoded: training prompts and sources; targets are read only by methods that train on data.
+        teachers: frozen fields by name.
+        teacher_of: task -> teacher's name, the routing.
+        rollout_steps: steps of the sampling grid the student rolls out on.
+    """
+
+    backbone: Backbone
+    encoded: EncodedRecords
+    teachers: dict[str, VelocityField]
+    teacher_of: dict[str, str]
+    rollout_steps: int
+
+    def grid(self, height: int, width: int) -> Tensor:
+        """The sampling grid for a picture size, (rollout_steps + 1,)."""
+        return self.backbone.sigmas(self.rollout_steps, height, width)
+
+    def routes(self, tags: list[str]) -> list[str]:
+        """The teacher's name of each sample."""
+        return [self.teacher_of[tag] for tag in tags]
+
+    def teacher_forwards(self, tags: list[str]) -> int:
+        """Forwards it takes to ask each sample's teacher once; a guided one takes two."""
+        return sum(self.teachers[route].forwards for route in self.routes(tags))
+
+
+class Method(ABC):
+    """What one update does with a group of samples; a subclass is a way to distill.
+
+    Attributes:
+        seeded: whether the group carries a seed per sample, for draws along the path.
+        needs_targets: whether it trains on target images.
+    """
+
+    seeded: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = False
+
+    def draw_queries(self, window: QueryWindow, count: int, grid: Tensor, generator: torch.Generator) -> Tensor:
+        """Indices of `count` samples' query states on a sampling grid (steps + 1,): (count, K), int64, rising along K.
+
+        K = 1 unless a method says otherwise.
+        """
+        return window.draw(count, grid, generator)[:, None]
+
+    @abstractmethod
+    def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
+        """Add the group's gradient to the learner's through `learner.backward`, and what was measured to `figures`."""
+
+
+def match_velocity(
+    setup: Distillation,
+    learner: Learner,
+    group: Group,
+    state: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    sync: bool,
+    scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One forward and backward pass of the student on a group; costs `learner.update_forwards` a sample.
+
+    Args:
+        setup: whose backbone is called.
+        learner: the student.
+        group: the samples, with their weights in the loss.
+        state: where it is asked, (n, N, C), without gradient.
+        sigma: noise levels (n,).
+        target: the velocity to match, (n, N, C); it gets no gradient.
+        sync: whether this is the process's last backward pass in the update.
+        scale: factor of the loss, a number or (n,).
+
+    Returns:
+        Each sample's loss times `scale`, (n,) float32, and the student's velocity (n, N, C), both without gradient.
+    """
+    with learner.field.active():
+        velocity = setup.backbone.velocity(learner.field.network, state, sigma, group.condition)
+        losses = velocity_matching_loss(velocity, target) * scale
+        learner.backward((losses * group.weights.to(losses)).sum(), sync=sync)
+    return losses.detach(), velocity.detach()

@@ -1,0 +1,212 @@
+"""What a recipe will load and take, told from configurations alone, before a weight is downloaded.
+
+Sizes are exact where they are counts of weights; activations, operations and with them the time are estimates.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from danceopd.backbones import open_outline
+from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.bases import SHIPPED, fetch_configs
+from danceopd.backbones.weights import file_shapes, weight_files
+from danceopd.config.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.data.encoded import EncodedRecords
+from danceopd.flow.fields import VelocityField
+from danceopd.preflight.forwards import CountedField, expected_forwards
+from danceopd.preflight.memory import STATE_BYTES, MemoryEstimate, trained_parameters
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
+# A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
+BLOCK_BYTES, INPUT_BYTES = 34, 2
+# What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector a sample.
+_PROMPT = re.compile(
+    r"add_[qkv]_proj|to_add_out|ff_context|txt_mlp|txt_in|context_embedder|context_refiner|cap_embedder"
+)
+_PICTURE = re.compile(r"noise_refiner|\.attn2\.")
+_VECTOR = re.compile(r"norm\w*\.linear|adaLN|_mod\.|modulation|time_|(^|\.)t_embedder")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a recipe takes.
+
+    Attributes:
+        parameters: weights of the base's transformer.
+        tokens: of the longest sample, as (picture and sources, prompt).
+        forwards: passes of the transformer a sample, in the mean over training.
+        operations: of one forward pass of the longest sample.
+        held: bytes of frozen weights on each GPU while it trains: the base's and the teachers'.
+        training: what training adds to them.
+    """
+
+    parameters: int
+    tokens: tuple[int, int]
+    forwards: float
+    operations: float
+    held: int
+    training: MemoryEstimate
+
+
+def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
+    """Find out what a recipe takes from its base's configuration files, which are fetched if they are not here.
+
+    Args:
+        recipe: the run.
+        workspace: where downloads go.
+        processes: how many GPUs train together.
+
+    Raises:
+        UserError: if the base cannot be found, or is no pipeline of the recipe's back end.
+    """
+    model = recipe.model
+    folder = fetch_configs(model.base, model.revision, Path(workspace))
+    backbone = open_outline(folder, model)
+    network = backbone.transformer
+    parameters = sum(p.numel() for p in network.parameters())
+    frozen = parameters * BYTES[model.quantize or model.dtype]
+    whole = [t for t in recipe.teachers.values() if _holds_all(t)]
+    waiting = 1 if model.offload else len(whole)
+    tokens = _tokens(recipe, backbone)
+    return Outlook(
+        parameters=parameters,
+        tokens=tokens,
+        forwards=expected_forwards(recipe, backbone, _stand_ins(recipe), _fields(recipe, backbone)),
+        operations=forward_operations(network, *tokens),
+        held=frozen + min(waiting, len(whole)) * parameters * BYTES[model.dtype] + _adapters(recipe, backbone),
+        training=_training(recipe, backbone, sum(tokens), processes),
+    )
+
+
+def _holds_all(teacher: object) -> bool:
+    """Whether a teacher is a transformer of its own, as far as the recipe tells."""
+    if isinstance(teacher, CheckpointTeacher):
+        return teacher.kind == "checkpoint"
+    if isinstance(teacher, FinetunedTeacher):
+        return teacher.train.trainable == "full"
+    return not isinstance(teacher, BaseTeacher)
+
+
+def _adapters(recipe: Recipe, backbone: Backbone) -> int:
+    """Bytes of the teachers' LoRAs: counted in their files, or taken to be like the student's where none is here."""
+    numbers = 0
+    for teacher in recipe.teachers.values():
+        if isinstance(teacher, FinetunedTeacher) and teacher.train.trainable == "lora":
+            numbers += trained_parameters(backbone.transformer, teacher.train, backbone.lora_targets)
+        elif isinstance(teacher, CheckpointTeacher) and teacher.kind == "lora":
+            files = [] if "://" in teacher.path else weight_files(Path(teacher.path))
+            alike = recipe.distill.model_copy(update={"trainable": "lora"})
+            numbers += (
+                sum(math.prod(shape) for file in files for shape in file_shapes(file).values())
+                if files
+                else trained_parameters(backbone.transformer, alike, backbone.lora_targets)
+            )
+    return numbers * BYTES["float32"]
+
+
+def _tokens(recipe: Recipe, backbone: Backbone) -> tuple[int, int]:
+    picture, _ = backbone.latent_shape(recipe.model.height, recipe.model.width)
+    edits = any(task.needs_source for task in recipe.tasks.values())
+    return picture * (2 if edits else 1), recipe.model.max_sequence_length
+
+
+def _stand_ins(recipe: Recipe) -> EncodedRecords:
+    """Four records a task, of one number each."""
+    tasks = [task for task in recipe.tasks for _ in range(4)]
+    rows = torch.zeros(len(tasks), dtype=torch.int64)
+    source = torch.tensor([0 if recipe.tasks[task].needs_source else -1 for task in tasks])
+    one = torch.zeros(1, 1, 1)
+    return EncodedRecords(tasks, one, rows, one, source, one, rows, recipe.model.height, recipe.model.width)
+
+
+def _fields(recipe: Recipe, backbone: Backbone) -> dict[str, VelocityField]:
+    plain = CountedField("", backbone, backbone.transformer)
+    return {
+        name: replace(plain, name=name, passes=1 if teacher.guidance is None else 2)
+        for name, teacher in recipe.teachers.items()
+    }
+
+
+def forward_operations(network: nn.Module, pictures: int, prompt: int) -> float:
+    """Floating-point operations of one sample's forward pass: matrix products and attention.
+
+    Args:
+        network: a transformer, with or without memory for its weights.
+        pictures: tokens of picture and source images.
+        prompt: tokens of the prompt.
+    """
+    total = 0.0
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            tokens = 1 if _VECTOR.search(name) else prompt if _PROMPT.search(name) else _stream(name, pictures, prompt)
+            total += 2 * tokens * module.in_features * module.out_features
+    for name, width in _attentions(network):
+        tokens = prompt if _PROMPT.search(name) else pictures if _PICTURE.search(name) else pictures + prompt
+        total += 4 * tokens**2 * width
+    return total
+
+
+def _stream(name: str, pictures: int, prompt: int) -> int:
+    """Tokens that a module sees which is not the prompt's own: of both, where a block has no two streams."""
+    joint = name.startswith(("single_", "layers."))
+    return pictures + (prompt if joint else 0)
+
+
+def _attentions(network: nn.Module) -> list[tuple[str, int]]:
+    """The attention layers: the name of what makes the queries, and how wide they are."""
+    made_by = (".to_q", ".to_qkv_mlp_proj")
+    return [(name, module.in_features) for name, module in network.named_modules() if name.endswith(made_by)]
+
+
+def _training(recipe: Recipe, backbone: Backbone, tokens: int, processes: int) -> MemoryEstimate:
+    spec, network = recipe.distill, backbone.transformer
+    parameters = trained_parameters(network, spec, backbone.lora_targets)
+    share = processes if spec.parallel == "shard" else 1
+    samples = -(-spec.batch // (processes * spec.accumulate))
+    blocks, (_, width) = len(repeated_blocks(network)), _attentions(network)[0]
+    numbers = samples * tokens * width * (1 if spec.precision == "bfloat16" else 2)
+    kept = blocks * INPUT_BYTES + BLOCK_BYTES if spec.activation_checkpointing else blocks * BLOCK_BYTES
+    weights = parameters * 4 // share
+    return MemoryEstimate(
+        parameters=parameters,
+        weights=weights,
+        gradients=weights,
+        optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
+        averages=weights * ((spec.ema is not None) + (spec.select is not None)),
+        activations=numbers * kept,
+    )
+
+
+def what_is_there(recipe: Recipe) -> list[tuple[str, str, str | None]]:
+    """What a recipe will load: (what, where from, what is wrong with it or None)."""
+    model = recipe.model
+    place = (
+        "ships with the package"
+        if model.base in SHIPPED
+        else f"{model.base}{f' at {model.revision}' * bool(model.revision)}"
+    )
+    rows: list[tuple[str, str, str | None]] = [("base", place, None)]
+    if model.transformer is not None:
+        rows.append(("its transformer", model.transformer, _lacking(model.transformer)))
+    for name, teacher in recipe.teachers.items():
+        guided = "" if teacher.guidance is None else f", guided at {teacher.guidance:g}"
+        if isinstance(teacher, CheckpointTeacher):
+            rows.append((f"teacher {name}", f"{teacher.kind} {teacher.path}{guided}", _lacking(teacher.path)))
+        elif isinstance(teacher, FinetunedTeacher):
+            rows.append((f"teacher {name}", f"fine-tuned on {teacher.task}, {teacher.train.steps} steps{guided}", None))
+        else:
+            place = "the base" if isinstance(teacher, BaseTeacher) else f"champion of {recipe.register_as.model}"
+            rows.append((f"teacher {name}", f"{place}{guided}", None))
+    rows += [("data", location, _lacking(location)) for location in recipe.data.inputs]
+    return rows + ([("data", "the generated world", None)] if recipe.data.world else [])
+
+
+def _lacking(location: str) -> str | None:
+    return None if "://" in location or Path(location).exists() else "no such file or folder"

@@ -1,0 +1,33 @@
+"""The chain's steps over a workspace folder: base, data, teachers, student, evaluation, registration.
+
+Command line, Kubeflow components and GPU jobs all call these functions; each step is one file.
+"""
+
+from danceopd.steps.base import resolve_base
+from danceopd.steps.data import build_data, data_revision, track_data
+from danceopd.steps.encodings import cache_encodings, open_held_out
+from danceopd.steps.evaluation import evaluate_student, lineage
+from danceopd.steps.registration import move_champion, register_student, registration_facts
+from danceopd.steps.student import distill_student, open_training, student_folder
+from danceopd.steps.teachers import finetune_teacher
+from danceopd.workspace import Product, open_product
+
+__all__ = [
+    "Product",
+    "build_data",
+    "cache_encodings",
+    "data_revision",
+    "distill_student",
+    "evaluate_student",
+    "finetune_teacher",
+    "lineage",
+    "move_champion",
+    "open_held_out",
+    "open_product",
+    "open_training",
+    "register_student",
+    "registration_facts",
+    "resolve_base",
+    "student_folder",
+    "track_data",
+]

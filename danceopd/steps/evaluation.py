@@ -1,0 +1,133 @@
+"""The step that scores base, teachers and student on held-out records, and says where the student comes from."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from danceopd.config.recipe import Recipe
+from danceopd.files import read_json
+from danceopd.steps.cost import Spent, cost_table, spent_on
+from danceopd.steps.encodings import encoding_key, open_backbone
+from danceopd.steps.teachers import load_teachers
+from danceopd.tracking import recording
+from danceopd.workspace import Product, code_revision, make_product
+
+
+def evaluate_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path
+) -> Product:
+    """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
+    inputs = [
+        base.digest,
+        data.facts["content"],
+        {n: t.digest for n, t in sorted(teachers.items())},
+        student.digest,
+        recipe.model.decisive(),
+        recipe.evaluate.model_dump(mode="json"),
+        {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()},
+        *looks_with(recipe),
+    ]
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        sections = recipe.model_dump(mode="json")
+        settings = {name: sections[name] for name in ("model", "tasks", "evaluate")}
+        title, read = f"evaluate {recipe.name}", data.facts
+        journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, read, recording.EVALUATION)
+        facts = _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
+        recording.evaluated(journal, read_json(scratch / "metrics.json"), scratch, student.digest)
+        return facts
+
+    return make_product(workspace, "evaluations", recipe.name, inputs, build)
+
+
+def looks_with(recipe: Recipe) -> list:
+    """What decides figures besides fields and records: benchmarks' records, and which networks are on this machine.
+
+    An evaluation that skipped a metric is made anew once the metric can be measured.
+    """
+    from danceopd.data.assemble import open_dataset
+    from danceopd.evaluation.metrics import metric
+    from danceopd.evaluation.metrics.tools import lacks, weights_of
+
+    names = {name for task in recipe.with_benchmarks().tasks.values() for name in task.metrics}
+    states = {}
+    for tool in sorted({tool for name in names for tool in metric(name).tools}):
+        lacking = lacks(tool, recipe.evaluate)
+        states[tool] = [lacking, None if lacking else weights_of(tool, recipe.evaluate)]
+    benchmarks = {name: open_dataset(Path(b.input)).content for name, b in recipe.evaluate.benchmarks.items()}
+    return [part for part in (states, benchmarks) if part]
+
+
+def _build_evaluation(
+    recipe: Recipe,
+    base: Product,
+    data: Product,
+    teachers: dict[str, Product],
+    student: Product,
+    workspace: Path,
+    scratch: Path,
+) -> dict:
+    import torch
+
+    from danceopd.data.assemble import open_dataset
+    from danceopd.devices import hardware
+    from danceopd.evaluation.evaluate import evaluate
+    from danceopd.evaluation.report import write_report
+    from danceopd.flow.fields import VelocityField
+
+    backbone = open_backbone(recipe, base)
+    fields = {"base": VelocityField("base", backbone, backbone.transformer)}
+    fields |= load_teachers(recipe, backbone, base, teachers, workspace)
+    trained = backbone.new_transformer(student.pipeline, torch.float32)
+    fields["student"] = VelocityField("student", backbone, trained)
+    dataset = open_dataset(Path(data.facts["dataset"]))
+    started = time.monotonic()
+    evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", encoding_key(recipe, base))
+    training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
+    spent = spent_on(teachers, student)
+    machine = hardware(next(backbone.transformer.parameters()).device)
+    spent.append(Spent("evaluation", time.monotonic() - started, machine, evaluation.metrics["forwards"]))
+    provenance = lineage(recipe, base, data, teachers, student) | {
+        "cost": cost_table(spent),
+        "software": _software(),
+        "training": training,
+        "the whole recipe": recipe.model_dump(mode="json"),
+    }
+    evaluation = replace(evaluation, metrics=evaluation.metrics | {"versions": _versions(teachers)})
+    write_report(evaluation, scratch, provenance)
+    metrics = read_json(scratch / "metrics.json")
+    return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
+
+
+def _software() -> dict[str, str]:
+    """The versions that figures depend on."""
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+    return {"python": platform.python_version()} | packages
+
+
+def _versions(teachers: dict[str, Product]) -> dict[str, dict]:
+    """The teachers that are registered versions: {name: {"model", "version"}}."""
+    return {name: product.facts["registered"] for name, product in teachers.items() if "registered" in product.facts}
+
+
+def lineage(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product
+) -> dict[str, Any]:
+    """Where a student comes from: revisions and digests of everything that made it; `added_to`, if to a champion."""
+    champions = {f"{of['model']} version {of['version']}" for of in _versions(teachers).values()}
+    added = {"added_to": ", ".join(sorted(champions))} if champions else {}
+    return added | {
+        "recipe": recipe.digest(),
+        "code": code_revision(),
+        "git": data.facts["git"],
+        "dvc": data.facts["dvc"],
+        "data": data.facts["content"],
+        "base": base.digest,
+        "teachers": {name: product.digest for name, product in sorted(teachers.items())},
+        "student": student.digest,
+    }

@@ -1,0 +1,62 @@
+"""The step that registers the student in MLflow, and the ones that move the champion."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danceopd.config.recipe import Recipe
+from danceopd.tracking import recording
+from danceopd.tracking.journal import FINISHED, end_run
+from danceopd.workspace import Product, store_of
+
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.registry.register import Registration
+
+log = logging.getLogger(__name__)
+
+
+def register_student(
+    recipe: Recipe, student: Product, evaluation: Product, lineage: dict, tracking_uri: str | None, workspace: Path
+) -> Registration:
+    """Register the student in MLflow if its gates hold; the default store lies in the workspace.
+
+    Raises:
+        UserError: as `registry.register_student` does.
+    """
+    from danceopd.registry import register
+    from danceopd.tracking import delivery
+
+    uri = store_of(tracking_uri, workspace)
+    delivery.deliver(workspace, uri)  # so that the version can name what it comes from
+    done = register.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+    end_run(workspace, FINISHED, recording.by_task(evaluation.facts["scores"]))
+    delivery.deliver(workspace, uri)
+    return done
+
+
+def move_champion(
+    recipe: Recipe, action: str, version: str, force: bool, tracking_uri: str | None, workspace: Path
+) -> dict:
+    """Promote a version of the recipe's model, or roll back.
+
+    Returns:
+        The outcome in one line (`said`) and every version as Markdown (`versions`).
+
+    Raises:
+        UserError: as `registry.move_champion` does.
+    """
+    from danceopd.registry import champion
+    from danceopd.registry.versions import open_model
+
+    model = open_model(store_of(tracking_uri, workspace), recipe.register_as.model)
+    said = champion.say_champion(model.name, *champion.move_champion(model, recipe, action, version, force))
+    log.info(said)
+    return {"said": said, "versions": model.markdown()}
+
+
+def registration_facts(registration: Registration) -> dict:
+    """A registration as plain data."""
+    return asdict(registration)

@@ -1,0 +1,195 @@
+"""The step that distills the student and exports it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.config.recipe import Recipe
+from danceopd.errors import UserError
+from danceopd.export.student import export_student
+from danceopd.files import write_json
+from danceopd.steps.encodings import encode_split, encode_train, open_backbone, open_held_out, require_targets
+from danceopd.steps.teachers import load_teachers
+from danceopd.tracking import recording
+from danceopd.tracking.recording import recorder
+from danceopd.workspace import STUDENTS, Product, make_product, product_key
+
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.backbones.base import Backbone
+    from danceopd.data.encoded import EncodedRecords
+    from danceopd.flow.fields import Field
+
+
+def distill_student(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
+) -> Product:
+    """Distill the recipe's teachers into one student, exported as a complete pipeline folder.
+
+    Raises:
+        UserError: if a teacher's product or a task's training records are missing.
+    """
+    used, inputs = _student_inputs(recipe, base, data, teachers)
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
+
+    return make_product(workspace, STUDENTS, recipe.name, inputs, build, together=True)
+
+
+def student_folder(recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path) -> Path:
+    """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
+
+    Raises:
+        UserError: if a teacher's product is missing.
+    """
+    _, inputs = _student_inputs(recipe, base, data, teachers)
+    return Path(workspace) / STUDENTS / f"{recipe.name}-{product_key(STUDENTS, recipe.name, inputs)}"
+
+
+def _student_inputs(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product]
+) -> tuple[dict[str, Product], list]:
+    """The teachers a student needs, and all that decides what it becomes."""
+    wanted = {task: spec.teacher for task, spec in recipe.tasks.items()}
+    needed = set(wanted.values()) | ({recipe.distill.start} - {"base"})  # the start may teach no task
+    missing = sorted(needed - set(teachers))
+    if missing:
+        raise UserError(f"distillation lacks the teacher(s) {', '.join(missing)}; finetune them first")
+    used = {name: teachers[name] for name in sorted(needed)}
+    tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
+    judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
+    inputs = [
+        base.digest,
+        data.facts["content"],
+        {n: t.digest for n, t in used.items()},
+        wanted,
+        {task: spec["weight"] for task, spec in tasks.items()},
+        judged,
+        recipe.model.decisive(),
+        recipe.distill.decisive(),
+    ]
+    return used, inputs
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a distillation needs, loaded.
+
+    Attributes:
+        backbone: the base.
+        encoded: training records of every task.
+        fields: the teachers by name.
+        teacher_of: task -> teacher's name.
+        weights: task -> weight in the loss.
+    """
+
+    backbone: Backbone
+    encoded: EncodedRecords
+    fields: dict[str, Field]
+    teacher_of: dict[str, str]
+    weights: dict[str, Any]
+
+
+def open_training(
+    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
+) -> Training:
+    """Load the base, the given teachers and the recipe's training records.
+
+    Raises:
+        UserError: if a task has no training records, or they lack the targets that the recipe's method trains on.
+    """
+    from danceopd.methods.table import needs_targets
+
+    backbone = open_backbone(recipe, base)
+    tasks = tuple(recipe.tasks)
+    targets = needs_targets(recipe.distill)
+    encoded = encode_train(recipe, backbone, base, data, workspace, targets, tasks)
+    if targets:
+        for task in tasks:
+            require_targets(encoded, task)
+    fields = load_teachers(recipe, backbone, base, teachers, workspace)
+    specs = recipe.tasks
+    return Training(
+        backbone, encoded, fields, {t: specs[t].teacher for t in tasks}, {t: specs[t].weight for t in tasks}
+    )
+
+
+def _build_student(
+    recipe: Recipe,
+    base: Product,
+    data: Product,
+    teachers: dict[str, Product],
+    workspace: Path,
+    scratch: Path,
+    checkpoints: Path,
+) -> dict:
+    from danceopd.devices import hardware
+    from danceopd.distill import distill
+    from danceopd.evaluation.plots import plot_history
+    from danceopd.evaluation.previews import Previewer
+    from danceopd.evaluation.validate import GateValidator
+    from danceopd.export.model_card import write_card
+    from danceopd.preflight.checks import preflight
+    from danceopd.preflight.findings import settle
+    from danceopd.training.checkpoints import Checkpoints
+    from danceopd.training.processes import this_process
+
+    title, settings = f"distill {recipe.name}", recipe.model_dump(mode="json")
+    journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, data.facts)
+    for product in teachers.values():
+        journal.uses(product.digest)
+    ready = open_training(recipe, base, data, teachers, workspace)
+    backbone, fields, tasks = ready.backbone, ready.fields, tuple(recipe.tasks)
+    shown = encode_split(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
+    # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
+    previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
+    previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
+
+    def show(field: Field, step: int) -> None:
+        previewer(field, step)
+        journal.image("samples", step, previews / f"step-{step:06d}.png")
+
+    saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
+    validate = None
+    if recipe.distill.select is not None:
+        limit = recipe.distill.select.per_task
+        sets = open_held_out(recipe, backbone, base, data, workspace, "val", limit)
+        validate = GateValidator(recipe, fields, sets, Path(workspace) / "cache" / "judge")
+    backbone.free_encoders()  # everything is encoded
+    facts = {name: product.facts for name, product in teachers.items()}
+    counts, processes = data.facts["counts"], this_process()
+    settle(preflight(recipe, backbone, base.pipeline, fields, facts, ready.encoded, counts, processes.count))
+    student, history = distill(
+        backbone,
+        ready.encoded,
+        fields,
+        ready.teacher_of,
+        ready.weights,
+        recipe.distill,
+        show,
+        saves,
+        validate,
+        recorder(journal, "student"),
+    )
+    shutil.copytree(previews, scratch / "previews")
+    write_json(scratch / "history.json", history)
+    plot_history(history, scratch / "previews" / "training.png")
+    journal.file(scratch / "previews" / "training.png")
+    export_student(student, recipe, base, scratch)
+    origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
+    origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
+    write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)
+    forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
+    return {
+        "pipeline": "pipeline",
+        "steps": history[-1]["step"],
+        "loss": history[-1]["loss"],
+        "forwards_per_sample": forwards,
+        "forwards": round(forwards * recipe.distill.batch * history[-1]["step"]),
+        "hardware": hardware(next(backbone.transformer.parameters()).device, processes.count),
+        "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
+        "window": recipe.distill.model_dump(mode="json")["window"],
+    }

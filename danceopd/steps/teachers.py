@@ -1,0 +1,246 @@
+"""The step that makes one teacher, or takes it from where it lies, and proves it better than the base."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danceopd.backbones.bases import hash_weights
+from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.errors import UserError
+from danceopd.files import FIELD, write_json
+from danceopd.steps.cost import TRAINED
+from danceopd.steps.encodings import encode_empty_prompt, encode_split, encode_train, open_backbone, require_targets
+from danceopd.tracking import recording
+from danceopd.tracking.recording import recorder
+from danceopd.workspace import Product, main_first, make_product, store_of
+
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.backbones.base import Backbone
+    from danceopd.flow.fields import Field
+
+log = logging.getLogger(__name__)
+
+NOTHING = 1e-5  # of the velocity: two fields that differ by less differ by rounding
+
+
+def load_teachers(
+    recipe: Recipe, backbone: Backbone, base: Product, teachers: dict[str, Product], workspace: Path
+) -> dict[str, Field]:
+    from danceopd.flow.field_io import load_fields
+    from danceopd.training.processes import this_process
+
+    folders = {name: product.folder for name, product in teachers.items()}
+    offload = this_process().device if recipe.model.offload else None
+    return load_fields(backbone, folders, lambda: encode_empty_prompt(recipe, backbone, base, workspace), offload)
+
+
+def finetune_teacher(
+    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, tracking_uri: str | None = None
+) -> Product:
+    """Make one teacher's field folder: fine-tuned, or taken from where it lies, and proved better than the base.
+
+    The champion is taken as it is: it was judged when it was registered, and here it only holds what it can do.
+
+    Args:
+        recipe: what the teacher is.
+        teacher: its name there.
+        base: its product.
+        data: its product.
+        workspace: folder all steps share.
+        tracking_uri: store of the registered champion; default: the one in the workspace.
+
+    Raises:
+        UserError: if the teacher is unknown, has no training records, is no better than the base on its task, or is
+            the champion and there is none.
+    """
+    if teacher not in recipe.teachers:
+        raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
+    spec, champion, weights = recipe.teachers[teacher], None, None
+    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps]
+    if isinstance(spec, CheckpointTeacher):
+        from danceopd.backbones.bases import fetch_weights
+
+        with main_first():
+            weights = fetch_weights(spec.path, Path(workspace), f"teachers.{teacher}.path")
+        inputs.append(hash_weights(weights))
+    elif isinstance(spec, ChampionTeacher):
+        from danceopd.registry.champion_teacher import fetch_champion, find_champion
+
+        champion = find_champion(recipe, store_of(tracking_uri, workspace))
+        inputs.append(asdict(champion))
+    plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
+    if not plain_base:
+        inputs.append(data.facts["content"])
+        inputs.append([(t, s.metrics) for t, s in recipe.tasks.items() if s.teacher == teacher])
+
+    def build(scratch: Path, checkpoints: Path) -> dict:
+        if champion is None:
+            return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, weights)
+        with tempfile.TemporaryDirectory(dir=workspace) as fetched:
+            folder = fetch_champion(champion, store_of(tracking_uri, workspace), Path(fetched))
+            facts = _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, folder)
+        write_json(scratch / "champion.json", asdict(champion))  # the same weights as another version: another product
+        return facts | {"registered": {"model": champion.model, "version": champion.version}}
+
+    return make_product(workspace, "teachers", teacher, inputs, build, together=not plain_base)
+
+
+def _build_teacher(
+    recipe: Recipe,
+    teacher: str,
+    base: Product,
+    data: Product,
+    workspace: Path,
+    scratch: Path,
+    checkpoints: Path,
+    fetched: Path | None = None,
+) -> dict:
+    """Write a teacher's field folder; `fetched` is where the weights lie of one that exists already."""
+    spec = recipe.teachers[teacher]
+    settings = {"model": recipe.model.model_dump(mode="json"), "teacher": spec.model_dump(mode="json")}
+    plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
+    read = None if plain_base else data.facts
+    journal = recording.begin(recipe, workspace, checkpoints.name, f"teacher {teacher}", settings, read)
+    if plain_base:
+        write_json(scratch / FIELD, {"kind": "base", "name": teacher})
+        return {"kind": "base", "scores": {}}
+
+    from danceopd.devices import hardware
+    from danceopd.flow.field_io import load_field, save_field
+    from danceopd.flow.fields import VelocityField
+    from danceopd.flow.guidance import GuidedField
+    from danceopd.training.processes import this_process
+
+    if not isinstance(spec, ChampionTeacher):
+        _require_held_out(recipe, data, teacher)
+    backbone = open_backbone(recipe, base)
+    device = next(backbone.transformer.parameters()).device
+    facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
+    if isinstance(spec, FinetunedTeacher):
+        from danceopd.finetune import finetune
+        from danceopd.training.checkpoints import Checkpoints
+
+        encoded = encode_train(recipe, backbone, base, data, workspace, True, (spec.task,))
+        require_targets(encoded, spec.task)
+        saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
+        field, history = finetune(backbone, teacher, encoded, spec.train, saves, recorder(journal, teacher))
+        write_json(scratch / "history.json", history)
+        forwards = TRAINED * spec.train.batch * spec.train.steps
+        facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
+    elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
+        from danceopd.preflight.compatibility import check_pipeline
+        from danceopd.preflight.findings import settle
+
+        settle(check_pipeline(teacher, fetched, base.pipeline))
+        field = load_field(backbone, teacher, fetched, lambda: encode_empty_prompt(recipe, backbone, base, workspace))
+        if isinstance(spec, CheckpointTeacher):
+            _check_kind(teacher, spec, field)
+    else:
+        field = VelocityField(teacher, backbone, backbone.transformer)
+    plain = field.field if isinstance(field, GuidedField) else field
+    if spec.guidance is not None:  # the recipe's scale goes before the folder's
+        field = GuidedField(
+            plain, spec.guidance, encode_empty_prompt(recipe, backbone, base, workspace), spec.guidance_batched
+        )
+    # Guidance would make another field of the base's own weights, too: where there are others, they are looked at.
+    _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base)
+    save_field(field, scratch)
+    if not isinstance(spec, ChampionTeacher):
+        facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
+    return facts
+
+
+def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
+    """Before hours of training: is there anything to prove the teacher on afterwards?"""
+    for task, spec in recipe.tasks.items():
+        if spec.teacher == teacher and not data.facts["counts"].get(task, {}).get("val"):
+            raise UserError(
+                f"task {task!r}: no records in split 'val', on which teacher {teacher!r} is "
+                "measured against the base; move some there (a record's 'split')"
+            )
+
+
+def _check_kind(teacher: str, spec: CheckpointTeacher, field: Field) -> None:
+    found = "checkpoint" if field.adapter is None else "lora"
+    if spec.kind != found:
+        raise UserError(f"teachers.{teacher}.kind is {spec.kind}, and {spec.path} holds a {found}; write kind: {found}")
+
+
+def _prove_other_than_base(recipe: Recipe, field: Field, base: Product) -> None:
+    """Hold a teacher against the base.
+
+    Raises:
+        UserError: if it changes nothing.
+    """
+    from danceopd.backbones.base import Condition
+    from danceopd.backbones.weights import same_weights
+    from danceopd.flow.field_io import probe
+    from danceopd.flow.fields import VelocityField
+
+    spec, backbone, model = recipe.teachers[field.name], field.backbone, recipe.model
+    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
+    mine, bare = (probe(f, condition) for f in (field, VelocityField("base", backbone, backbone.transformer)))
+    change = float((mine - bare).square().mean().sqrt() / bare.square().mean().sqrt())
+    if field.network is not backbone.transformer and same_weights(field.network, base.pipeline / "transformer"):
+        change = 0.0  # what differs is how the base's weights are rounded
+    log.info("teacher %s changes the base's velocity by %.3g of its size", field.name, change)
+    if not change > NOTHING:  # NaN is refused, too
+        if isinstance(spec, CheckpointTeacher):
+            why = f"{spec.path}: an untrained LoRA, or this base's own weights? For the base itself write kind: base"
+        elif isinstance(spec, FinetunedTeacher):
+            why = f"train it longer, or at a higher rate (teachers.{field.name}.train)"
+        elif isinstance(spec, ChampionTeacher):
+            why = "the registered champion has this base's own weights; promote another version"
+        else:
+            why = "guidance finds no difference between a prompt and none; write kind: base without guidance"
+        raise UserError(
+            f"teachers.{field.name} changes the base's velocity by {change:.1g} of its size, which is nothing; {why}"
+        )
+
+
+def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, workspace: Path) -> dict:
+    """Score base and teacher on the validation records of every task the teacher serves.
+
+    Raises:
+        UserError: with the figures, if the teacher is no better than the base on the first metric that can be
+            measured here of a task with gates, or if none can.
+    """
+    from danceopd.evaluation.metrics.tools import Tools
+    from danceopd.evaluation.scoring import score_records, skipped_metrics
+    from danceopd.flow.fields import VelocityField
+
+    backbone = field.backbone
+    bare = VelocityField("base", backbone, backbone.transformer)
+    tools = Tools(recipe.evaluate, cache=Path(workspace) / "cache" / "judge")
+    scores: dict[str, dict] = {}
+    for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
+        records, encoded = encode_split(recipe, backbone, base, data, workspace, "val", False, (task,))
+        skipped = skipped_metrics(recipe.tasks[task].metrics, tools)
+        metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
+        if not metrics:
+            told = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise UserError(
+                f"task {task!r}: none of its metrics can be measured here ({told}), so teacher "
+                f"{field.name!r} cannot be held against the base"
+            )
+        means = {
+            f.name: score_records(f, encoded, records, metrics, recipe.evaluate, tools).means for f in (bare, field)
+        }
+        scores[task] = {"base": means["base"], "teacher": means[field.name]}
+        first = metrics[0]
+        figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"
+        log.info("teacher %s on %s: %s", field.name, task, figures)
+        if means[field.name][first] > means["base"][first]:
+            continue
+        if not recipe.tasks[task].gates:  # then the metric is there to be looked at
+            log.warning("teacher %s is no better than the base on %s, which has no gates", field.name, task)
+        else:
+            raise UserError(
+                f"teacher {field.name!r} is no better than the base on its task {task!r} ({figures}); train it longer "
+                f"(teachers.{field.name}.train.steps), or let the base teach this task"
+            )
+    return scores

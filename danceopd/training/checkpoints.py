@@ -1,0 +1,260 @@
+"""Training that goes on where it was stopped, bit for bit: checkpoints of a loop's whole state, and SIGTERM.
+
+A checkpoint is a folder `step-00000200` with `state.json` (plain data, and where each tensor belongs),
+`state.safetensors` (the tensors) and `manifest.json` (SHA-256 of both). It appears by one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from danceopd.config.recipe import TrainRecipe
+from danceopd.errors import Interrupted, UserError
+from danceopd.files import atomic_folder, hash_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from danceopd.data.sampler import TaskSampler
+    from danceopd.training.learner import Learner
+
+log = logging.getLogger(__name__)
+STATE, TENSORS, MANIFEST = "state.json", "state.safetensors", "manifest.json"
+
+
+def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree of dicts, lists, tuples, tensors and plain values as JSON; its tensors go to `tensors` by their path.
+
+    Raises:
+        TypeError: for any other value.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": [[key, flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{path}: a {type(value).__name__} cannot be kept in a checkpoint")
+
+
+def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `flatten` was given. Tensors are copies, laid out in memory as fresh ones are."""
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "tensor":
+        return tensors[content].clone()
+    if kind == "dict":
+        return {key: unflatten(item, tensors) for key, item in content}
+    items = [unflatten(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder.
+
+    Args:
+        folder: theirs alone, though it need not exist.
+        keep: how many of the last to keep, > 0.
+        run: a name for everything that decides the run's result; a checkpoint of another run is never used.
+    """
+
+    def __init__(self, folder: Path, keep: int, run: str):
+        self.folder, self.keep, self.run = Path(folder), keep, run
+
+    def save(self, step: int, state: dict) -> Path:
+        """Write the state after `step` updates whole or not at all, then remove those no longer needed."""
+        tensors: dict[str, Tensor] = {}
+        plain = {"run": self.run, "step": step, "state": flatten(state, "state", tensors)}
+        path = self.folder / f"step-{step:08d}"
+        with atomic_folder(path) as scratch:
+            save_file(tensors, scratch / TENSORS)
+            (scratch / STATE).write_text(json.dumps(plain))
+            write_json(scratch / MANIFEST, {name: hash_file(scratch / name) for name in (STATE, TENSORS)})
+        found = self._all()
+        # One ahead of this step was passed over when the run was restored.
+        stays = [other for other in found if other.name <= path.name][-self.keep :]
+        for other in found:
+            if other not in stays:
+                shutil.rmtree(other)
+        return path
+
+    def newest(self) -> tuple[int, dict] | None:
+        """The step and state of the newest whole checkpoint; None if there is none. Damaged ones are passed over with
+        a warning, and what a killed save left behind is removed.
+
+        Raises:
+            UserError: if the folder's newest whole checkpoint is another run's.
+        """
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        found = self._all()
+        for path in reversed(found):
+            try:
+                return self._read(path)
+            except _Damaged as error:
+                log.warning("%s; passing it over", error)
+        if found:
+            log.warning("%s: none of %d checkpoint(s) is whole; training starts anew", self.folder, len(found))
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _read(self, path: Path) -> tuple[int, dict]:
+        _verify(path)
+        plain = json.loads((path / STATE).read_text())
+        if plain["run"] != self.run:
+            raise UserError(
+                f"{path}: a checkpoint of another run ({plain['run']}, this is {self.run}); "
+                "give this run a folder of its own, or remove that checkpoint"
+            )
+        return plain["step"], unflatten(plain["state"], load_file(path / TENSORS))
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = read_json(path / MANIFEST)
+    except (ValueError, OSError) as error:
+        raise _Damaged(f"checkpoint {path / MANIFEST} cannot be read ({error})") from error
+    for name in (STATE, TENSORS):
+        file = path / name
+        if not file.is_file() or not isinstance(manifest, dict) or manifest.get(name) != hash_file(file):
+            raise _Damaged(f"checkpoint file {file} is damaged (its SHA-256 is not the manifest's)")
+
+
+@dataclass
+class StopRequest:
+    """Whether the process was asked to end."""
+
+    asked: bool = False
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """Within the block SIGTERM only sets the yielded request, for the block to heed when it is ready.
+
+    Python lets the main thread alone handle signals: in any other thread this does nothing.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: object) -> None:
+        request.asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class Keeper:
+    """Saves a training loop as it goes.
+
+    Attributes:
+        start: updates done already; the loop goes on from there.
+        kept: the `figures` of the checkpoint it was restored from; empty if there was none.
+    """
+
+    spec: TrainRecipe
+    checkpoints: Checkpoints | None
+    learner: Learner
+    sampler: TaskSampler
+    generator: torch.Generator
+    stop: StopRequest
+    start: int = 0
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def restore(self) -> None:
+        """Put the newest checkpoint's state back, if there is one."""
+        if self.checkpoints is None:
+            return
+        with self.learner.processes.main_first():
+            found = self.checkpoints.newest()
+        starts = self.learner.processes.gather(None if found is None else found[0])
+        if len(set(starts)) > 1:
+            raise UserError(
+                f"{self.checkpoints.folder}: the processes see checkpoints of different steps {starts}; "
+                "the folder must lie on a volume that all of them share"
+            )
+        if found is None:
+            return
+        self.start, state = found
+        self.learner.load_state_dict(state["learner"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.generator.set_state(state["generator"])
+        self.kept = state["figures"]
+        log.info("resumed after step %d of %d from %s", self.start, self.spec.steps, self.checkpoints.folder)
+
+    def after(self, step: int, last: bool, **figures: Any) -> None:
+        """Call after each update: saves if one is due, and ends the process if it was asked to end.
+
+        Args:
+            step: updates done.
+            last: whether training ends with this one.
+            figures: plain data that the loop needs to go on.
+
+        Raises:
+            Interrupted: after saving, if SIGTERM came.
+        """
+        if self.checkpoints is None:
+            return
+        asked = self.learner.processes.any(self.stop.asked)
+        if step % self.spec.checkpoint_every and not last and not asked:
+            return
+        state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+        state |= {"generator": self.generator.get_state(), "figures": figures}
+        path = self.checkpoints.folder
+        if self.learner.processes.main:
+            path = self.checkpoints.save(step, state)
+        self.learner.processes.wait()
+        if asked:
+            raise Interrupted(f"interrupted after step {step} of {self.spec.steps}; goes on from {path}")
+
+
+@contextmanager
+def resumable(
+    checkpoints: Checkpoints | None,
+    spec: TrainRecipe,
+    learner: Learner,
+    sampler: TaskSampler,
+    generator: torch.Generator,
+) -> Iterator[Keeper]:
+    """Run a training loop in the block so that it can be stopped and gone on with.
+
+    Without `checkpoints`, or with the recipe's `checkpoint_every` at 0, nothing is saved and SIGTERM ends the process
+    as it always does.
+
+    Raises:
+        UserError: if the folder holds another run's checkpoint.
+    """
+    checkpoints = checkpoints if spec.checkpoint_every else None
+    with nullcontext(StopRequest()) if checkpoints is None else stop_on_sigterm() as stop:
+        keeper = Keeper(spec, checkpoints, learner, sampler, generator, stop)
+        keeper.restore()
+        yield keeper
+    if learner.processes.any(stop.asked):  # it came after the last update's save
+        raise Interrupted("interrupted after the last step; all are saved")

@@ -1,0 +1,218 @@
+"""What fine-tuning and distillation share: the network that learns, its optimizer, one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
+from danceopd.config.recipe import TrainRecipe
+from danceopd.flow.fields import VelocityField
+from danceopd.training.fsdp import forget_gathered, shard_network, synchronise_gradients
+from danceopd.training.optim import build_optimizer, lr_factor
+from danceopd.training.processes import Processes, this_process
+
+
+@dataclass
+class Learner:
+    """A field under training.
+
+    Attributes:
+        field: the student or teacher to be.
+        processes: those that train it together.
+        parameters: the weights that train, in float32.
+        optimizer: over `parameters`.
+        schedule: of the learning rate.
+        spec: the recipe's section.
+        average: exponential moving average of `parameters`, or None.
+        best: the weights that validated best so far, or None.
+    """
+
+    field: VelocityField
+    processes: Processes
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    spec: TrainRecipe
+    average: list[Tensor] | None = None
+    best: list[Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return self.processes.device
+
+    @property
+    def update_forwards(self) -> int:
+        """What one forward and backward pass cost, in forwards; recomputed activations are one more."""
+        return 4 if self.spec.activation_checkpointing else 3
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every weight only."""
+        return self.processes.count > 1 and self.spec.parallel == "shard"
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Run the block's matrix products in the recipe's precision; weights and their updates stay float32."""
+        low = self.spec.precision == "bfloat16"
+        # Casts kept from the rollout, which has no gradient, would cut the gradient of the pass that learns.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+            yield
+
+    def backward(self, loss: Tensor, sync: bool = True) -> None:
+        """Add a loss's gradient to what there is.
+
+        Args:
+            loss: this process's part of the global loss: parts add up, over calls and processes.
+            sync: whether this is the process's last call before `update`.
+        """
+        if self.sharded:
+            synchronise_gradients(self.field.network, sync)
+            loss = loss * self.processes.count  # sharded gradients are averaged, not added
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()
+
+    def update(self) -> float:
+        """Add up the processes' gradients, clip them, step optimizer and schedule; returns the norm before clipping."""
+        if not self.sharded:
+            self.processes.sum_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._follow()
+        return float(whole(norm))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        if self.average is None:
+            return
+        # A short memory at first: the start is not what should be remembered.
+        done = self.schedule.last_epoch
+        decay = min(self.spec.ema, done / (9 + done))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def shown(self) -> Iterator[VelocityField]:
+        """The field as it would be handed over now: with the averaged weights, if there is an average."""
+        if self.average is None:
+            yield self.field
+            return
+        kept = [p.detach().clone() for p in self.parameters]
+        self._put(self.average)
+        try:
+            yield self.field
+        finally:
+            self._put(kept)
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Remember the weights that `shown` shows as the best so far."""
+        self.best = [w.detach().clone() for w in self.average or self.parameters]
+
+    @torch.no_grad()
+    def _put(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.copy_(weight)
+        if self.sharded:
+            forget_gathered(self.field.network)
+
+    def finish(self) -> VelocityField:
+        """The trained field, whole and frozen: the best weights if any were kept, else the average, else the last."""
+        final = self.best or self.average
+        if final is not None:
+            self._put(final)
+        network = self.field.network
+        if self.sharded:
+            weights = {name: whole(weight) for name, weight in network.state_dict().items()}
+            network = self.field.backbone.new_transformer().float()
+            network.load_state_dict(weights)
+        if self.spec.activation_checkpointing:
+            network.disable_gradient_checkpointing()
+        network.requires_grad_(False).eval()
+        return replace(self.field, network=network)
+
+    def state_dict(self) -> dict:
+        """Weights, averages, optimizer and schedule: all that an update changes. Every process must call it."""
+        return {
+            "weights": [whole(p.detach()) for p in self.parameters],
+            "average": None if self.average is None else [whole(w) for w in self.average],
+            "best": None if self.best is None else [whole(w) for w in self.best],
+            "optimizer": _mapped(self.optimizer.state_dict(), whole),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` gave for a learner of the same recipe."""
+        self._put([_like(saved, p) for saved, p in zip(state["weights"], self.parameters, strict=True)])
+        for name in ("average", "best"):
+            saved = state[name]
+            setattr(self, name, saved and [_like(w, p) for w, p in zip(saved, self.parameters, strict=True)])
+        by_shape = {p.shape: p for p in self.parameters}
+        self.optimizer.load_state_dict(_mapped(state["optimizer"], lambda t: _like(t, by_shape.get(t.shape))))
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's whole value (every process must ask); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+    """A whole tensor laid out as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor if parameter is None else tensor.to(parameter.device)
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _mapped(value, change):
+    """A tree of dicts and lists with `change` made to each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: VelocityField | None = None) -> Learner:
+    """Start a field from the base: a copy of all its weights, or a fresh LoRA on the shared base.
+
+    Args:
+        backbone: the model family and base.
+        name: the field's name.
+        spec: what trains and how.
+        start: a field whose weights are copied instead of the base's (full weights only).
+
+    Raises:
+        UserError: if nothing would train.
+    """
+    processes = this_process()
+    if spec.trainable == "lora":
+        network = backbone.transformer
+        add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
+        field, parameters = VelocityField(name, backbone, network, adapter=name), adapter_parameters(network, name)
+    else:
+        network = backbone.new_transformer() if start is None else plain_copy(start.network, merge=start.adapter)
+        network = network.to(processes.device).float().requires_grad_(True)
+        if processes.count > 1 and spec.parallel == "shard":
+            shard_network(network, processes)
+        field, parameters = VelocityField(name, backbone, network), list(network.parameters())
+    if spec.activation_checkpointing:
+        network.enable_gradient_checkpointing()
+    if spec.compile != "off":
+        for block in repeated_blocks(network):
+            block.compile(mode=spec.compile, dynamic=True)
+    optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
+    average = None if spec.ema is None else [p.detach().clone() for p in parameters]
+    return Learner(field, processes, parameters, optimizer, schedule, spec, average)
