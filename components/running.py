@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from components.tracked import end_tracked, tracked
 from danceopd.errors import Interrupted, UserError
-from danceopd.files import read_json, write_atomic, write_json
+from danceopd.files import write_atomic, write_json
 from danceopd.journal import NO_LAST_WORD
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
+from danceopd.text import parse_json, parse_yaml, read_json
 
 RUN_ID = "KFP_RUN_ID"
 BAD_INPUT = 2
@@ -124,21 +123,21 @@ def read_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not any(sign in text for sign in "\n:{["):
         return load_recipe(text.strip(), overrides)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
-        data = _yaml(text)
-    return parse_recipe(apply_overrides(data, overrides), "recipe")
+    return parse_recipe(apply_overrides(_json_or_yaml(text), overrides), "recipe")
 
 
-def _yaml(text: str) -> Any:
+def _json_or_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
-        ) from error
+        json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            return parse_yaml(text, "recipe")
+        except UserError as error:
+            reason = str(error).removeprefix("recipe: ")
+            raise UserError(
+                f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
+            ) from error
+    return parse_json(text, "recipe")
 
 
 def _writable(workspace: Path) -> Path:

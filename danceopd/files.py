@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from danceopd.errors import UserError
+from danceopd.text import parse_json, read_text
+from danceopd.text import read_json as read_json
 
 FIELD = "field.json"  # in a field's folder (see `checkpoint.py`): its kind and name
 
@@ -78,23 +79,12 @@ def write_json(path: Path, value: Any) -> Path:
     return write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        UserError: if the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-
-
 def forget_origin(folder: Path) -> None:
     """Drop `_name_or_path` from the config files below `folder`: equal weights, equal files, from anywhere."""
     for path in sorted(Path(folder).rglob("*.json")):
-        data = json.loads(path.read_text())
+        text = read_text(path)
+        if "_name_or_path" not in text:
+            continue
+        data = parse_json(text, str(path))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(data, indent=2) + "\n")

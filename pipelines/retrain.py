@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from danceopd import registry, steps
 from danceopd.data import versioning
 from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.recipe import Recipe
+from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking import has_store, open_client
 
 UNKNOWN = "unknown"
@@ -138,10 +137,10 @@ def _tracked(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_dvc(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A DVC file's one output and `meta`, wherever the file lies."""
     try:
-        read = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        [read] = parse_yaml_documents(read_text(Path(file)), str(file))
         out = read["outs"][0]
         return {"md5": out["md5"]}, read.get("meta") or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a DVC file with one output; name the repository's data.dvc") from error
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-import yaml
 from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, Client
 from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
 from kfp_server_api import ApiException
 
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import hash_file
+from danceopd.text import parse_yaml, parse_yaml_documents, read_text
 from danceopd.tracking import redact
 
 HOST_ENV, TOKEN_ENV, COOKIE_ENV, CA_ENV = "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KFP_COOKIE", "SSL_CERT_FILE"
@@ -196,9 +196,9 @@ def load_package(path: Path) -> dict[str, Any]:
         UserError: if the file is none.
     """
     try:
-        spec = next(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
+        spec = parse_yaml_documents(read_text(Path(path)), f"--package {path}")[0]
         declared(spec)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration, KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--package {path}: not a compiled pipeline; make one by: danceopd pipeline compile") from error
     return spec
 
@@ -227,7 +227,7 @@ def fill_in(parameters: Mapping[str, dict], ours: Mapping[str, Any], given: Iter
         if name not in parameters:
             raise unknown_name("--param", name, parameters)
         text = parameters[name].get("parameterType", "STRING") == "STRING"
-        arguments[name] = value if text else yaml.safe_load(value)
+        arguments[name] = value if text else parse_yaml(value, f"--param {setting!r}")
     needed = [n for n, p in parameters.items() if not p.get("isOptional") and "defaultValue" not in p]
     if lacking := [name for name in needed if name not in arguments]:
         raise UserError(f"the pipeline also needs {', '.join(lacking)}; give each by --param name=value")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from components.image import IMAGE
 from danceopd.errors import UserError
 from danceopd.journal import RUN
+from danceopd.text import parse_yaml_documents, read_text
 from pipelines.one_line import BAD_INPUT, one_line_errors
 
 FAILED, AGAIN = 1, 75
@@ -186,10 +186,7 @@ def read_manifest(place: str, only: str = "") -> tuple[dict, list[dict]]:
     """
     from pipelines.cluster.jobs import KINDS
 
-    try:
-        documents = [d for d in yaml.safe_load_all(_text(place)) if isinstance(d, dict)]
-    except yaml.YAMLError as error:
-        raise UserError(f"{place}: not valid YAML ({error})") from error
+    documents = [d for d in parse_yaml_documents(_text(place), place) if isinstance(d, dict)]
     found = {d["metadata"]["name"]: d for d in documents if d.get("kind") in KINDS and "name" in d.get("metadata", {})}
     chosen = {only: found[only]} if only in found else found if not only else {}
     if len(chosen) != 1:
@@ -204,7 +201,7 @@ def _text(place: str) -> str:
         return sys.stdin.read()
     path = Path(place)
     if path.is_file():
-        return path.read_text()
+        return read_text(path)
     if not (path / "kustomization.yaml").is_file():
         raise UserError(f"{place}: neither a YAML file nor a folder with a kustomization.yaml")
     tools = {"kustomize": ["build"], "kubectl": ["kustomize"]}
