@@ -11,6 +11,7 @@ from danceopd.shipped import read_settings
 
 PLACEMENTS = "pipelines.placements"  # the package of those that ship
 Range = tuple[PositiveInt, PositiveInt]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", description="of a Kubernetes object")]
 Label = Annotated[str, Field(min_length=1)]
 
 
@@ -96,7 +97,7 @@ class SecretVariables(_Part):
         optional: whether a step also starts without the Secret.
     """
 
-    name: Label
+    name: Name
     env: dict[Label, Label] = Field(min_length=1)
     steps: tuple[str, ...] = ()
     optional: bool = True
@@ -131,9 +132,9 @@ class Placement(_Part):
         steps: of single steps, by name; goes before `gpu`.
     """
 
-    claim: str | None = "danceopd-workspace"
+    claim: Name | None = "danceopd-workspace"
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    image_pull_secrets: tuple[Label, ...] = ()
+    image_pull_secrets: tuple[Name, ...] = ()
     secrets: tuple[SecretVariables, ...] = ()
     retries: int = Field(2, ge=0)
     gpus: PositiveInt = 1

@@ -25,7 +25,7 @@ from danceopd.data.records import (
 )
 from danceopd.data.world import world_records
 from danceopd.errors import UserError
-from danceopd.files import atomic_folder, hash_file, read_json, write_json
+from danceopd.files import hash_file, output_folder, read_json, write_json
 from danceopd.recipe import DataRecipe
 
 METADATA = "metadata.jsonl"
@@ -105,11 +105,12 @@ def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bo
         needs_source: for each known task whether its records need a source image; None accepts any task.
 
     Raises:
-        UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input.
+        UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input; or if
+            `folder` holds anything but an older dataset.
     """
     seen: set[str] = set()
     kept: list[Record] = []
-    with atomic_folder(folder) as scratch, _Spool(scratch) as spool:
+    with output_folder(folder, strangers) as scratch, _Spool(scratch) as spool:
         for record in records:
             where = f"record {record.id!r}"
             check_record(record, where)
@@ -124,6 +125,18 @@ def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bo
             raise UserError(f"dataset {folder}: no records; check the recipe's data section")
         kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
         return _write(kept, spool, scratch)
+
+
+def strangers(folder: Path) -> list[str] | None:
+    """What a dataset folder holds beside the dataset; None if it holds none. See `danceopd.files.check_output`."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        known = {MANIFEST, *manifest["files"]}
+        if not {"content", "counts"} <= set(manifest):
+            return None
+    except (UserError, LookupError, TypeError):
+        return None
+    return [path.name for path in folder.iterdir() if path.name not in known]
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def render(
     out: Annotated[Path | None, typer.Option(help="YAML file to write; default: standard output")] = None,
 ) -> None:
     """Write a job's manifest, for `danceopd job submit` or kubectl."""
-    from danceopd.files import write_atomic
-    from pipelines.cluster.objects import JobPlan, manifests, to_yaml
+    from danceopd.files import check_output_file, write_atomic
+    from pipelines.cluster.objects import ENDINGS, JobPlan, is_ours, manifests, to_yaml
 
     with one_line_errors():
         plan = JobPlan(
@@ -85,8 +85,11 @@ def render(
             tolerations=tuple(tolerations),
             run=run,
         )
+        place = check_output_file(out, ENDINGS, is_ours) if out else None
         text = to_yaml(manifests(plan))
-        typer.echo(write_atomic(out, text) if out else text, nl=out is not None)
+        if place:
+            write_atomic(place, text)
+        typer.echo(out if place else text, nl=place is not None)
 
 
 @app.command()

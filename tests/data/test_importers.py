@@ -245,7 +245,7 @@ def test_an_unfinished_import_with_other_settings_is_not_gone_on_with(tmp_path, 
     assert run_import(spec, tmp_path / "out")["kept"] == 9
     assert len(read) == 3
     assert run_import(spec, tmp_path / "out")["kept"] == 9  # as it is
-    with pytest.raises(UserError, match="is there already, from something else"):
+    with pytest.raises(UserError, match="is there already, from other settings or inputs"):
         run_import(settings("omniedit", [path]), tmp_path / "out")
 
 

@@ -333,6 +333,6 @@ def test_threads_follow_the_limits_on_a_cluster_and_the_cores_on_one_machine(pla
 
 
 def test_a_file_that_is_not_named_as_yaml(tmp_path):
-    with pytest.raises(UserError, match=r"--out .*pipeline\.json: a compiled pipeline is a \.yaml file"):
+    with pytest.raises(UserError, match=r"pipeline\.json: ends in none of \.yaml, \.yml"):
         compile_pipeline(tmp_path / "pipeline.json", PipelineOptions())
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ from danceopd.data.importers.rows import InputFile, RawRow, find_inputs, read_ro
 from danceopd.data.importers.spec import ImportSpec
 from danceopd.data.records import SCHEMA, Record, to_table
 from danceopd.errors import UserError
-from danceopd.files import hash_file, read_json, write_json
+from danceopd.files import check_output, hash_file, lock_output, read_json, write_json
 
 log = logging.getLogger(__name__)
 JOURNAL, REPORT = "journal.jsonl", "import.json"
@@ -71,13 +71,15 @@ class Journal:
         Raises:
             UserError: if the folder holds an import with other settings or inputs.
         """
-        self.folder, self._path = folder, folder / JOURNAL
+        self.folder, self._path, self._scratch = folder, folder / JOURNAL, (folder / JOURNAL).with_suffix(".new")
         self.tally, self.position, self.shards = Tally(), (0, 0), {}
         lines = self._lines()
         if lines and not _same_work(lines, header):
             raise UserError(
                 f"{folder}: holds an unfinished import with other settings or inputs; remove it, or give another --out"
             )
+        if not lines and folder.exists() and (found := sorted(set(os.listdir(folder)) - {self._scratch.name})):
+            raise UserError(f"{folder}: holds {found[0]} and no import's journal; move it, or give another --out")
         for line in lines[1:]:
             self.shards[line["shard"]] = {"rows": line["rows"], "sha256": line["sha256"]}
         if len(lines) > 1:
@@ -87,9 +89,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         # Written anew and renamed, so that a line cut short by a kill is gone.
         whole = "".join(json.dumps(line, sort_keys=True) + "\n" for line in [header, *lines[1:]])
-        scratch = self._path.with_suffix(".new")
-        scratch.write_text(whole)
-        scratch.replace(self._path)
+        self._scratch.write_text(whole)
+        self._scratch.replace(self._path)
         for path in folder.glob("*.parquet*"):
             if path.name not in self.shards:
                 path.unlink()
@@ -177,16 +178,30 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
         The report, which also lies in `import.json`.
 
     Raises:
-        UserError: if inputs cannot be read, nothing is kept, or `out` is there already.
+        UserError: if inputs cannot be read, nothing is kept, or `out` is there already or being written.
     """
     out = Path(out)
     files = find_inputs(spec)
+    _check_apart(out, spec)
+    with lock_output(out):
+        return _run(spec, files, out, workers)
+
+
+def _check_apart(out: Path, spec: ImportSpec) -> None:
+    """Refuse an output inside of what is read: the next run would read it."""
+    for location in spec.inputs:
+        if "://" not in location and out.resolve().is_relative_to(Path(location).resolve()):
+            raise UserError(f"{out}: lies in the input {location}; name a place outside of it")
+
+
+def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> dict:
     header = {"spec": spec.key(), "inputs": [[file.path, file.size] for file in files]}
     if (out / REPORT).is_file() and read_json(out / REPORT)["header"] == header:
         log.info("%s: imported before with these settings", out)
         return read_json(out / REPORT)
-    if out.exists():
-        raise UserError(f"{out}: is there already, from something else; remove it, or give another --out")
+    if (out / REPORT).is_file():
+        raise UserError(f"{out}: is there already, from other settings or inputs; remove it, or give another --out")
+    check_output(out)
     journal = Journal(out.with_name(out.name + ".partial"), header)
     if journal.shards:
         log.info("going on after %d shards, %d rows read", len(journal.shards), journal.tally.rows)
