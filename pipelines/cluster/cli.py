@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,14 @@ from danceopd.text import parse_yaml_documents, read_text
 from pipelines.one_line import BAD_INPUT, one_line_errors
 
 FAILED, AGAIN = 1, 75
+LAST_PATIENCE = 30.0  # seconds for an API call after a signal: whoever sent it waits
 WORKFLOW = "ARGO_WORKFLOW"  # set in a pipeline's step: the run it belongs to
 
 app = typer.Typer(no_args_is_help=True, help="Training jobs on a Kubernetes cluster.")
 
 NamespaceOption = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="default: the pod's or the context's, else danceopd")
+    str | None,
+    typer.Option("--namespace", "-n", help="default: the manifest's, the pod's or the context's, else danceopd"),
 ]
 ContextOption = Annotated[str | None, typer.Option("--context", help="of the kubeconfig")]
 NameArgument = Annotated[str, typer.Argument(help="the job's name")]
@@ -112,7 +115,7 @@ def submit(
 
     with one_line_errors():
         document, services = read_manifest(manifest, only)
-        cluster = _connect(namespace, context)
+        cluster = _connect(_namespace_of(document, namespace), context)
         with _unreachable_is_again(), _stopped(cluster, document["metadata"]["name"]):
             handle = submit_job(cluster, document, services, again, _run_of(cluster))
             typer.echo(f"{handle}: {'found, and followed' if handle.adopted else 'submitted'}", err=wait)
@@ -197,6 +200,14 @@ def read_manifest(place: str, only: str = "") -> tuple[dict, list[dict]]:
     [(name, job)] = chosen.items()
     services = [d for d in documents if d.get("kind") == "Service" and d["metadata"]["name"] == name]
     return job, services
+
+
+def _namespace_of(document: dict, given: str | None) -> str | None:
+    """Where a manifest says it belongs, as kubectl has it: an option may not say otherwise."""
+    own = document["metadata"].get("namespace")
+    if own and given and own != given:
+        raise UserError(f"--namespace {given}: {document['metadata']['name']} is for namespace {own}; leave it out")
+    return given or own
 
 
 def _text(place: str) -> str:
@@ -285,12 +296,17 @@ def _stopped(cluster, name: str) -> Iterator[None]:
 
 
 def _leave(cluster, name: str) -> None:
+    """What is done with the job when the command is told to stop; a cluster that is away is not waited for."""
     from pipelines.cluster import jobs
     from pipelines.cluster.runs import was_cancelled
 
+    cluster = replace(cluster, patience=LAST_PATIENCE)
     run = os.environ.get(WORKFLOW, "")
-    if run and was_cancelled(cluster, run):
-        handle = jobs.find(cluster, name)
+    cancelled = bool(run) and was_cancelled(cluster, run)
+    handle = jobs.find_if_there(cluster, name)
+    if handle is None:
+        _say(f"{name}: was not submitted yet; nothing runs")
+    elif cancelled:
         jobs.cancel(cluster, handle)
         _say(f"{handle}: deleted, since its run was cancelled")
     else:

@@ -16,6 +16,7 @@ from components.image import IMAGE
 from danceopd.errors import UserError, unknown_name
 from danceopd.journal import RUN
 from danceopd.text import parse_yaml_documents, read_text
+from pipelines.cluster.queues import QUEUE
 
 ENDINGS = (".yaml", ".yml")
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
@@ -24,7 +25,6 @@ LAUNCHER = ("python", "-m", "danceopd.launch", "-m", "danceopd")  # torchrun wit
 RUNTIME = "danceopd"  # the TrainingRuntime of manifests/base
 CONTAINER, TRAINER = "danceopd", "node"  # the second is what Kubeflow Trainer looks for
 RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-QUEUE = "kueue.x-k8s.io/queue-name"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from strict_fields import unknown_field
+
 PATH = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
@@ -34,6 +36,7 @@ class ApiServer:
         calls: (group, resource, verb) of every request.
         kinds: plurals that exist.
         lingering: requests a deleted object stays for, as with foreground deletion.
+        dying: requests for pods during which those of a deleted object stay.
     """
 
     def __init__(self, namespace: str = "danceopd"):
@@ -43,8 +46,9 @@ class ApiServer:
         self.acts: list[Callable[[], object]] = []
         self.faults: dict[tuple[str, str], list] = {}
         self.calls: list[tuple[str, str, str]] = []
-        self.kinds = {"jobs", "trainjobs", "pods", "events", "services", "workflows"}
+        self.kinds = {"jobs", "trainjobs", "pods", "events", "services", "workflows", "workloads"}
         self.lingering = 0
+        self.dying = 0
         self.watch_events: list[dict] = []
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
@@ -74,13 +78,22 @@ class ApiServer:
                     if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))
                 ]
                 for key in owned:
-                    self.remove(*key)
+                    if key[0] == "pods" and self.dying:
+                        self.objects[key]["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
+                    else:
+                        self.remove(*key)
             self.changed.notify_all()
             return gone
 
     def of(self, plural: str) -> list[dict]:
         """All objects of a kind."""
         return [o for (kind, _), o in self.objects.items() if kind == plural]
+
+    def forbid(self, verb: str, plural: str, resource: str = "") -> None:
+        """Let the next such request meet a missing right (1.34, apiserver/pkg/endpoints/handlers/responsewriters)."""
+        what = resource or plural
+        said = f'{what} is forbidden: User "me" cannot {verb} resource "{what}" in API group ""'
+        self.fail(verb, plural, (403, f'{said} in the namespace "{self.namespace}"'))
 
     def fail(self, verb: str, plural: str, *answers) -> None:
         """What the next requests of this kind meet."""
@@ -139,6 +152,13 @@ class ApiServer:
         state = {"terminated": {"exitCode": code, "reason": reason, "message": message}}
         container = {"name": "danceopd", "image": "danceopd:dev", "imageID": "", "ready": False, "restartCount": 0}
         self.pod(job, phase="Failed", containerStatuses=[{**container, "state": state}], **more)
+
+    def workload(self, job: str, plural: str = "jobs", **condition) -> None:
+        """What Kueue makes for a job, and its condition QuotaReserved (0.15, pkg/workload/workload.go)."""
+        uid = self.objects[plural, job]["metadata"]["uid"]
+        metadata = {"name": f"{plural[:-1]}-{job}-0a1b2", "labels": {"kueue.x-k8s.io/job-uid": uid}}
+        held = {"type": "QuotaReserved", "status": "False", "reason": "Pending", **condition}
+        self.put("workloads", {"metadata": metadata, "status": {"conditions": [held]}})
 
     def event(self, about: str, reason: str, message: str) -> None:
         """A warning."""
@@ -214,9 +234,14 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault("create", path["plural"])
         if fault is not None and fault != DROP:
             return self._refuse(*fault)
+        query = self._path()[1]
         with self.state.changed:
             if self._unknown(path):
                 return None
+            misspelt = unknown_field(body) if query.get("fieldValidation") == "Strict" else ""
+            if misspelt:
+                text = f'strict decoding error: unknown field "{misspelt}"'
+                return self._refuse(400, f"{body['kind']} in version {body['apiVersion']!r} cannot be handled: {text}")
             name = body["metadata"]["name"]
             if (path["plural"], name) in self.state.objects:
                 return self._refuse(409, f'{path["plural"]} "{name}" already exists')
@@ -238,6 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = body.get("preconditions", {}).get("uid")
             if wanted and wanted != found["metadata"]["uid"]:
                 return self._refuse(409, "the UID in the precondition does not match")
+            if path["plural"] == "trainjobs" and body.get("propagationPolicy") == "Foreground":
+                # Kubeflow Trainer 2.2 (pkg/controller/trainjob_controller.go) reconciles what is being deleted too.
+                self.state.pod(path["name"], plural="trainjobs", name=f"{path['name']}-made-anew")
             if self.state.lingering:
                 found["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
             else:
@@ -323,6 +351,11 @@ class _Handler(BaseHTTPRequestHandler):
             if path["plural"] not in self.state.kinds:
                 return self._send(404, None, text="404 page not found\n")
             items = json.loads(json.dumps(self._matching(path, query)))
+            if path["plural"] == "pods" and self.state.dying:
+                self.state.dying -= 1
+                ending = [p for p in self.state.of("pods") if "deletionTimestamp" in p["metadata"]]
+                for pod in ending if not self.state.dying else ():
+                    self.state.remove("pods", pod["metadata"]["name"])
             return self._send(200, {"items": items, "metadata": {"resourceVersion": str(self.state.version)}})
 
     def _watch(self, path: dict, query: dict):

@@ -15,6 +15,7 @@ from manifest_plans import PLANS, training_runtime
 from danceopd.recipe import load_recipe
 from pipelines.cluster import jobs, logs, runs
 from pipelines.cluster.objects import JobPlan, manifests
+from pipelines.cluster.queues import QUEUE
 from pipelines.options import PipelineOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,9 @@ def test_the_role_allows_exactly_what_the_code_calls(api, cluster):
         with logs.streaming(cluster, handle, lambda line: None):
             jobs.wait(cluster, handle, lambda line: None, 30, 1)
         jobs.find_all(cluster)
+        api.objects[plural, handle.name] |= {"status": {}, "spec": {"suspend": True}}
+        api.objects[plural, handle.name]["metadata"]["labels"][QUEUE] = "gpus"
+        jobs.look(cluster, handle)
         jobs.cancel(cluster, handle)
     api.put(
         "pods",
