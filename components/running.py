@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.tracked import end_tracked, tracked
+from components.tracked import tracked
 from danceopd.errors import Interrupted, UserError
-from danceopd.files import write_atomic, write_json
+from danceopd.files import write_json
 from danceopd.journal import NO_LAST_WORD
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 from danceopd.text import parse_json, parse_yaml, read_json
@@ -160,40 +160,3 @@ def failures(notes: list[dict]) -> list[str]:
     """Which steps failed and why, one text a step, for notes of a run that is over."""
     ended = [note for note in notes if note["state"] != DONE]
     return [f"{note['step']}: {note.get('error', NO_LAST_WORD)}" for note in ended]
-
-
-def write_summary(workspace: str, state: str, path: str, tracking_uri: str = "", **revisions: str) -> None:
-    """Write the run's summary as Markdown: how it ended, what failed and why, the registration, the figures.
-
-    Args:
-        workspace: of the run.
-        state: how the pipeline ended, in its own words.
-        path: of the file; a copy lies beside the run's notes.
-        tracking_uri: where MLflow hears how it ended; see `components.tracked`.
-        revisions: code and data revision, by name; one that is empty is what a step noted.
-    """
-    notes = read_notes(Path(workspace))
-    noted = {name: note[name] for note in notes for name in revisions if name in note}
-    text = summary_markdown(notes, state, noted | {name: value for name, value in revisions.items() if value})
-    write_atomic(notes_folder(Path(workspace)) / "summary.md", text)
-    write_atomic(Path(path), text)
-    end_tracked(Path(workspace), os.environ.get(RUN_ID, ""), state, tracking_uri)
-
-
-def summary_markdown(notes: list[dict], state: str, revisions: dict[str, str]) -> str:
-    """The run's summary; see `write_summary`."""
-    lines = [f"# DanceOPD run: {state}", ""]
-    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in revisions.items()]
-    if failed := failures(notes):
-        lines += ["", "## What failed", "", *[f"- {failure}" for failure in failed]]
-    for registration in [note["registration"] for note in notes if "registration" in note]:
-        lines += ["", "## Registration", "", *[f"- {name}: {_text(v)}" for name, v in registration.items()]]
-    lines += ["", "## Steps that ran", "", "| step | seconds | |", "|---|---|---|"]
-    lines += [f"| {note['step']} | {note['seconds']} | {note['state']} |" for note in notes]
-    reports = [Path(note["evaluation"]) / "report.md" for note in notes if "evaluation" in note]
-    lines += ["", *[report.read_text() for report in reports if report.is_file()]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)

@@ -127,7 +127,11 @@ class Placement(_Part):
         secrets: environment variables from Secrets.
         retries: how often a failed step is tried again, with growing pauses.
         gpus: of each node that trains the student, unless a run says otherwise (its parameter `gpus`).
-        queue: Kueue's LocalQueue that admits the jobs a run submits; empty: none.
+        queue: Kueue's LocalQueue that admits the jobs a run submits and, where Kueue manages plain pods, the steps that
+            use an accelerator; empty: none.
+        run_as_user: user id of every step; None: the image's own, or what the platform chooses (OpenShift).
+        run_as_group: group id of every step: the one that jobs give the volume to (fsGroup); None: as for the user.
+        tracking: ConfigMap whose key `uri` names the MLflow server of a run that is not told one; empty: none.
         gpu: of the steps that use an accelerator: finetune, distill, evaluate.
         steps: of single steps, by name; goes before `gpu`.
     """
@@ -139,6 +143,9 @@ class Placement(_Part):
     retries: int = Field(2, ge=0)
     gpus: PositiveInt = 1
     queue: str = ""
+    run_as_user: PositiveInt | None = 1000
+    run_as_group: int | None = Field(1000, ge=0)
+    tracking: str = "danceopd-tracking"
     gpu: StepPlacement = StepPlacement()
     steps: dict[str, StepPlacement] = {}
 

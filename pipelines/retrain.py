@@ -13,7 +13,8 @@ from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.recipe import Recipe
 from danceopd.text import parse_yaml_documents, read_text
-from danceopd.tracking import has_store, open_client
+from danceopd.tracking import answers, has_store, open_client, redact
+from pipelines.one_line import Away
 
 UNKNOWN = "unknown"
 
@@ -148,9 +149,12 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
     """Hold the present inputs against what the registry's versions were trained from.
 
     Raises:
-        UserError: if the store does not answer.
+        Away: if the store does not answer.
+        UserError: if it refuses.
     """
     model = recipe.register_as.model
+    if not answers(tracking_uri):
+        raise Away(f"MLflow store {redact(tracking_uri)} does not answer; check its address, or try again")
     if not has_store(tracking_uri):
         return Comparison(model, None, [], None, 0)
     client = open_client(tracking_uri)

@@ -169,13 +169,21 @@ def status(
 
 
 @app.command()
-def cancel(name: NameArgument, namespace: NamespaceOption = None, context: ContextOption = None) -> None:
+def cancel(
+    name: NameArgument,
+    if_there: Annotated[bool, typer.Option("--if-there", help="one that is gone already is fine")] = False,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
     """Delete a job with its pods; its checkpoints stay on the volume."""
     from pipelines.cluster import jobs
 
     with one_line_errors(), _unreachable_is_again():
         cluster = _connect(namespace, context)
-        handle = jobs.find(cluster, name)
+        handle = jobs.find_if_there(cluster, name) if if_there else jobs.find(cluster, name)
+        if handle is None:
+            typer.echo(f"{name}: not there")
+            return
         jobs.cancel(cluster, handle)
         typer.echo(f"{handle}: deleted")
 

@@ -107,6 +107,8 @@ def test_submit_status_logs_and_cancel(api, kubeconfig, manifest):
     assert invoke("logs", NAME).stdout == "step 1\n"
     assert invoke("cancel", NAME).stdout == f"Job {NAME}: deleted\n"
     assert api.of("jobs") == api.of("services") == []
+    assert invoke("cancel", NAME, "--if-there").stdout == f"{NAME}: not there\n"
+    assert invoke("cancel", NAME).exit_code == 2
 
 
 def test_logs_are_followed_to_the_end(api, kubeconfig, manifest):
