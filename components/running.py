@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from components.tracked import tracked
-from danceopd.errors import Interrupted, UserError
+from danceopd.errors import BAD_INPUT as BAD_INPUT
+from danceopd.errors import Interrupted, UserError, mendable
 from danceopd.files import write_json
 from danceopd.journal import NO_LAST_WORD
 from danceopd.recipe import Recipe, apply_overrides, load_recipe, parse_recipe
 from danceopd.text import parse_json, parse_yaml, read_json
 
 RUN_ID = "KFP_RUN_ID"
-BAD_INPUT = 2
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def running(
 ) -> Iterator[Step]:
     """Run a step's body.
 
-    A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
+    What a user can mend ends the process with one line and a code (2: bad input), without a traceback; a bug goes
     through. Either way the run's notes say how the step ended.
 
     Args:
@@ -77,9 +77,12 @@ def running(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        log.error("failed: %s", error)
-        sys.exit(BAD_INPUT)
+    except Exception as error:
+        if (told := mendable(error)) is None:
+            raise
+        log.debug("what led to it", exc_info=error)
+        log.error("failed: %s", told[0])
+        sys.exit(told[1])
 
 
 @contextmanager

@@ -6,14 +6,17 @@ next pod tries it).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-from danceopd.errors import UserError
+from danceopd.errors import BAD_INPUT as BAD_INPUT
+from danceopd.errors import UserError, mendable
 
-STEP_FAILED, BAD_INPUT, AGAIN = 1, 2, 75
+log = logging.getLogger("danceopd.command")
+STEP_FAILED, AGAIN = 1, 75
 
 
 class Away(UserError):
@@ -26,7 +29,7 @@ class StepFailed(RuntimeError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within the block an error that is ours ends the command, with its line (a `StepFailed`: lines) on stderr."""
+    """Within the block an error that can be mended ends the command, with its line (`StepFailed`: lines) on stderr."""
     try:
         yield
     except UserError as error:
@@ -35,3 +38,9 @@ def one_line_errors() -> Iterator[None]:
     except StepFailed as error:
         typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
         raise typer.Exit(STEP_FAILED) from error
+    except Exception as error:
+        if (told := mendable(error)) is None:
+            raise
+        log.debug("what led to it", exc_info=error)
+        typer.echo(f"danceopd: {told[0]}", err=True)
+        raise typer.Exit(told[1]) from error
