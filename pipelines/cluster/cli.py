@@ -116,7 +116,7 @@ def submit(
     with one_line_errors():
         document, services = read_manifest(manifest, only)
         cluster = _connect(_namespace_of(document, namespace), context)
-        with _unreachable_is_again(), _stopped(cluster, document["metadata"]["name"]):
+        with unreachable_is_again(), _stopped(cluster, document["metadata"]["name"]):
             handle = submit_job(cluster, document, services, again, _run_of(cluster))
             typer.echo(f"{handle}: {'found, and followed' if handle.adopted else 'submitted'}", err=wait)
             if wait:
@@ -135,7 +135,7 @@ def logs(
     from pipelines.cluster import jobs
     from pipelines.cluster.logs import read, streaming
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
         handle = jobs.find(cluster, name)
         if not follow:
@@ -156,7 +156,7 @@ def status(
     """Show how jobs stand, and why one does not run."""
     from pipelines.cluster import jobs
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
         if name:
             handle = jobs.find(cluster, name)
@@ -178,7 +178,7 @@ def cancel(
     """Delete a job with its pods; its checkpoints stay on the volume."""
     from pipelines.cluster import jobs
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
         handle = jobs.find_if_there(cluster, name) if if_there else jobs.find(cluster, name)
         if handle is None:
@@ -322,7 +322,8 @@ def _leave(cluster, name: str) -> None:
 
 
 @contextmanager
-def _unreachable_is_again() -> Iterator[None]:
+def unreachable_is_again() -> Iterator[None]:
+    """Within the block a cluster that stays away ends the command with one line and code 75."""
     from pipelines.cluster.connect import Unreachable
 
     try:

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from strict_fields import unknown_field
 
 PATH = re.compile(
-    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)"
+    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
 )
 DROP = "drop"
@@ -36,6 +36,8 @@ class ApiServer:
         calls: (group, resource, verb) of every request.
         kinds: plurals that exist.
         lingering: requests a deleted object stays for, as with foreground deletion.
+        groups: API groups that are served, with their versions.
+        rights: (account, group, resource, verb) that are granted, for reviews.
         dying: requests for pods during which those of a deleted object stay.
     """
 
@@ -49,6 +51,8 @@ class ApiServer:
         self.kinds = {"jobs", "trainjobs", "pods", "events", "services", "workflows", "workloads"}
         self.lingering = 0
         self.dying = 0
+        self.groups: dict[str, list[str]] = {"apps": ["v1"], "batch": ["v1"]}
+        self.rights: set[tuple[str, str, str, str]] = set()
         self.watch_events: list[dict] = []
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
@@ -211,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if self.path in ("/version/", "/apis/"):
+            return self._send(200, self._about())
         path, query = self._path()
         if path["sub"] == "log":
             self._note(path, "get", "pods/log")
@@ -234,6 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault("create", path["plural"])
         if fault is not None and fault != DROP:
             return self._refuse(*fault)
+        if path["plural"] == "localsubjectaccessreviews":
+            return self._send(201, body | {"status": {"allowed": self._allowed(body["spec"])}})
         query = self._path()[1]
         with self.state.changed:
             if self._unknown(path):
@@ -279,6 +287,22 @@ class _Handler(BaseHTTPRequestHandler):
         path = PATH.fullmatch(split.path)
         return path.groupdict(), {key: values[0] for key, values in parse_qs(split.query).items()}
 
+    def _about(self) -> dict:
+        if self.path == "/version/":
+            plain = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform")
+            return {name: "" for name in plain} | {"major": "1", "minor": "34", "gitVersion": "v1.34.9"}
+        groups = [
+            {"name": name, "versions": [{"groupVersion": f"{name}/{v}", "version": v} for v in versions]}
+            for name, versions in self.state.groups.items()
+        ]
+        return {"kind": "APIGroupList", "groups": groups}
+
+    def _allowed(self, spec: dict) -> bool:
+        asked = spec["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        account = spec["user"].rpartition(":")[2]
+        return (account, asked.get("group", ""), resource, asked["verb"]) in self.state.rights
+
     def _note(self, path: dict, verb: str, resource: str = "") -> None:
         self.state.calls.append((path["group"] or "", resource or path["plural"], verb))
 
@@ -313,7 +337,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _unknown(self, path: dict) -> bool:
         if path["plural"] not in self.state.kinds:
             self._send(404, None, text="404 page not found\n")
-        elif path["namespace"] != self.state.namespace:
+        elif path["namespace"] not in (None, self.state.namespace):
             self._refuse(404, f'namespaces "{path["namespace"]}" not found')
         else:
             return False
@@ -324,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path["plural"] not in self.state.kinds:
                 return self._send(404, None, text="404 page not found\n")
             found = self.state.objects.get((path["plural"], path["name"]))
-            if found is None or path["namespace"] != self.state.namespace:
+            if found is None or path["namespace"] not in (None, self.state.namespace):
                 return self._missing(path)
             answer = json.loads(json.dumps(found))
             if "deletionTimestamp" in found["metadata"]:
@@ -337,7 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, f'{path["plural"]} "{path["name"]}" not found')
 
     def _matching(self, path: dict, query: dict) -> list[dict]:
-        objects = self.state.of(path["plural"]) if path["namespace"] == self.state.namespace else []
+        here = path["namespace"] in (None, self.state.namespace)
+        objects = self.state.of(path["plural"]) if here else []
         for part in filter(None, query.get("labelSelector", "").split(",")):
             key, _, value = part.partition("=")
             objects = [o for o in objects if o["metadata"].get("labels", {}).get(key) == value]
