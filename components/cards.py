@@ -7,6 +7,7 @@ Weights and datasets never travel through the pipeline's object store. An artifa
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,6 +84,11 @@ def publish_evaluation(product: Product, report: dsl.HTML, notes: dsl.Markdown, 
     write_json(Path(figures.path), values)  # kfp takes a cached output without a file for a lost one
 
 
+def _plain(name: str) -> str:
+    """A metric's name as MLflow takes it, where Kubeflow's own plugin copies figures."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
 def gate_figures(metrics: dict[str, Any]) -> dict[str, float]:
     """What the gates saw: the student's figure and its limit for every gate, and whether all hold (1 or 0).
 
@@ -91,5 +97,5 @@ def gate_figures(metrics: dict[str, Any]) -> dict[str, float]:
     figures = {}
     for gate in metrics["gates"]:
         name = f"{gate['task']} {gate['metric']}"
-        figures |= {name: gate["value"], f"{name} limit ({gate['rule']})": gate["limit"]}
+        figures |= {_plain(name): gate["value"], _plain(f"{name} limit {gate['rule']}"): gate["limit"]}
     return {name: value for name, value in figures.items() if value is not None} | {"passed": float(metrics["passed"])}

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from components.tracked import end_tracked, tracked
+from components.tracked import tracked
 from danceopd.config.load import apply_overrides, load_recipe, parse_recipe
 from danceopd.config.recipe import Recipe
-from danceopd.errors import Interrupted, UserError
-from danceopd.files import read_json, write_atomic, write_json
+from danceopd.errors import BAD_INPUT as BAD_INPUT
+from danceopd.errors import Interrupted, UserError, mendable
+from danceopd.files import write_json
+from danceopd.text import parse_json, parse_yaml, read_json
 from danceopd.tracking.journal import NO_LAST_WORD
 
 RUN_ID = "KFP_RUN_ID"
-BAD_INPUT = 2
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def running(
 ) -> Iterator[Step]:
     """Run a step's body.
 
-    A `UserError` ends the process with its one line and exit code 2, without a traceback; any other exception goes
+    What a user can mend ends the process with one line and a code (2: bad input), without a traceback; a bug goes
     through. Either way the run's notes say how the step ended.
 
     Args:
@@ -79,9 +78,12 @@ def running(
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        log.error("failed: %s", error)
-        sys.exit(BAD_INPUT)
+    except Exception as error:
+        if (told := mendable(error)) is None:
+            raise
+        log.debug("what led to it", exc_info=error)
+        log.error("failed: %s", told[0])
+        sys.exit(told[1])
 
 
 @contextmanager
@@ -125,21 +127,21 @@ def read_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not any(sign in text for sign in "\n:{["):
         return load_recipe(text.strip(), overrides)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
-        data = _yaml(text)
-    return parse_recipe(apply_overrides(data, overrides), "recipe")
+    return parse_recipe(apply_overrides(_json_or_yaml(text), overrides), "recipe")
 
 
-def _yaml(text: str) -> Any:
+def _json_or_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
-        ) from error
+        json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            return parse_yaml(text, "recipe")
+        except UserError as error:
+            reason = str(error).removeprefix("recipe: ")
+            raise UserError(
+                f"recipe: neither valid YAML nor JSON ({reason}); give a shipped recipe's name, or its text"
+            ) from error
+    return parse_json(text, "recipe")
 
 
 def _writable(workspace: Path) -> Path:
@@ -162,40 +164,3 @@ def failures(notes: list[dict]) -> list[str]:
     """Which steps failed and why, one text a step, for notes of a run that is over."""
     ended = [note for note in notes if note["state"] != DONE]
     return [f"{note['step']}: {note.get('error', NO_LAST_WORD)}" for note in ended]
-
-
-def write_summary(workspace: str, state: str, path: str, tracking_uri: str = "", **revisions: str) -> None:
-    """Write the run's summary as Markdown: how it ended, what failed and why, the registration, the figures.
-
-    Args:
-        workspace: of the run.
-        state: how the pipeline ended, in its own words.
-        path: of the file; a copy lies beside the run's notes.
-        tracking_uri: where MLflow hears how it ended; see `components.tracked`.
-        revisions: code and data revision, by name; one that is empty is what a step noted.
-    """
-    notes = read_notes(Path(workspace))
-    noted = {name: note[name] for note in notes for name in revisions if name in note}
-    text = summary_markdown(notes, state, noted | {name: value for name, value in revisions.items() if value})
-    write_atomic(notes_folder(Path(workspace)) / "summary.md", text)
-    write_atomic(Path(path), text)
-    end_tracked(Path(workspace), os.environ.get(RUN_ID, ""), state, tracking_uri)
-
-
-def summary_markdown(notes: list[dict], state: str, revisions: dict[str, str]) -> str:
-    """The run's summary; see `write_summary`."""
-    lines = [f"# DanceOPD run: {state}", ""]
-    lines += [f"- {name.replace('_', ' ')}: `{value}`" for name, value in revisions.items()]
-    if failed := failures(notes):
-        lines += ["", "## What failed", "", *[f"- {failure}" for failure in failed]]
-    for registration in [note["registration"] for note in notes if "registration" in note]:
-        lines += ["", "## Registration", "", *[f"- {name}: {_text(v)}" for name, v in registration.items()]]
-    lines += ["", "## Steps that ran", "", "| step | seconds | |", "|---|---|---|"]
-    lines += [f"| {note['step']} | {note['seconds']} | {note['state']} |" for note in notes]
-    reports = [Path(note["evaluation"]) / "report.md" for note in notes if "evaluation" in note]
-    lines += ["", *[report.read_text() for report in reports if report.is_file()]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)

@@ -16,7 +16,21 @@ from danceopd.config.recipe import Recipe
 from danceopd.tracking import delivery, journal
 from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
 
-GOOD_ENDS = ("SUCCEEDED", "SKIPPED", "CACHED")
+# Kubeflow's local runner says SUCCEEDED. A cluster hands the summary the state of the chain in its metadata (2.17,
+# backend/src/v2/driver/resolve.go): COMPLETE or CACHED, but RUNNING or UNKNOWN where a step inside was taken from the
+# cache or the state has not been written yet.
+GOOD_ENDS = ("SUCCEEDED", "SKIPPED", "CACHED", "COMPLETE")
+BAD_ENDS = ("FAILED", "CANCELED", "CANCELLED")
+
+
+def ended_well(state: str, registered: bool) -> bool:
+    """Whether a run went well, by Kubeflow's word for it where that tells, else by its last step's own note.
+
+    Args:
+        state: in Kubeflow's words.
+        registered: whether `register`, the step that needs all others, noted that it was done.
+    """
+    return state in GOOD_ENDS or (registered and state not in BAD_ENDS)
 
 
 @contextmanager
@@ -41,18 +55,18 @@ def tracked(recipe: Recipe, workspace: Path, run: str, tracking_uri: str) -> Ite
                 delivery.deliver(workspace, uri)
 
 
-def end_tracked(workspace: Path, run: str, state: str, tracking_uri: str) -> None:
+def end_tracked(workspace: Path, run: str, good: bool, tracking_uri: str) -> None:
     """Tell MLflow how a pipeline run ended, and what of it was not delivered yet.
 
     Args:
         workspace: folder all steps share.
         run: Kubeflow's name for it.
-        state: how it ended, in Kubeflow's words.
+        good: whether it ended well.
         tracking_uri: of the store; empty: `MLFLOW_TRACKING_URI`, else the workspace's own.
     """
     with _of_run(run):
         journal.end_silent(workspace)
-        journal.end_run(workspace, journal.FINISHED if state in GOOD_ENDS else journal.FAILED)
+        journal.end_run(workspace, journal.FINISHED if good else journal.FAILED)
         delivery.deliver(workspace, tracking_uri or default_tracking_uri(workspace))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from components.commands import hand_over
-from components.running import RUN_ID, Step
+from components.running import RUN_ID, Step, notes_folder
 from danceopd import steps
 from danceopd.devices import usable_cores
 from danceopd.errors import UserError, unknown_name
@@ -155,7 +155,7 @@ def job_name() -> str:
 def _train_by_job(step: Step, way: Way, job: Mapping[str, Any], recipe: Path) -> None:
     name = job_name()
     log.info("training as %s %s on %d nodes", way.on, name, way.nodes)
-    manifest = recipe.with_name(f"{name}.yaml")
+    manifest = notes_folder(step.workspace) / f"{name}.yaml"  # where the run's summary looks for it
     for command in job_commands(way, job, recipe, step.workspace, name, manifest):
         hand_over(f"{way.on} {name}", command)
 

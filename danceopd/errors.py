@@ -1,5 +1,9 @@
 """Exceptions a user is meant to read: what is wrong, where, how to mend it; or that the work was interrupted."""
 
+from __future__ import annotations
+
+import errno
+
 
 class UserError(ValueError):
     """Bad input (file, row, field, image, recipe, checkpoint, flag).
@@ -22,3 +26,94 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+# What libraries raise for a file, a server or a store that is not as it should be. By name: most are slow to import.
+_MENDABLE = {
+    "builtins.OSError",
+    "builtins.UnicodeError",
+    "builtins.EOFError",
+    "builtins.MemoryError",
+    "torch.OutOfMemoryError",
+    "tarfile.TarError",
+    "zipfile.BadZipFile",
+    "zlib.error",
+    "_lzma.LZMAError",
+    "json.decoder.JSONDecodeError",
+    "yaml.error.YAMLError",
+    "pyarrow.lib.ArrowException",
+    "safetensors._safetensors_rust.SafetensorError",
+    "sqlite3.Error",
+    "sqlalchemy.exc.SQLAlchemyError",
+    "mlflow.exceptions.MlflowException",
+    "requests.exceptions.RequestException",
+    "urllib3.exceptions.HTTPError",
+    "http.client.HTTPException",
+    "httpx.HTTPError",
+    "httpx2.HTTPError",
+    "aiohttp.client_exceptions.ClientError",
+    "botocore.exceptions.BotoCoreError",
+    "huggingface_hub.errors.HfHubHTTPError",
+    "kfp_server_api.exceptions.OpenApiException",
+    "kubernetes.client.exceptions.OpenApiException",
+    "dvc.exceptions.DvcException",
+}
+_HINTS = {
+    errno.ENOSPC: "free some space and run it again",
+    errno.EDQUOT: "free some space and run it again",
+    errno.EACCES: "give the user of this process access",
+    errno.EPERM: "give the user of this process access",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove the link that leads to itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOTDIR: "a file stands where a folder is expected",
+    errno.EISDIR: "a folder stands where a file is expected",
+    errno.EEXIST: "something is there already",
+}
+
+
+# Of these the same command may go well a little later.
+_PASSING = {
+    "builtins.ConnectionError",
+    "builtins.TimeoutError",
+    "socket.gaierror",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+    "urllib3.exceptions.HTTPError",
+    "httpx.TransportError",
+    "httpx2.TransportError",
+    "aiohttp.client_exceptions.ClientConnectionError",
+}
+BAD_INPUT, MAY_PASS = 2, 1  # exit codes; a job that ends with the first is not tried again
+
+
+def mendable(error: BaseException) -> tuple[str, int] | None:
+    """One line and an exit code for an error that a user can mend, though no check foresaw it; None for a bug.
+
+    A full disk, a name that is too long, a damaged archive, a locked database, a server that does not answer. What may
+    pass by itself gets `MAY_PASS`, everything else `BAD_INPUT`.
+    """
+    names = _names(error)
+    if isinstance(error, UserError):
+        return " ".join(str(error).split()), BAD_INPUT
+    if not names & _MENDABLE:
+        return None
+    return _one_line(error, names), MAY_PASS if names & _PASSING else BAD_INPUT
+
+
+def _names(error: BaseException) -> set[str]:
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+
+
+def _one_line(error: BaseException, names: set[str]) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        hint = _HINTS.get(error.errno or 0)
+        said = error.strerror + (f"; {hint}" if hint else "")
+        return " ".join(f"{' -> '.join(places)}: {said}".removeprefix(": ").split())
+    if isinstance(error, MemoryError) or "torch.OutOfMemoryError" in names:
+        return "out of memory; make the batch or the pictures smaller, or use a machine with more"
+    text = " ".join(str(error).split())[:500]
+    kind = type(error).__name__
+    return f"{kind}: {text}" if text else kind

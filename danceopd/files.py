@@ -6,13 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from danceopd.errors import UserError
+from danceopd.text import parse_json, read_text
+from danceopd.text import read_json as read_json
 
 FIELD = "field.json"  # in a field's folder (see `checkpoint.py`): its kind and name
 
@@ -40,16 +45,17 @@ def content_key(*parts: Any) -> str:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A scratch folder beside `path` that takes its name if the block ends well, and is removed if it does not.
 
-    An existing `path` is replaced. Readers see the old folder, none, or the whole new one.
+    For places that are the project's own, such as a workspace's products: an existing `path` is replaced, whatever it
+    holds. A place that a person names is `output_folder`'s. Readers see the old folder, none, or the whole new one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    scratch = _beside(path)
     scratch.mkdir()
     try:
         yield scratch
         if path.exists():
-            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
+            old = _beside(path)
             os.replace(path, old)
             os.replace(scratch, path)
             shutil.rmtree(old)
@@ -60,11 +66,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name[:100]}.{uuid.uuid4().hex[:8]}"
+
+
 def write_atomic(path: Path, data: str | bytes) -> Path:
     """Write a whole file under another name, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    scratch = _beside(path)
     try:
         scratch.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(scratch, path)
@@ -73,28 +83,141 @@ def write_atomic(path: Path, data: str | bytes) -> Path:
     return path
 
 
+# ------------------------------------------------------------------------------------------ outputs that a person names
+
+# The names in a folder that its command did not write; None if the folder is none of that command's outputs.
+Strangers = Callable[[Path], Sequence[str] | None]
+
+
+def check_output(path: Path, strangers: Strangers | None = None) -> Path:
+    """Where a folder may appear: a new place, an empty folder, or an older output of the same command.
+
+    Args:
+        path: as it was given.
+        strangers: says what else an older output holds; None: there is no older output to replace.
+
+    Returns:
+        The path, absolute, without links.
+
+    Raises:
+        UserError: for any other place, or one that cannot be written to.
+    """
+    place = _place(path)
+    mend = "name a new or an empty folder"
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{path}: a file, and a folder is to be written; {mend}")
+    if place == Path.cwd() or place in Path.cwd().parents:
+        raise UserError(f"{path}: the folder you are in, or one around it; {mend}")
+    held = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+    if held:
+        others = None if strangers is None else strangers(place)
+        if others is None:
+            raise UserError(f"{path}: holds {_some(held)}, and no older output of this command; {mend}")
+        if others:
+            raise UserError(f"{path}: holds {_some(sorted(others))}, which this command did not write; {mend}")
+    return place
+
+
+def check_output_file(path: Path, endings: Sequence[str], own: Callable[[Path], bool]) -> Path:
+    """Where a file may appear: a new place, or an older output of the same command.
+
+    Args:
+        path: as it was given.
+        endings: names of the formats that can be written, such as `.png`.
+        own: whether an existing file is such an output.
+
+    Returns:
+        The path, absolute, without links.
+
+    Raises:
+        UserError: for any other place, another ending, or a place that cannot be written to.
+    """
+    place = _place(path)
+    if place.suffix.lower() not in endings:
+        raise UserError(f"{path}: ends in none of {', '.join(endings)}; the name says the format that is written")
+    if place.is_dir():
+        raise UserError(f"{path}: a folder, and a file is to be written; name a file in it")
+    if place.exists() and not own(place):
+        raise UserError(f"{path}: is there already, and no older output of this command; name another file")
+    return place
+
+
+def _place(path: Path) -> Path:
+    try:
+        place = Path(path).resolve()
+        place.exists()  # what is wrong with the name shows here
+        nearest = next(parent for parent in place.parents if parent.exists())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: no place for an output ({getattr(error, 'strerror', None) or error})") from error
+    if not nearest.is_dir():
+        raise UserError(f"{path}: {nearest} is a file; name a place in a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: no permission to write in {nearest}")
+    return place
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+@contextmanager
+def output_folder(path: Path, strangers: Strangers | None = None) -> Iterator[Path]:
+    """A scratch folder that becomes the output `path`, whole, if the block ends well; see `check_output`.
+
+    Raises:
+        UserError: if the place is none for this output, or another process is writing there.
+    """
+    place = check_output(path, strangers)
+    with lock_output(place):
+        check_output(path, strangers)  # what another process made meanwhile
+        with atomic_folder(place) as scratch:
+            yield scratch
+
+
+@contextmanager
+def lock_output(path: Path) -> Iterator[None]:
+    """Hold a place against other processes, by a file beside it that is gone afterwards.
+
+    Raises:
+        UserError: naming the process that holds it.
+    """
+    path = Path(path).resolve()
+    made = [parent for parent in path.parents if not parent.exists()]
+    file = path.parent / f".{path.name[:100]}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, blocking=False)
+        lock.acquire()
+    except Timeout as error:
+        if not file.is_file():  # where no file can be made, the lock goes on trying
+            raise UserError(f"{path}: no place for an output (no file can be made in {path.parent})") from error
+        holder = file.read_text().strip() or "another process"
+        raise UserError(f"{path}: {holder} is writing there; wait for it to end") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    try:
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and makes a new one
+        lock.release()
+        for parent in made:  # of an output that was not made
+            with suppress(OSError):
+                parent.rmdir()
+
+
 def write_json(path: Path, value: Any) -> Path:
     """Write JSON, sorted and indented, atomically."""
     return write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        UserError: if the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-
-
 def forget_origin(folder: Path) -> None:
     """Drop `_name_or_path` from the config files below `folder`: equal weights, equal files, from anywhere."""
     for path in sorted(Path(folder).rglob("*.json")):
-        data = json.loads(path.read_text())
+        text = read_text(path)
+        if "_name_or_path" not in text:
+            continue
+        data = parse_json(text, str(path))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(data, indent=2) + "\n")

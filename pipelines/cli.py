@@ -55,7 +55,7 @@ def run(
 ) -> None:
     """Run the chain, here or with --host on a cluster; what is unchanged is not run again.
 
-    Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 75: the followed server went away.
+    Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 75: a server is away.
     """
     from pipelines.compile import compile_pipeline
     from pipelines.local import run_local

@@ -13,10 +13,13 @@ from kfp.compiler import Compiler, KubernetesManifestOptions
 from kfp.dsl.base_component import BaseComponent
 
 from danceopd.errors import UserError
-from danceopd.files import content_key, write_atomic
+from danceopd.files import check_output_file, content_key, write_atomic
+from danceopd.text import parse_yaml_documents, read_text
 from pipelines.distillation import build_pipeline
 from pipelines.options import PipelineOptions
 
+ENDINGS = (".yaml", ".yml")
+API = "pipelines.kubeflow.org/v2beta1"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 
 
@@ -53,11 +56,9 @@ def compile_pipeline(
         manifests: write objects for kubectl; None: what KFP's API and UI take.
 
     Raises:
-        UserError: if `out` is not named as a YAML file.
+        UserError: if `out` is not named as a YAML file, or is there and something else.
     """
-    out = Path(out)
-    if out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--out {out}: a compiled pipeline is a .yaml file; name it so")
+    place = check_output_file(out, ENDINGS, is_compiled)
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "pipeline.yaml"
         pipeline = build(options)
@@ -68,7 +69,17 @@ def compile_pipeline(
             Compiler().compile(
                 pipeline, str(package), kubernetes_manifest_options=names, kubernetes_manifest_format=True
             )
-        return write_atomic(out, package.read_bytes())
+        write_atomic(place, package.read_bytes())
+        return Path(out)
+
+
+def is_compiled(path: Path) -> bool:
+    """Whether a file is a compiled pipeline, in either form, so that another may take its place."""
+    try:
+        first, *_ = parse_yaml_documents(read_text(path), str(path))
+        return "pipelineInfo" in first or (first["kind"], first["apiVersion"]) == ("Pipeline", API)
+    except (UserError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _names(pipeline: BaseComponent, manifests: Manifests) -> KubernetesManifestOptions:

@@ -21,9 +21,14 @@ from components.register import register
 from components.resolve_base import resolve_base
 from components.running import RUN_ID
 from components.summarize import summarize
+from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines.cluster.cli import WORKFLOW
+from pipelines.cluster.queues import QUEUE
 from pipelines.options import MOUNT, PipelineOptions
 from pipelines.placement import Needs
+
+PAUSE = 30  # seconds before the first retry, doubled each time
+WAIT_HOURS = 24  # an attempt may wait so long for a node
 
 
 def build_pipeline(options: PipelineOptions) -> Callable:
@@ -101,14 +106,28 @@ def place_task(task: dsl.PipelineTask, options: PipelineOptions) -> dsl.Pipeline
     if needs.accelerator:
         task.set_accelerator_type(needs.accelerator).set_accelerator_limit(1)
     if retries := placement.retries_of(step):
-        task.set_retry(retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
+        longest = f"{retry_window(retries, needs.hours)}s"
+        task.set_retry(retries, backoff_duration=f"{PAUSE}s", backoff_factor=2, backoff_max_duration=longest)
     task.set_env_variable("OMP_NUM_THREADS", str(_threads(step, options)))
     task.set_env_variable("TQDM_DISABLE", "1")  # a bar is noise in a log
     kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
-    kubernetes.set_security_context(task, run_as_non_root=True)
+    kubernetes.set_security_context(
+        task, run_as_user=placement.run_as_user, run_as_group=placement.run_as_group, run_as_non_root=True
+    )
     kubernetes.set_timeout(task, needs.hours * 3600)
     _place_pod(task, step, needs, options)
     return task
+
+
+def retry_window(retries: int, hours: int) -> int:
+    """Seconds from a step's first start within which all of its attempts must be over.
+
+    Argo measures `maxDuration` from the first attempt's start, tries nothing again after it, and gives each attempt's
+    pod what is left of it as its deadline (4.0.8, workflow/controller/operator.go, `processNodeRetries`). So it holds
+    every attempt at its longest, the time each may wait for a node, and the pauses between them.
+    """
+    pauses = sum(PAUSE * 2**attempt for attempt in range(retries))
+    return (retries + 1) * (hours + WAIT_HOURS) * 3600 + pauses
 
 
 def _place_pod(task: dsl.PipelineTask, step: str, needs: Needs, options: PipelineOptions) -> None:
@@ -125,6 +144,10 @@ def _place_pod(task: dsl.PipelineTask, step: str, needs: Needs, options: Pipelin
     kubernetes.set_image_pull_policy(task, placement.image_pull_policy)
     if placement.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(placement.image_pull_secrets))
+    if placement.tracking:
+        kubernetes.use_config_map_as_env(task, placement.tracking, {"uri": ENVIRONMENT}, optional=True)
+    if placement.queue and needs.accelerator:
+        kubernetes.add_pod_label(task, QUEUE, placement.queue)
     for secret in placement.secrets:
         if not secret.steps or step in secret.steps:
             keys = {key: variable for variable, key in secret.env.items()}

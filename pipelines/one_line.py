@@ -1,15 +1,26 @@
-"""How commands of this package end badly: one line and code 2 for what a user can mend, code 1 for a failed step."""
+"""How commands of this package end badly: one line, and a code that says what to do about it.
+
+1: a step failed. 2: what a user can mend. 75: a server is away, so that the same again may do (a CronJob's or a step's
+next pod tries it).
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 
-from danceopd.errors import UserError
+from danceopd.errors import BAD_INPUT as BAD_INPUT
+from danceopd.errors import UserError, mendable
 
-STEP_FAILED, BAD_INPUT = 1, 2
+log = logging.getLogger("danceopd.command")
+STEP_FAILED, AGAIN = 1, 75
+
+
+class Away(UserError):
+    """A server that does not answer for now; nothing was started."""
 
 
 class StepFailed(RuntimeError):
@@ -18,12 +29,18 @@ class StepFailed(RuntimeError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within the block a `UserError` ends the command with its one line on stderr, a `StepFailed` with its lines."""
+    """Within the block an error that can be mended ends the command, with its line (`StepFailed`: lines) on stderr."""
     try:
         yield
     except UserError as error:
         typer.echo(f"danceopd: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(BAD_INPUT) from error
+        raise typer.Exit(AGAIN if isinstance(error, Away) else BAD_INPUT) from error
     except StepFailed as error:
         typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
         raise typer.Exit(STEP_FAILED) from error
+    except Exception as error:
+        if (told := mendable(error)) is None:
+            raise
+        log.debug("what led to it", exc_info=error)
+        typer.echo(f"danceopd: {told[0]}", err=True)
+        raise typer.Exit(told[1]) from error

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from components.image import IMAGE
 from danceopd.errors import UserError
 from pipelines.placement import Placement
 
+# As OCI's references are written: a registry, a path in lower case, a tag, a digest.
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9][A-Za-z0-9.-]*(?::\d+)?/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?(?:@[\w+.:-]+)?"
+)
 MOUNT = "/workspace"
 
 
@@ -36,6 +42,11 @@ class PipelineOptions:
     def __post_init__(self):
         if not self.image.strip():
             raise UserError("pipeline image: empty; name one, for example registry.example.com/danceopd@sha256:...")
+        if not _IMAGE.fullmatch(self.image):
+            raise UserError(
+                f"pipeline image {self.image!r}: no image name; write [registry/]name[:tag][@digest], the name in "
+                "lower case and nothing with spaces"
+            )
         if not self.by_digest and tag_of(self.image) in ("", "latest"):
             raise UserError(
                 f"pipeline image {self.image}: 'latest' is another image tomorrow, and steps would be reused for it; "

@@ -11,6 +11,7 @@ from danceopd.config.shipped import read_settings
 
 PLACEMENTS = "pipelines.placements"  # the package of those that ship
 Range = tuple[PositiveInt, PositiveInt]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", description="of a Kubernetes object")]
 Label = Annotated[str, Field(min_length=1)]
 
 
@@ -96,7 +97,7 @@ class SecretVariables(_Part):
         optional: whether a step also starts without the Secret.
     """
 
-    name: Label
+    name: Name
     env: dict[Label, Label] = Field(min_length=1)
     steps: tuple[str, ...] = ()
     optional: bool = True
@@ -126,18 +127,25 @@ class Placement(_Part):
         secrets: environment variables from Secrets.
         retries: how often a failed step is tried again, with growing pauses.
         gpus: of each node that trains the student, unless a run says otherwise (its parameter `gpus`).
-        queue: Kueue's LocalQueue that admits the jobs a run submits; empty: none.
+        queue: Kueue's LocalQueue that admits the jobs a run submits and, where Kueue manages plain pods, the steps that
+            use an accelerator; empty: none.
+        run_as_user: user id of every step; None: the image's own, or what the platform chooses (OpenShift).
+        run_as_group: group id of every step: the one that jobs give the volume to (fsGroup); None: as for the user.
+        tracking: ConfigMap whose key `uri` names the MLflow server of a run that is not told one; empty: none.
         gpu: of the steps that use an accelerator: finetune, distill, evaluate.
         steps: of single steps, by name; goes before `gpu`.
     """
 
-    claim: str | None = "danceopd-workspace"
+    claim: Name | None = "danceopd-workspace"
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    image_pull_secrets: tuple[Label, ...] = ()
+    image_pull_secrets: tuple[Name, ...] = ()
     secrets: tuple[SecretVariables, ...] = ()
     retries: int = Field(2, ge=0)
     gpus: PositiveInt = 1
     queue: str = ""
+    run_as_user: PositiveInt | None = 1000
+    run_as_group: int | None = Field(1000, ge=0)
+    tracking: str = "danceopd-tracking"
     gpu: StepPlacement = StepPlacement()
     steps: dict[str, StepPlacement] = {}
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from danceopd import steps
 from danceopd.config.recipe import Recipe
 from danceopd.data import versioning
 from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.registry.versions import RegisteredModel
-from danceopd.tracking.mlflow_store import has_store, open_client
+from danceopd.text import parse_yaml_documents, read_text
+from danceopd.tracking.mlflow_store import answers, has_store, open_client, redact
+from pipelines.one_line import Away
 
 UNKNOWN = "unknown"
 
@@ -139,10 +139,10 @@ def _tracked(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_dvc(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A DVC file's one output and `meta`, wherever the file lies."""
     try:
-        read = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        [read] = parse_yaml_documents(read_text(Path(file)), str(file))
         out = read["outs"][0]
         return {"md5": out["md5"]}, read.get("meta") or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a DVC file with one output; name the repository's data.dvc") from error
 
 
@@ -150,9 +150,12 @@ def compare(recipe: Recipe, inputs: Inputs, tracking_uri: str) -> Comparison:
     """Hold the present inputs against what the registry's versions were trained from.
 
     Raises:
-        UserError: if the store does not answer.
+        Away: if the store does not answer.
+        UserError: if it refuses.
     """
     name = recipe.register_as.model
+    if not answers(tracking_uri):
+        raise Away(f"MLflow store {redact(tracking_uri)} does not answer; check its address, or try again")
     if not has_store(tracking_uri):
         return Comparison(name, None, [], None, 0)
     model = RegisteredModel(open_client(tracking_uri), name)

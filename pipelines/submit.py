@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-import yaml
 from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH, Client
 from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
 from kfp_server_api import ApiException
 
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import hash_file
+from danceopd.text import parse_yaml, parse_yaml_documents, read_text
 from danceopd.tracking.mlflow_store import redact
+from pipelines.one_line import Away
 
 HOST_ENV, TOKEN_ENV, COOKIE_ENV, CA_ENV = "KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KFP_COOKIE", "SSL_CERT_FILE"
 TIMEOUT = (10, 60)  # seconds to connect, and between two bytes of an answer
@@ -121,6 +123,10 @@ def _limit_time(client: Client) -> None:
     rest.request = limited
 
 
+class BrokenOff(UserError):
+    """The connection broke after something was sent; it may have been done."""
+
+
 @contextmanager
 def answers(host: str, what: str) -> Iterator[None]:
     """Within the block the client's errors become one line, and what it prints goes nowhere.
@@ -130,7 +136,7 @@ def answers(host: str, what: str) -> Iterator[None]:
         what: what was asked, after "to".
 
     Raises:
-        UserError: that line.
+        UserError: that line; `Away` if the same may do later, `BrokenOff` if it may have been done.
     """
     try:
         with redirect_stdout(io.StringIO()):
@@ -138,14 +144,15 @@ def answers(host: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except ApiException as error:
-        raise UserError(f"{host}: {_refusal(error, what)}") from error
+        kind = Away if error.status and (error.status >= 500 or error.status == 429) else UserError
+        raise kind(f"{host}: {_refusal(error, what)}") from error
     except urllib3.exceptions.ProtocolError as error:
-        raise UserError(
+        raise BrokenOff(
             f"{host}: the connection broke when asked to {what}; it may have been done all the same, so "
             "look at the server before you try again"
         ) from error
     except urllib3.exceptions.HTTPError as error:
-        raise UserError(
+        raise Away(
             f"{host}: not reachable ({_reason(error)}); check the address, a port-forward, VPN or proxy"
         ) from error
     except ValueError as error:  # the client's own: two things of one name
@@ -196,9 +203,9 @@ def load_package(path: Path) -> dict[str, Any]:
         UserError: if the file is none.
     """
     try:
-        spec = next(yaml.safe_load_all(Path(path).read_text(encoding="utf-8")))
+        spec = parse_yaml_documents(read_text(Path(path)), f"--package {path}")[0]
         declared(spec)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration, KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--package {path}: not a compiled pipeline; make one by: danceopd pipeline compile") from error
     return spec
 
@@ -227,7 +234,7 @@ def fill_in(parameters: Mapping[str, dict], ours: Mapping[str, Any], given: Iter
         if name not in parameters:
             raise unknown_name("--param", name, parameters)
         text = parameters[name].get("parameterType", "STRING") == "STRING"
-        arguments[name] = value if text else yaml.safe_load(value)
+        arguments[name] = value if text else parse_yaml(value, f"--param {setting!r}")
     needed = [n for n, p in parameters.items() if not p.get("isOptional") and "defaultValue" not in p]
     if lacking := [name for name in needed if name not in arguments]:
         raise UserError(f"the pipeline also needs {', '.join(lacking)}; give each by --param name=value")
@@ -379,15 +386,15 @@ def follow(server: Server, run_id: str, say: Callable[[str], None], patience: fl
         time.sleep(pause)
 
 
+# What Argo calls the pods that Kubeflow puts between the steps; a retried one is numbered, as in executor(0) (4.0.8,
+# workflow/controller/operator.go).
+_BETWEEN = re.compile(r"(root|driver|executor|.*-driver)(\(\d+\))?")
+
+
 def _steps(run: Any) -> list:
     """The run's own steps, without the pods that Kubeflow puts between them."""
     tasks = run.run_details.task_details if run.run_details else None
-    hidden = ("root", "driver", "executor")
-    return [
-        t
-        for t in tasks or []
-        if t.display_name and t.display_name not in hidden and not t.display_name.endswith("-driver")
-    ]
+    return [t for t in tasks or [] if t.display_name and not _BETWEEN.fullmatch(t.display_name)]
 
 
 def _reasons(run: Any) -> list[str]:

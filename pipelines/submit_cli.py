@@ -22,9 +22,9 @@ from danceopd.config.load import load_recipe
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
-from pipelines.one_line import one_line_errors
+from pipelines.one_line import AGAIN, Away, one_line_errors
 
-FAILED, UNCHANGED, AGAIN = 1, 3, 75
+FAILED, UNCHANGED = 1, 3
 NAME = "danceopd"  # of pipeline and experiment
 
 HostOption = Annotated[
@@ -147,9 +147,21 @@ def run_on_server(
             return 0
         found_there = run is not None and state not in submit.OVER
         if not found_there:
-            run = submit.start_run(server, source, arguments, experiment, name, told.service_account)
+            with _safe_to_repeat(if_changed):
+                run = submit.start_run(server, source, arguments, experiment, name, told.service_account)
     typer.echo(f"run {name}: {'found under way' if found_there else 'started'}, {server.link(run)}")
     return _follow(server, run, recipe, inputs, uri, found) if told.follow else 0
+
+
+@contextmanager
+def _safe_to_repeat(named: bool) -> Iterator[None]:
+    """A run that is named after its inputs is found by the next try, should it have been started."""
+    from pipelines.submit import BrokenOff
+
+    try:
+        yield
+    except BrokenOff as error:
+        raise Away(str(error)) if named else error from error
 
 
 def _follow(server, run: str, recipe: Recipe, inputs, uri: str | None, before) -> int:
@@ -200,7 +212,7 @@ def changed(
 ) -> None:
     """Say whether recipe, code or data changed since the registry's champion.
 
-    Exit code 0: changed, or there is no champion; 3: nothing to train; 2: it cannot be told.
+    Exit code 0: changed, or there is no champion; 3: nothing to train; 2: it cannot be told; 75: MLflow is away.
     """
     from pipelines.retrain import compare, read_inputs
 

@@ -28,7 +28,7 @@ def summarize(
         code_revision: identity of the code, named in the summary.
         summary: the summary.
     """
-    from components.running import write_summary
+    from components.summary import write_summary
 
     revisions = {"data_revision": data_revision, "code_revision": code_revision}
     write_summary(workspace, status.state, summary.path, tracking_uri, **revisions)

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from danceopd.config.recipe import ModelRecipe
+
 LOADING = ("dtype", "attention", "quantize", "offload")  # how weights are loaded here; no matter to an export
 SETTINGS = "danceopd.json"  # beside model_index.json: picture size and prompt encoding of an exported pipeline
 
@@ -52,6 +54,7 @@ class Backbone(Protocol):
     Latents are packed token sequences (B, N, C); sigma is (B,), 1 = noise, 0 = clean; v = dz/dsigma.
     """
 
+    settings: ModelRecipe
     transformer: nn.Module
     lora_targets: str  # a regular expression over module names
     prompt_sees_source: bool  # whether a prompt's embedding depends on the source images it speaks of
@@ -68,6 +71,16 @@ class Backbone(Protocol):
             prompts: B captions or instructions.
             sources: each prompt's source images, (3, H, W) in [-1, 1], any number of them; None: there are none. Only
                 a back end that says `prompt_sees_source` looks at them.
+        """
+        ...
+
+    def tokens_lost(self, prompts: list[str], sources: int = 0) -> list[int]:
+        """Tokens at the end of each prompt that no encoder sees, as they lie beyond the recipe's
+        `model.max_sequence_length`; 0: it is seen whole.
+
+        Args:
+            prompts: captions or instructions.
+            sources: how many source images each speaks of; they take tokens, where a back end `prompt_sees_source`.
         """
         ...
 

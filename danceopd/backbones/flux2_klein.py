@@ -43,6 +43,9 @@ class Flux2Klein(PipelineBackbone):
             hidden_states_layers=list(self.settings.text_encoder_out_layers),
         ).float()
 
+    def _length(self, prompt: str, sources: int) -> int:
+        return self._chat_length(prompt, thinking=False)
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         latents = self.pipeline._encode_vae_image(self._to_vae(pixels), generator=None)

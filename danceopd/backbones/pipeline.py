@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from danceopd.backbones.base import LOADING, SETTINGS, Condition
 from danceopd.backbones.bases import INDEX, components
@@ -81,6 +82,9 @@ class PipelineBackbone:
                     parts[name] = of.from_config(of.load_config(str(folder / name)))
             scheduler = getattr(diffusers, str(index["scheduler"][1]))
             parts["scheduler"] = scheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
+            for name in parts:
+                if name.startswith("tokenizer") and (folder / name).is_dir():
+                    parts[name] = AutoTokenizer.from_pretrained(str(folder / name), local_files_only=True)
             return cls(kind(**parts), settings)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
@@ -149,6 +153,27 @@ class PipelineBackbone:
                 "source image must have the picture's size"
             )
         return count
+
+    def tokens_lost(self, prompts: list[str], sources: int = 0) -> list[int]:
+        longest, template = self.settings.max_sequence_length, self._length("", sources)
+        # A token stands for a byte at least: only a long prompt need be read.
+        return [
+            max(0, self._length(prompt, sources) - longest) if template + len(prompt.encode()) > longest else 0
+            for prompt in prompts
+        ]
+
+    def _length(self, prompt: str, sources: int) -> int:
+        """Tokens of a prompt in its template."""
+        raise NotImplementedError
+
+    def _chat_length(self, prompt: str, thinking: bool) -> int:
+        text = self.pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        return len(self.pipeline.tokenizer(text).input_ids)
 
     def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
         return replace(condition, prompt=empty.to(condition.prompt).expand_as(condition.prompt))

@@ -80,7 +80,7 @@ class QwenImage(PipelineBackbone):
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()
         longest = self.settings.max_sequence_length
-        ending = len(self.pipeline.tokenizer(self.pipeline.prompt_template_encode.partition("{}")[2]).input_ids)
+        ending = self._ending()
         packed = []
         # One by one: no padding, so that an embedding hangs on nothing else, as in the stock pipeline.
         for prompt, pictures in zip(prompts, sources or [[]] * len(prompts), strict=True):
@@ -95,6 +95,32 @@ class QwenImage(PipelineBackbone):
             packed.append([full[:before], full[before:longest], empty[before:]])
         return pack_parts(packed, longest + ending)
 
+    def _length(self, prompt: str, sources: int) -> int:
+        read, pipeline = self.pipeline.tokenizer, self.pipeline if sources else self._drawing()
+        shown = "".join(f"Picture {n}: <|vision_start|><|image_pad|><|vision_end|>" for n in range(1, sources + 1))
+        tokens = len(read(pipeline.prompt_template_encode.format(shown + prompt)).input_ids)
+        tokens -= pipeline.prompt_template_encode_start_idx + self._ending()
+        return tokens + (sources * (self._picture_tokens() - 1) if sources else 0)
+
+    def _ending(self) -> int:
+        """Tokens that the template has behind the prompt."""
+        return len(self.pipeline.tokenizer(self.pipeline.prompt_template_encode.partition("{}")[2]).input_ids)
+
+    def _drawing(self) -> QwenImagePipeline:
+        """The pipeline whose template is for a prompt without source images."""
+        if isinstance(self.pipeline, QwenImagePipeline):
+            return self.pipeline
+        return QwenImagePipeline(
+            **{name: part for name, part in self.pipeline.components.items() if name != "processor"}
+        )
+
+    def _picture_tokens(self) -> int:
+        """Tokens that a source image of the recipe's size takes in the text encoder."""
+        ratio = self.settings.width / self.settings.height
+        width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, ratio)
+        reader = self.pipeline.processor.image_processor
+        return reader.get_number_of_image_patches(height, width, {}) // reader.merge_size**2
+
     def _embed(self, prompt: str, pictures: list[Image.Image]) -> Tensor:
         """Embedding (L, D) of one prompt, by the editing template if there are pictures, else by the drawing one."""
         pipeline = self.pipeline
@@ -105,10 +131,7 @@ class QwenImage(PipelineBackbone):
                     "take a Qwen-Image-Edit-Plus base (2509 or later)"
                 )
             return pipeline._get_qwen_prompt_embeds([prompt], pictures)[0][0].float()
-        if not isinstance(pipeline, QwenImagePipeline):
-            parts = {name: part for name, part in pipeline.components.items() if name != "processor"}
-            pipeline = QwenImagePipeline(**parts)
-        return pipeline._get_qwen_prompt_embeds([prompt])[0][0].float()
+        return self._drawing()._get_qwen_prompt_embeds([prompt])[0][0].float()
 
     def _shown(self, pixels: Tensor) -> Image.Image:
         """A source image (3, H, W) as the text encoder is shown it."""

@@ -48,6 +48,15 @@ class SD3(ShiftedLatentsBackbone):
         pooled = F.pad(pooled.float(), (0, -pooled.shape[1] % width)).unflatten(1, (-1, width))
         return torch.cat([pooled, tokens.float()], dim=1)
 
+    def tokens_lost(self, prompts: list[str], sources: int = 0) -> list[int]:
+        if self.pipeline.tokenizer_3 is not None:
+            return super().tokens_lost(prompts, sources)
+        longest = self.pipeline.tokenizer_max_length  # CLIP's alone
+        return [max(0, len(self.pipeline.tokenizer(prompt).input_ids) - longest) for prompt in prompts]
+
+    def _length(self, prompt: str, sources: int) -> int:
+        return len(self.pipeline.tokenizer_3(prompt).input_ids)
+
     def _prompt_parts(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled vector (B, P)."""
         length = self.transformer.config.pooled_projection_dim

@@ -54,6 +54,10 @@ class ZImage(ShiftedLatentsBackbone):
         parts = [[one.float(), *(part.float() for part in three)] for one, three in zip(drawing, editing, strict=True)]
         return pack_parts(parts, 2 * longest + len(before) + len(after))
 
+    def _length(self, prompt: str, sources: int) -> int:
+        # The editing template puts the source's marks outside of what the limit is for.
+        return self._chat_length(prompt, thinking=True)
+
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = transformer.cap_embedder[1].weight.dtype
         rows, columns = self._token_grid(condition.height, condition.width)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,76 +19,151 @@ from danceopd.data.records import (
     MANIFEST,
     SHARD_ROWS,
     SPLITS,
+    SYNONYMS,
     Record,
     check_images,
     check_record,
     content_hash,
     read_parquet,
     record_from,
+    unknown_fields,
     write_shard,
 )
+from danceopd.data.splits import Pictures, on_two_sides, settle_splits
 from danceopd.data.world import world_records
 from danceopd.errors import UserError
-from danceopd.files import atomic_folder, hash_file, read_json, write_json
+from danceopd.files import hash_file, output_folder, read_json, write_json
+from danceopd.text import json_lines, parse_csv, read_bytes, read_text
 
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
+PARQUET = ".parquet"
+OWN_FILES = (MANIFEST, "import.json")  # of a dataset or an import, beside its shards
 SHARD_BYTES = 1 << 28  # of a shard's pictures; `SHARD_ROWS` is reached first where they are small
 SPOOL_BYTES = 1 << 29  # of pictures kept in memory while a dataset is sorted; more wait on disk
 
+log = logging.getLogger(__name__)
 
-def read_image_folder(folder: Path) -> Iterator[Record]:
-    """Read a folder of pictures described by its `metadata.jsonl`.
 
-    Each line is an object with `task` and `prompt`, and optionally `source`, `target` (file names in the folder), `id`,
-    `split`, `provenance` (an object). Without an `id`, the line's own content makes one.
+def read_image_folder(folder: Path, metadata: Path | None = None, taken: set[Path] | None = None) -> Iterator[Record]:
+    """Read a folder of pictures described by its `metadata.jsonl` or `metadata.csv`.
+
+    Each line is an object (a row) with `task` and `prompt`, and optionally `source`, `target` (or `file_name`: names of
+    files in the folder), `id`, `split`, `provenance` (an object). Without an `id`, the line's own content makes one.
+
+    Args:
+        folder: that names in the file start from.
+        metadata: the file; default: the folder's `metadata.jsonl`.
+        taken: gets the pictures that are read.
 
     Raises:
         UserError: naming file and line.
     """
-    for number, line in enumerate((folder / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{folder / METADATA}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise UserError(f"{where}: a line is a JSON object with at least 'task' and 'prompt'")
-        data.setdefault("id", hashlib.sha256(line.encode()).hexdigest()[:16])
-        for name in ("source", "target"):
-            if data.get(name) is not None:
-                data[name] = _read_picture(folder, data[name], where, name)
+    metadata = metadata or folder / METADATA[0]
+    unknown: Counter[str] = Counter()
+    for line, data in _metadata_lines(metadata):
+        where = f"{metadata}, line {line}"
+        if isinstance(data, UserError):
+            raise data
+        unknown.update(unknown_fields(data))
+        if data.get("id") is None:
+            whole = json.dumps(data, sort_keys=True)
+            data = data | {"id": hashlib.sha256(whole.encode()).hexdigest()[:16]}
+        pictures = ("source", "target", *SYNONYMS["target"])
+        given = [name for name in pictures if data.get(name) is not None]
+        found = {name: _find_picture(folder, data[name], where, name) for name in given}
+        if taken is not None:
+            taken.update(found.values())
+        data = data | {name: read_bytes(path, f"{where}, field '{name}'") for name, path in found.items()}
         if isinstance(data.get("provenance"), dict):
             data["provenance"] = json.dumps(data["provenance"], sort_keys=True)
         yield record_from(data, where)
+    if unknown:
+        log.warning("%s: ignored field(s): %s", metadata, ", ".join(f"{n} ({c})" for n, c in sorted(unknown.items())))
 
 
-def _read_picture(folder: Path, name: object, where: str, field: str) -> bytes:
-    path = (folder / str(name)).resolve()
-    if not path.is_relative_to(folder.resolve()):
+def _metadata_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    if metadata.suffix == ".jsonl":
+        yield from json_lines(io.BytesIO(read_bytes(metadata)), str(metadata))
+        return
+    _, rows = parse_csv(read_text(metadata), str(metadata))
+    for line, cells in rows:
+        found = {name: cell for name, cell in cells.items() if cell} if isinstance(cells, dict) else cells
+        yield line, found
+
+
+def _find_picture(folder: Path, name: object, where: str, field: str) -> Path:
+    if not isinstance(name, str):
+        raise UserError(f"{where}: field '{field}' is {type(name).__name__}; give the name of a file in the folder")
+    try:
+        path = (folder / name).resolve()
+        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: field '{field}' names no file ({said}); give a file in the folder") from error
+    if not inside:
         raise UserError(f"{where}: field '{field}' leads out of the folder ({name}); put the picture inside it")
-    if not path.is_file():
+    if not there:
         raise UserError(f"{where}: field '{field}' names {name}, which is not in the folder")
-    return path.read_bytes()
+    return path
 
 
 def read_input(location: str) -> Iterator[Record]:
-    """Read one input: a Parquet file, a folder of Parquet files, or a folder with a `metadata.jsonl`.
+    """Read one input: a Parquet file, or a folder with Parquet files or metadata files anywhere in it.
+
+    What lies there and is not read is told in the log.
 
     Raises:
         UserError: if it is none of these.
     """
-    path = Path(location)
-    if path.is_file() and path.suffix == ".parquet":
+    try:
+        path = Path(location).expanduser()
+        there = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"data input {location}: no such file or folder ({error})") from error
+    if not there:
+        raise UserError(f"data input {location}: no such file or folder")
+    if path.is_file():
+        if path.suffix.lower() != PARQUET:
+            raise UserError(f"data input {location}: give a {PARQUET} file, or a folder of them or with {METADATA[0]}")
         yield from read_parquet(path)
-    elif (path / METADATA).is_file():
-        yield from read_image_folder(path)
-    elif path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
-        for shard in shards:
-            yield from read_parquet(shard)
-    else:
-        raise UserError(f"data input {location}: give a .parquet file, a folder of them, or one with {METADATA}")
+        return
+    files = _files_below(path)
+    shards = [file for file in files if file.suffix.lower() == PARQUET]
+    metadata = [file for file in files if file.name in METADATA]
+    if shards and metadata:
+        raise UserError(f"data input {location}: holds both {shards[0].name} and {metadata[0].name}; name one of them")
+    if not shards and not metadata:
+        raise UserError(
+            f"data input {location}: give a {PARQUET} file, a folder of them, or one with {' or '.join(METADATA)}; "
+            f"there are {_endings(files) or 'no files'}"
+        )
+    if twice := [file for file in metadata if file.name != METADATA[0] and file.with_name(METADATA[0]) in metadata]:
+        raise UserError(f"data input {location}: holds both {METADATA[0]} and {twice[0].name}; remove one of them")
+    taken: set[Path] = {file.resolve() for file in (*shards, *metadata)}
+    for shard in shards:
+        yield from read_parquet(shard)
+    for file in metadata:
+        yield from read_image_folder(file.parent, file, taken)
+    if other := [file for file in files if file.resolve() not in taken and not (shards and file.name in OWN_FILES)]:
+        log.warning("data input %s: ignored file(s): %s", location, _endings(other))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Files below a folder and the folders linked in it, each once, without those that systems leave behind."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _endings(files: list[Path]) -> str:
+    counts = Counter(file.suffix.lower() or "(no ending)" for file in files)
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
 
 
 def recipe_records(data: DataRecipe) -> Iterator[Record]:
@@ -105,11 +183,13 @@ def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bo
         needs_source: for each known task whether its records need a source image; None accepts any task.
 
     Raises:
-        UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input.
+        UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input; or if
+            `folder` holds anything but an older dataset.
     """
     seen: set[str] = set()
     kept: list[Record] = []
-    with atomic_folder(folder) as scratch, _Spool(scratch) as spool:
+    pictures: list[Pictures] = []
+    with output_folder(folder, strangers) as scratch, _Spool(scratch) as spool:
         for record in records:
             where = f"record {record.id!r}"
             check_record(record, where)
@@ -119,11 +199,32 @@ def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bo
             if needs_source is not None:
                 _check_task(record, needs_source, where)
             seen.add(record.id)
+            pictures.append((_name_of(record.source), _name_of(record.target)))
             kept.append(spool.put(record))
         if not kept:
             raise UserError(f"dataset {folder}: no records; check the recipe's data section")
+        splits = settle_splits(kept, pictures)
+        kept = [replace(record, split=split) for record, split in zip(kept, splits, strict=True)]
+        if sides := on_two_sides(splits, pictures):
+            log.warning("dataset %s: %s", folder, sides)
         kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
         return _write(kept, spool, scratch)
+
+
+def _name_of(picture: bytes | None) -> str | None:
+    return None if picture is None else hashlib.sha256(picture).hexdigest()
+
+
+def strangers(folder: Path) -> list[str] | None:
+    """What a dataset folder holds beside the dataset; None if it holds none. See `danceopd.files.check_output`."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        known = {MANIFEST, *manifest["files"]}
+        if not {"content", "counts"} <= set(manifest):
+            return None
+    except (UserError, LookupError, TypeError):
+        return None
+    return [path.name for path in folder.iterdir() if path.name not in known]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from danceopd.data.encoded import (
     prompt_batch,
     prompt_encoder,
     prompt_of,
+    tell_cut,
 )
 from danceopd.data.records import Record
 from danceopd.errors import UserError
@@ -282,6 +283,8 @@ def encode_cached(
     wanted = wanted_by(backbone, stream(), targets, sizing)
     if not wanted.tasks:
         raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
+    texts, sources = list(wanted.prompts.values()), dict(zip(wanted.prompt_row, wanted.source_row, strict=True))
+    tell_cut(backbone, [(text, int(sources[row] >= 0)) for row, text in enumerate(texts)])
     group = fill_cache(backbone, wanted, stream, sizing, cache, base_key, targets, share)
     wait()
     prompts = _rows(cache.places(group), list(wanted.prompts), cache.folder)

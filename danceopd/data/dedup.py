@@ -52,16 +52,26 @@ class DuplicateFinder:
             text: must be equal (the instruction of an edit; empty where pictures alone decide).
             name: of this item.
         """
+        known = self.find(hashes, text)
+        if known is None:
+            whole, keys = self._keys(hashes, text)
+            for key, band in zip(keys, self._bands, strict=True):
+                band.setdefault(key, []).append((whole, name))
+        return known
+
+    def find(self, hashes: tuple[int, ...], text: str) -> str | None:
+        """The name of an item with the same text and pictures this near, or None; nothing is remembered."""
+        whole, keys = self._keys(hashes, text)
+        for key, band in zip(keys, self._bands, strict=True):
+            for other, known in band.get(key, ()):
+                if (whole ^ other).bit_count() <= self.distance:
+                    return known
+        return None
+
+    def _keys(self, hashes: tuple[int, ...], text: str) -> tuple[int, list[tuple]]:
         whole = 0
         for value in hashes:
             whole = (whole << BITS) | value
         label = hashlib.sha256(f"{len(hashes)}\0{text}".encode()).digest()[:8]
         size = -(-BITS * len(hashes) // (self.distance + 1))
-        keys = [(label, (whole >> (i * size)) & ((1 << size) - 1)) for i in range(self.distance + 1)]
-        for key, band in zip(keys, self._bands, strict=True):
-            for other, known in band.get(key, ()):
-                if (whole ^ other).bit_count() <= self.distance:
-                    return known
-        for key, band in zip(keys, self._bands, strict=True):
-            band.setdefault(key, []).append((whole, name))
-        return None
+        return whole, [(label, (whole >> (i * size)) & ((1 << size) - 1)) for i in range(self.distance + 1)]

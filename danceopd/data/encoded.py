@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -230,6 +230,58 @@ def prompt_encoder(backbone: Backbone, sizing: Sizing) -> Callable[[list], Tenso
     return encode
 
 
+@dataclass(frozen=True)
+class CutPrompts:
+    """Prompts that are longer than their encoder takes.
+
+    Attributes:
+        count: of them, > 0.
+        total: of all.
+        limit: tokens that are seen.
+        most: tokens that one of them loses.
+        example: that one.
+    """
+
+    count: int
+    total: int
+    limit: int
+    most: int
+    example: str
+
+    def __str__(self) -> str:
+        shown = self.example if len(self.example) <= 40 else self.example[:40] + "..."
+        return (
+            f"{self.count:,} of {self.total:,} prompts are cut at {self.limit:,} tokens (model.max_sequence_length); "
+            f"{shown!r} loses the most, {self.most:,}"
+        )
+
+
+def cut_prompts(backbone: Backbone, prompts: Iterable[tuple[str, int]]) -> CutPrompts | None:
+    """Count the prompts whose end no encoder sees; None if there are none.
+
+    Args:
+        backbone: the model family whose tokenizer reads them.
+        prompts: each with the number of source images it speaks of.
+    """
+    by_sources: dict[int, list[str]] = {}
+    for text, sources in prompts:
+        by_sources.setdefault(sources, []).append(text)
+    lost = [
+        (tokens, text)
+        for sources, texts in by_sources.items()
+        for tokens, text in zip(backbone.tokens_lost(texts, sources), texts, strict=True)
+    ]
+    cut = [found for found in lost if found[0]]
+    return CutPrompts(len(cut), len(lost), backbone.settings.max_sequence_length, *max(cut)) if cut else None
+
+
+def tell_cut(backbone: Backbone, prompts: Iterable[tuple[str, int]]) -> None:
+    """Say in the log how many prompts are cut, if any are."""
+    cut = cut_prompts(backbone, prompts)
+    if cut is not None:
+        log.warning("%s", cut)
+
+
 def _encode_pictures(backbone: Backbone, pictures: list[bytes], name: str, sizing: Sizing) -> dict[str, Tensor]:
     """Latents by size, in the order the sizes are met, and each picture's place: rows of `places`, (P, 2)."""
     by_size: dict[tuple[int, int], list[bytes]] = {}
@@ -325,6 +377,7 @@ def encode_records(
     prompts, prompt_row = _distinct([prompt_of(r, backbone.prompt_sees_source) for r in records])
     sources, source_row = _distinct([r.source for r in records])
     pictures, target_row = _distinct([r.target if targets else None for r in records])
+    tell_cut(backbone, [(text, int(source is not None)) for text, source in prompts])
     key = content_key(base_key, height, width, own_sizes, targets, content_hash(records))
     path = None if cache is None else Path(cache) / f"encoded-{key}.safetensors"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,11 +20,16 @@ import pyarrow.parquet as pq
 
 from danceopd.data.pictures import read_picture
 from danceopd.errors import UserError
+from danceopd.text import parse_json
 
 SPLITS = ("train", "val", "test")
+UNDECIDED = ""  # split of a record that names none, until a dataset is assembled (see `splits`)
 MANIFEST = "manifest.json"
 SHARD_ROWS = 8192
 READ_ROWS = 64  # in memory at once
+SYNONYMS = {"target": ("file_name", "image")}  # as `datasets` calls a record's only picture
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Record:
         prompt: caption or instruction, not empty.
         source: encoded picture to edit, or None (drawing tasks).
         target: encoded wanted picture, or None (distillation needs none).
-        split: `train`, `val` or `test`.
+        split: `train`, `val` or `test`; `UNDECIDED` of a record that names none.
         provenance: where it came from, a JSON object as text.
     """
 
@@ -82,13 +88,17 @@ def check_record(record: Record, where: str) -> None:
     """
     for name in ("id", "task", "prompt"):
         value = getattr(record, name)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: field '{name}' is {type(value).__name__}, not text; every record needs text there"
+            )
+        if not value.strip():
             raise UserError(f"{where}: field '{name}' is empty; every record needs text there")
-    if record.split not in SPLITS:
+    if record.split not in (*SPLITS, UNDECIDED):
         raise UserError(f"{where}: field 'split' is {record.split!r}; use one of {', '.join(SPLITS)}")
     try:
-        facts = json.loads(record.provenance)
-    except (TypeError, ValueError):
+        facts = parse_json(record.provenance, where)
+    except (TypeError, UserError):
         facts = None
     if not isinstance(facts, dict):
         raise UserError(f"{where}: field 'provenance' is not a JSON object; write {{}} when there is none")
@@ -145,7 +155,7 @@ def write_shard(records: list[Record], path: Path) -> None:
 
 
 def _image_bytes(value, where: str) -> bytes | None:
-    if value is None:
+    if value is None or (isinstance(value, dict) and all(part is None for part in value.values())):
         return None
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
@@ -160,19 +170,38 @@ def read_parquet(path: Path) -> Iterator[Record]:
     Raises:
         UserError: if the file is not Parquet, a column is missing, or a record is not valid.
     """
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
-    names = set(file.schema_arrow.names)
-    missing = {"id", "task", "prompt"} - names
-    if missing:
-        raise UserError(f"{path}: column(s) missing: {', '.join(sorted(missing))}; found {', '.join(sorted(names))}")
     row = 0
-    for batch in file.iter_batches(batch_size=READ_ROWS):
+    for batch in _batches(path):
         for data in batch.to_pylist():
             yield record_from(data, f"{path}, row {row}")
             row += 1
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            names = set(file.schema_arrow.names)
+            missing = {"id", "task", "prompt"} - names
+            if missing:
+                said = f"column(s) missing: {', '.join(sorted(missing))}; found {', '.join(sorted(names))}"
+                raise UserError(f"{path}: {said}")
+            if unknown := unknown_fields(names):
+                log.warning("%s: ignored column(s): %s", path, ", ".join(unknown))
+            for batch in file.iter_batches(batch_size=READ_ROWS):
+                yield batch
+                row += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())
+        where = f"{path}, after row {row - 1}" if row else path
+        raise UserError(f"{where}: not a readable Parquet file ({said}); fetch it again") from error
+
+
+def unknown_fields(names: Iterable[str]) -> list[str]:
+    """The names among a record's fields that are none, and none that stands for one."""
+    known = {f.name for f in fields(Record)}
+    known |= {other for others in SYNONYMS.values() for other in others}
+    return sorted(set(names) - known)
 
 
 def record_from(data: dict, where: str) -> Record:
@@ -181,17 +210,27 @@ def record_from(data: dict, where: str) -> Record:
     Raises:
         UserError: naming `where` and the field.
     """
+    for name, others in SYNONYMS.items():
+        given = [n for n in (name, *others) if data.get(n) is not None]
+        if len(given) > 1:
+            raise UserError(f"{where}: both '{given[0]}' and '{given[1]}' are the {name}; give one of them")
+        data = data | {name: data[given[0]] if given else None}
+    number = data.get("id")
     record = Record(
-        id=str(data["id"]) if data.get("id") is not None else "",
-        task=data.get("task") or "",
-        prompt=data.get("prompt") or "",
+        id=str(number) if isinstance(number, int) and not isinstance(number, bool) else _or(number, ""),
+        task=_or(data.get("task"), ""),
+        prompt=_or(data.get("prompt"), ""),
         source=_image_bytes(data.get("source"), f"{where}, field 'source'"),
         target=_image_bytes(data.get("target"), f"{where}, field 'target'"),
-        split=data.get("split") or split_of(str(data.get("id"))),
-        provenance=data.get("provenance") or "{}",
+        split=_or(data.get("split"), UNDECIDED),
+        provenance=_or(data.get("provenance"), "{}"),
     )
     check_record(record, where)
     return record
+
+
+def _or(value, default: str):
+    return default if value is None else value
 
 
 def split_of(record_id: str, val: float = 0.02, test: float = 0.02) -> str:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow
-import yaml
 
 from danceopd.data.assemble import open_dataset, verify_dataset
 from danceopd.data.records import MANIFEST
 from danceopd.errors import UserError
+from danceopd.text import parse_yaml_documents, read_text
 
 if TYPE_CHECKING:  # DVC takes two seconds to import, and most runs ask it nothing
     from dvc.repo import Repo
@@ -85,10 +85,10 @@ def tracked(repo: Path, folder: Path) -> DvcEntry | None:
     if not (repo / ".dvc").is_dir() or not file.is_file():
         return None
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        [data] = parse_yaml_documents(read_text(file), str(file))
         out = data["outs"][0]
         entry = DvcEntry((repo / data.get("wdir", ".") / out["path"]).resolve(), out["md5"], data.get("meta") or {})
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a DVC file with one output; 'git restore data.dvc' mends it") from error
     return entry if entry.path == Path(folder).resolve() else None
 

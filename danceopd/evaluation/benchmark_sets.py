@@ -7,6 +7,7 @@ CLIP and the judge take its place; GEdit-Bench's and ImgEdit's questions are ask
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from danceopd.data.assemble import assemble
 from danceopd.data.records import Record
 from danceopd.errors import UserError, unknown_name
+from danceopd.text import json_lines, read_bytes, read_json
 
 GENEVAL_FILE, IMGEDIT_FILES = "evaluation_metadata.jsonl", ("basic_edit.json", "singleturn.json", "UGE_edit.json")
 _GEDIT_COLUMNS = ("task_type", "key", "instruction", "instruction_language", "input_image")
@@ -76,40 +78,21 @@ def _found(source: Path, names: tuple[str, ...], what: str) -> Path:
     return there[0]
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text ({error})") from error
-
-
 # ------------------------------------------------------------------------------------------------------------- GenEval
 
 
 def read_geneval(asked: Asked) -> Iterator[Record]:
     """GenEval (Ghosh et al., 2023): a line a prompt, `{"tag", "include", "exclude"?, "prompt"}`."""
     path = _found(asked.source, (GENEVAL_FILE,), "GenEval's prompts/evaluation_metadata.jsonl")
-    number = 0
-    for line, text in enumerate(_read_text(path).splitlines(), start=1):
-        if not text.strip():
-            continue
+    for number, (line, row) in enumerate(json_lines(io.BytesIO(read_bytes(path)), str(path))):
         where = f"{path}, line {line}"
-        row = _json(text, where)
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a line is a JSON object with 'tag', 'include' and 'prompt'")
+        if isinstance(row, UserError):
+            raise row
         facts = {"kind": _text(row, "tag", where)}
         for name in ("include", "exclude"):
             if name in row or name == "include":
                 facts[name] = _objects(row.get(name), name, where)
         yield _record("geneval", asked, f"{number:05d}", _text(row, "prompt", where), None, facts)
-        number += 1
 
 
 def _objects(value: Any, name: str, where: str) -> list[dict]:
@@ -129,7 +112,7 @@ def read_gedit(asked: Asked) -> Iterator[Record]:
     files = (
         [asked.source]
         if asked.source.is_file()
-        else sorted(path for pattern in ("**/*.parquet", "**/*.arrow") for path in asked.source.glob(pattern))
+        else sorted(path for path in asked.source.rglob("*") if path.suffix.lower() in (".parquet", ".arrow"))
     )
     if not files:
         raise UserError(f"{asked.source}: no .parquet or .arrow files there; give the folder of GEdit-Bench")
@@ -160,7 +143,7 @@ def read_gedit(asked: Asked) -> Iterator[Record]:
 def _rows(path: Path) -> Iterator[dict]:
     """A file's rows, the columns that are wanted, a few in memory at a time."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             file = pq.ParquetFile(path)
             wanted = _columns(path, file.schema_arrow.names)
             batches: Iterator[pa.RecordBatch] = file.iter_batches(batch_size=_ROWS, columns=wanted)
@@ -195,7 +178,7 @@ def read_imgedit(asked: Asked) -> Iterator[Record]:
     """ImgEdit-Bench (arXiv 2505.20275): a JSON object of `{key: {"id", "prompt", "edit_type"?}}`, `id` naming a
     picture."""
     path = _found(asked.source, IMGEDIT_FILES, "ImgEdit-Bench's JSON file (basic_edit.json)")
-    rows, root = _json(_read_text(path), str(path)), asked.images or path.parent
+    rows, root = read_json(path), asked.images or path.parent
     if not isinstance(rows, dict) or not rows:
         raise UserError(f"{path}: must be a JSON object with an entry an edit, as basic_edit.json is")
     for key, row in rows.items():
@@ -210,12 +193,14 @@ def read_imgedit(asked: Asked) -> Iterator[Record]:
 
 
 def _picture(root: Path, name: str, where: str) -> bytes:
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise UserError(f"{where}: 'id' leads out of {root} ({name}); fetch the file again")
     try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise UserError(f"{where}: 'id' leads out of {root} ({name}); fetch the file again")
         return path.read_bytes()
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: picture {name} is not in {root}; name the pictures' folder with --images") from error
 
 

@@ -9,26 +9,29 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from components.image import IMAGE
 from danceopd.errors import UserError
+from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking.journal import RUN
 from pipelines.one_line import BAD_INPUT, one_line_errors
 
 FAILED, AGAIN = 1, 75
+LAST_PATIENCE = 30.0  # seconds for an API call after a signal: whoever sent it waits
 WORKFLOW = "ARGO_WORKFLOW"  # set in a pipeline's step: the run it belongs to
 
 app = typer.Typer(no_args_is_help=True, help="Training jobs on a Kubernetes cluster.")
 
 NamespaceOption = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="default: the pod's or the context's, else danceopd")
+    str | None,
+    typer.Option("--namespace", "-n", help="default: the manifest's, the pod's or the context's, else danceopd"),
 ]
 ContextOption = Annotated[str | None, typer.Option("--context", help="of the kubeconfig")]
 NameArgument = Annotated[str, typer.Argument(help="the job's name")]
@@ -59,8 +62,8 @@ def render(
     out: Annotated[Path | None, typer.Option(help="YAML file to write; default: standard output")] = None,
 ) -> None:
     """Write a job's manifest, for `danceopd job submit` or kubectl."""
-    from danceopd.files import write_atomic
-    from pipelines.cluster.objects import JobPlan, manifests, to_yaml
+    from danceopd.files import check_output_file, write_atomic
+    from pipelines.cluster.objects import ENDINGS, JobPlan, is_ours, manifests, to_yaml
 
     with one_line_errors():
         plan = JobPlan(
@@ -85,8 +88,11 @@ def render(
             tolerations=tuple(tolerations),
             run=run,
         )
+        place = check_output_file(out, ENDINGS, is_ours) if out else None
         text = to_yaml(manifests(plan))
-        typer.echo(write_atomic(out, text) if out else text, nl=out is not None)
+        if place:
+            write_atomic(place, text)
+        typer.echo(out if place else text, nl=place is not None)
 
 
 @app.command()
@@ -109,8 +115,8 @@ def submit(
 
     with one_line_errors():
         document, services = read_manifest(manifest, only)
-        cluster = _connect(namespace, context)
-        with _unreachable_is_again(), _stopped(cluster, document["metadata"]["name"]):
+        cluster = _connect(_namespace_of(document, namespace), context)
+        with unreachable_is_again(), _stopped(cluster, document["metadata"]["name"]):
             handle = submit_job(cluster, document, services, again, _run_of(cluster))
             typer.echo(f"{handle}: {'found, and followed' if handle.adopted else 'submitted'}", err=wait)
             if wait:
@@ -129,7 +135,7 @@ def logs(
     from pipelines.cluster import jobs
     from pipelines.cluster.logs import read, streaming
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
         handle = jobs.find(cluster, name)
         if not follow:
@@ -150,7 +156,7 @@ def status(
     """Show how jobs stand, and why one does not run."""
     from pipelines.cluster import jobs
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
         if name:
             handle = jobs.find(cluster, name)
@@ -163,13 +169,21 @@ def status(
 
 
 @app.command()
-def cancel(name: NameArgument, namespace: NamespaceOption = None, context: ContextOption = None) -> None:
+def cancel(
+    name: NameArgument,
+    if_there: Annotated[bool, typer.Option("--if-there", help="one that is gone already is fine")] = False,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+) -> None:
     """Delete a job with its pods; its checkpoints stay on the volume."""
     from pipelines.cluster import jobs
 
-    with one_line_errors(), _unreachable_is_again():
+    with one_line_errors(), unreachable_is_again():
         cluster = _connect(namespace, context)
-        handle = jobs.find(cluster, name)
+        handle = jobs.find_if_there(cluster, name) if if_there else jobs.find(cluster, name)
+        if handle is None:
+            typer.echo(f"{name}: not there")
+            return
         jobs.cancel(cluster, handle)
         typer.echo(f"{handle}: deleted")
 
@@ -186,10 +200,7 @@ def read_manifest(place: str, only: str = "") -> tuple[dict, list[dict]]:
     """
     from pipelines.cluster.jobs import KINDS
 
-    try:
-        documents = [d for d in yaml.safe_load_all(_text(place)) if isinstance(d, dict)]
-    except yaml.YAMLError as error:
-        raise UserError(f"{place}: not valid YAML ({error})") from error
+    documents = [d for d in parse_yaml_documents(_text(place), place) if isinstance(d, dict)]
     found = {d["metadata"]["name"]: d for d in documents if d.get("kind") in KINDS and "name" in d.get("metadata", {})}
     chosen = {only: found[only]} if only in found else found if not only else {}
     if len(chosen) != 1:
@@ -199,12 +210,20 @@ def read_manifest(place: str, only: str = "") -> tuple[dict, list[dict]]:
     return job, services
 
 
+def _namespace_of(document: dict, given: str | None) -> str | None:
+    """Where a manifest says it belongs, as kubectl has it: an option may not say otherwise."""
+    own = document["metadata"].get("namespace")
+    if own and given and own != given:
+        raise UserError(f"--namespace {given}: {document['metadata']['name']} is for namespace {own}; leave it out")
+    return given or own
+
+
 def _text(place: str) -> str:
     if place == "-":
         return sys.stdin.read()
     path = Path(place)
     if path.is_file():
-        return path.read_text()
+        return read_text(path)
     if not (path / "kustomization.yaml").is_file():
         raise UserError(f"{place}: neither a YAML file nor a folder with a kustomization.yaml")
     tools = {"kustomize": ["build"], "kubectl": ["kustomize"]}
@@ -285,12 +304,17 @@ def _stopped(cluster, name: str) -> Iterator[None]:
 
 
 def _leave(cluster, name: str) -> None:
+    """What is done with the job when the command is told to stop; a cluster that is away is not waited for."""
     from pipelines.cluster import jobs
     from pipelines.cluster.runs import was_cancelled
 
+    cluster = replace(cluster, patience=LAST_PATIENCE)
     run = os.environ.get(WORKFLOW, "")
-    if run and was_cancelled(cluster, run):
-        handle = jobs.find(cluster, name)
+    cancelled = bool(run) and was_cancelled(cluster, run)
+    handle = jobs.find_if_there(cluster, name)
+    if handle is None:
+        _say(f"{name}: was not submitted yet; nothing runs")
+    elif cancelled:
         jobs.cancel(cluster, handle)
         _say(f"{handle}: deleted, since its run was cancelled")
     else:
@@ -298,7 +322,8 @@ def _leave(cluster, name: str) -> None:
 
 
 @contextmanager
-def _unreachable_is_again() -> Iterator[None]:
+def unreachable_is_again() -> Iterator[None]:
+    """Within the block a cluster that stays away ends the command with one line and code 75."""
     from pipelines.cluster.connect import Unreachable
 
     try:

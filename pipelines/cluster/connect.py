@@ -21,6 +21,7 @@ NAMESPACE = "danceopd"
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT = (10, 60)  # seconds to connect, and between two bytes of an answer
 PATIENCE = 900.0  # seconds that an API server may be away
+SAID_AFTER = 3  # failed tries in a row, after which the user hears of them
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -101,23 +102,34 @@ def persist(cluster: Cluster, call: Callable[..., T], *args: Any, **options: Any
         ApiException: if it answers with an error that trying again does not mend.
         Unreachable: if it stays away longer than the cluster's patience.
     """
-    started, pause = time.monotonic(), cluster.pause
+    started, pause, tries = time.monotonic(), cluster.pause, 0
     while True:
         try:
-            return call(*args, **{"_request_timeout": TIMEOUT} | options)
+            answer = call(*args, **{"_request_timeout": TIMEOUT} | options)
+            if tries >= SAID_AFTER:
+                log.warning("the cluster's API answers again")
+            return answer
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if isinstance(error, ApiException) and not _passing(error):
                 raise
+            tries, reason = tries + 1, one_line(message_of(error))
             if time.monotonic() - started + pause > cluster.patience:
-                reason = " ".join(str(message_of(error)).split())
                 raise Unreachable(f"the cluster's API gave no answer for {cluster.patience:.0f} s: {reason}") from error
-            log.debug("API call failed, trying again in %.0f s: %s", pause, error)
+            if tries == SAID_AFTER:
+                minutes = cluster.patience / 60
+                log.warning("the cluster's API does not answer (%s); trying again for %.0f min", reason, minutes)
         time.sleep(pause)
         pause = min(2 * pause, 30.0)
 
 
 def _passing(error: ApiException) -> bool:
     return error.status == 0 or error.status == 429 or error.status >= 500
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """A message without its line breaks, and no longer than a person reads."""
+    whole = " ".join(str(text).split())
+    return whole if len(whole) <= most else f"{whole[: most - 3]}..."
 
 
 def message_of(error: Exception) -> str:

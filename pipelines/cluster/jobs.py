@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import urllib3
@@ -18,10 +18,11 @@ from kubernetes.client import ApiException
 
 from danceopd.errors import UserError
 from danceopd.files import content_key
-from pipelines.cluster.connect import TIMEOUT, Cluster, persist
-from pipelines.cluster.reasons import USER_ERROR, exit_codes, refused, trouble
+from pipelines.cluster.connect import TIMEOUT, Cluster, one_line, persist
+from pipelines.cluster.queues import why_queued
+from pipelines.cluster.reasons import USER_ERROR, being_ended, ended_badly, exit_codes, pattern, refused, trouble
+from pipelines.cluster.sameness import SPEC, same_spec
 
-SPEC = "danceopd/spec"  # annotation: what was submitted, as a hash
 PART_OF = {"app.kubernetes.io/part-of": "danceopd"}
 QUEUED, PENDING, RUNNING, SUCCEEDED, FAILED, GONE = "queued", "pending", "running", "succeeded", "failed", "gone"
 OVER = (SUCCEEDED, FAILED, GONE)
@@ -39,6 +40,8 @@ class Kind:
         version: of the API.
         plural: as paths say it.
         selector: label that its pods carry, with the job's name.
+        deletion: propagation policy. One that is deleted in the foreground stays until its pods are gone; Kubeflow
+            Trainer (2.2, `trainjob_controller.go`) takes no notice of that and makes its JobSet anew meanwhile.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Kind:
     version: str
     plural: str
     selector: str
+    deletion: str
 
     @property
     def api_version(self) -> str:
@@ -53,10 +57,11 @@ class Kind:
         return f"{self.group}/{self.version}"
 
 
-KINDS = {
-    "Job": Kind("Job", "batch", "v1", "jobs", "batch.kubernetes.io/job-name"),
-    "TrainJob": Kind("TrainJob", "trainer.kubeflow.org", "v1alpha1", "trainjobs", "jobset.sigs.k8s.io/jobset-name"),
-}
+_JOB = Kind("Job", "batch", "v1", "jobs", "batch.kubernetes.io/job-name", "Foreground")
+_TRAIN_JOB = Kind(
+    "TrainJob", "trainer.kubeflow.org", "v1alpha1", "trainjobs", "jobset.sigs.k8s.io/jobset-name", "Background"
+)
+KINDS = {kind.name: kind for kind in (_JOB, _TRAIN_JOB)}
 INDEX = "batch.kubernetes.io/job-completion-index"  # label and annotation of a pod: its node's rank
 
 
@@ -90,6 +95,8 @@ class Status:
         user_error: whether it failed over bad input, so that trying again does not help.
         pods: running pods, and those wanted.
         at: the job's resource version this was read at.
+        live: names of the pods that run.
+        ended: what pods that are over ended with, if badly, by name.
     """
 
     state: str
@@ -97,6 +104,8 @@ class Status:
     user_error: bool = False
     pods: tuple[int, int] = (0, 0)
     at: str = field(default="", compare=False)
+    live: frozenset[str] = field(default=frozenset(), compare=False)
+    ended: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         count = (
@@ -164,8 +173,9 @@ def _stamped(document: dict, namespace: str, owner: dict | None) -> dict:
 def _create(cluster: Cluster, kind: Kind, document: dict) -> Handle | None:
     """Make it; None if there is one of this name. Also if an answer got lost and a retry finds what the first made."""
     call, name = cluster.objects.create_namespaced_custom_object, document["metadata"]["name"]
+    path = (kind.group, kind.version, cluster.namespace, kind.plural)
     try:
-        made = persist(cluster, call, kind.group, kind.version, cluster.namespace, kind.plural, document)
+        made = persist(cluster, call, *path, document, field_validation="Strict")
     except ApiException as error:
         if error.status == 409:
             return None
@@ -183,7 +193,7 @@ def _adopt(cluster: Cluster, kind: Kind, name: str, wanted: dict, again: bool) -
         _wait_until_gone(cluster, handle)
         return None
     status = _status(cluster, handle, there)
-    same = there["metadata"].get("annotations", {}).get(SPEC) == wanted["metadata"]["annotations"][SPEC]
+    same = same_spec(there, wanted["spec"])
     if status.state not in OVER:
         if not same:
             raise UserError(
@@ -202,7 +212,7 @@ def _create_service(cluster: Cluster, service: dict, owner: Handle) -> None:
     metadata = {**service["metadata"], "namespace": cluster.namespace, "ownerReferences": [reference]}
     body = {**service, "metadata": metadata}
     try:
-        persist(cluster, cluster.core.create_namespaced_service, cluster.namespace, body)
+        persist(cluster, cluster.core.create_namespaced_service, cluster.namespace, body, field_validation="Strict")
     except ApiException as error:
         if error.status != 409:
             raise refused(error, cluster.namespace, f"Service {service['metadata']['name']}") from error
@@ -217,11 +227,23 @@ def find(cluster: Cluster, name: str) -> Handle:
     Raises:
         UserError: if there is none, or it may not be read.
     """
+    found = find_if_there(cluster, name)
+    if found is None:
+        raise UserError(f"job {name}: not in namespace {cluster.namespace}; `danceopd job status` lists what is")
+    return found
+
+
+def find_if_there(cluster: Cluster, name: str) -> Handle | None:
+    """The job of this name, of whichever kind; None if there is none.
+
+    Raises:
+        UserError: if it may not be read.
+    """
     for kind in KINDS.values():
         there = _get(cluster, kind, name)
         if there is not None:
             return Handle(kind, name, there["metadata"]["uid"], adopted=True)
-    raise UserError(f"job {name}: not in namespace {cluster.namespace}; `danceopd job status` lists what is")
+    return None
 
 
 def find_all(cluster: Cluster) -> list[Handle]:
@@ -270,14 +292,12 @@ def _status(cluster: Cluster, handle: Handle, there: dict) -> Status:
         reason = _failure(condition, trouble(pods, _events(cluster, handle)))
         return Status(FAILED, reason, bool(exit_codes(pods)) and exit_codes(pods)[-1] == USER_ERROR, at=at)
     if spec.get("suspend"):
-        return Status(
-            QUEUED, held.get("Suspended", {}).get("message", "suspended; its queue has not admitted it"), at=at
-        )
-    running = sum(pod["status"].get("phase") == "Running" for pod in pods)
+        return Status(QUEUED, one_line(why_queued(cluster, handle.kind.name, there, _warnings(cluster))), at=at)
+    live = frozenset(pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Running")
     wanted = spec.get("parallelism", 1) if handle.kind.name == "Job" else spec.get("trainer", {}).get("numNodes", 1)
-    state = RUNNING if running == wanted else PENDING
-    reason = "" if state == RUNNING else trouble(pods, _events(cluster, handle))
-    return Status(state, reason, pods=(running, wanted), at=at)
+    state = RUNNING if len(live) == wanted else PENDING
+    reason = being_ended(pods) or ("" if state == RUNNING else trouble(pods, _events(cluster, handle)))
+    return Status(state, one_line(reason), pods=(len(live), wanted), at=at, live=live, ended=ended_badly(pods))
 
 
 def _failure(condition: dict, reason: str) -> str:
@@ -294,13 +314,16 @@ def pods_of(cluster: Cluster, handle: Handle) -> list[dict]:
 
 def _events(cluster: Cluster, handle: Handle) -> list[dict]:
     """Warnings about the job and what was made for it, oldest first."""
-    items = _list(cluster, cluster.core.list_namespaced_event, "events", field_selector="type=Warning")
     names = (handle.name, f"{handle.name}-")
     return [
         e
-        for e in items
+        for e in _warnings(cluster)
         if e["involvedObject"].get("name") == names[0] or e["involvedObject"].get("name", "").startswith(names[1])
     ]
+
+
+def _warnings(cluster: Cluster) -> list[dict]:
+    return _list(cluster, cluster.core.list_namespaced_event, "events", field_selector="type=Warning")
 
 
 def _list(cluster: Cluster, call: Callable, what: str, **selection: str) -> list[dict]:
@@ -350,7 +373,7 @@ def _wait_for_change(cluster: Cluster, handle: Handle, version: str, seconds: fl
 def wait(
     cluster: Cluster, handle: Handle, say: Callable[[str], Any], start_within: float, look_every: float = LOOK_EVERY
 ) -> Status:
-    """Follow the job to its end, saying each new status once.
+    """Follow the job to its end, saying each new status once, and each reason once.
 
     Args:
         cluster: where.
@@ -362,10 +385,16 @@ def wait(
     Raises:
         UserError: if it does not start in time; the message gives the reason.
     """
-    last, running = None, time.monotonic()
+    last, running, said = None, time.monotonic(), set()
     for status in statuses(cluster, handle, look_every):
+        for why in () if last is None else _lost(last, status):
+            if pattern(why) not in said:
+                say(f"{handle}: {why}")
         if status != last:
-            say(f"{handle}: {status}")
+            short = replace(status, reason="") if pattern(status.reason) in said else status
+            if last is None or short.reason or str(short) != str(replace(last, reason="")):
+                say(f"{handle}: {short}")
+            said.add(pattern(status.reason))
         last = status
         if status.state != PENDING:
             running = time.monotonic()
@@ -376,10 +405,18 @@ def wait(
     return last
 
 
+def _lost(before: Status, now: Status) -> set[str]:
+    """Why pods that ran do not any more though the job goes on, if neither status says so."""
+    if now.state not in (PENDING, RUNNING) or before.reason or now.reason:
+        return set()
+    gone = "interrupted (its pod is gone); it goes on from its last checkpoint"
+    return {now.ended.get(name) or gone for name in before.live - now.live}
+
+
 def cancel(cluster: Cluster, handle: Handle) -> None:
     """Delete the job with its pods and services, and wait until they are gone. One that is gone already is fine."""
     call, kind = cluster.objects.delete_namespaced_custom_object, handle.kind
-    body = {"propagationPolicy": "Foreground", "preconditions": {"uid": handle.uid}}
+    body = {"propagationPolicy": kind.deletion, "preconditions": {"uid": handle.uid}}
     try:
         persist(cluster, call, kind.group, kind.version, cluster.namespace, kind.plural, handle.name, body=body)
     except ApiException as error:
@@ -390,8 +427,19 @@ def cancel(cluster: Cluster, handle: Handle) -> None:
 
 def _wait_until_gone(cluster: Cluster, handle: Handle) -> None:
     started, pause = time.monotonic(), cluster.pause / 4
-    while (there := _get(cluster, handle.kind, handle.name)) and there["metadata"]["uid"] == handle.uid:
+    while (what := _left(cluster, handle)) is not None:
         if time.monotonic() - started > cluster.patience:
-            raise UserError(f"{handle} is being deleted, but does not go; look for a finalizer or a lost node")
+            raise UserError(f"{what} is being deleted, but does not go; look for a finalizer or a lost node")
         time.sleep(pause)
         pause = min(2 * pause, 5.0)
+
+
+def _left(cluster: Cluster, handle: Handle) -> str | None:
+    """What is left of a job that was deleted: itself, or a pod that may still write to its checkpoints."""
+    there = _get(cluster, handle.kind, handle.name)
+    if there and there["metadata"]["uid"] == handle.uid:
+        return str(handle)
+    if there:  # another one of this name: the pods are its own
+        return None
+    pods = [p for p in pods_of(cluster, handle) if p["status"].get("phase") not in ("Succeeded", "Failed")]
+    return f"{handle}'s pod {pods[0]['metadata']['name']}" if pods else None

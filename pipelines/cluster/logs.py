@@ -13,13 +13,14 @@ import urllib3
 from kubernetes.client import ApiException
 
 from danceopd.errors import UserError
-from pipelines.cluster.connect import Cluster, Unreachable, persist
+from pipelines.cluster.connect import SAID_AFTER, Cluster, Unreachable, persist
 from pipelines.cluster.jobs import INDEX, Handle, pods_of
 from pipelines.cluster.reasons import refused
 
 QUIET = 60.0  # seconds without a line before a stream is opened anew: an idle one may be dead
 PAUSE = 2.0
 OVERLAP = 30  # seconds of log read twice after a drop, so that none is lost; lines are told apart by their time
+READ, BROKEN, REFUSED = "read", "broken", "refused"  # how a stream ended; the last was never opened
 log = logging.getLogger(__name__)
 
 
@@ -53,11 +54,19 @@ def follow(
     """
     said: dict[str, tuple[str, float]] = {}  # by pod: the last line's time, and when it was read here
     done: set[str] = set()
+    failed = 0  # streams in a row that could not be opened
     while True:
         last_round = over.is_set()
         for pod in (p for p in pods_of(cluster, handle) if _rank(p) == rank and p["metadata"]["uid"] not in done):
-            if _speaks(pod) and _stream(cluster, pod, say, said) and _final(pod):
+            if not _speaks(pod):
+                continue
+            end = _stream(cluster, pod, say, said)
+            if end == READ and _final(pod):
                 done.add(pod["metadata"]["uid"])
+            failed = failed + 1 if end == REFUSED else 0
+            if failed == SAID_AFTER:
+                name = pod["metadata"]["name"]
+                log.warning("the log of pod %s cannot be read at present (its node or the API is away)", name)
         if last_round:
             return
         over.wait(pause)
@@ -95,8 +104,8 @@ def _final(pod: dict) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
-def _stream(cluster: Cluster, pod: dict, say: Callable[[str], Any], said: dict[str, tuple[str, float]]) -> bool:
-    """Say what of a pod's log is new, until it ends or the connection does; True if it was read to an end."""
+def _stream(cluster: Cluster, pod: dict, say: Callable[[str], Any], said: dict[str, tuple[str, float]]) -> str:
+    """Say what of a pod's log is new, until it ends or the connection does; returns which (READ, BROKEN, REFUSED)."""
     name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
     options = {"follow": True, "timestamps": True, "_preload_content": False, "_request_timeout": (10, QUIET)}
     since, when = said.get(uid, ("", 0.0))
@@ -107,19 +116,19 @@ def _stream(cluster: Cluster, pod: dict, say: Callable[[str], Any], said: dict[s
     except ApiException as error:
         if error.status in (401, 403):
             raise refused(error, cluster.namespace, f"the log of pod {name}") from error
-        return error.status == 404  # the pod is gone, and its log with it
+        return READ if error.status == 404 else REFUSED  # the pod is gone, and its log with it
     except urllib3.exceptions.HTTPError:
-        return False
+        return REFUSED
     try:
         for stamp, text in map(_split, _lines(answer)):
             if stamp > since:
                 since = stamp
                 said[uid] = (stamp, time.monotonic())
                 say(text)
-        return True
+        return READ
     except (urllib3.exceptions.HTTPError, OSError) as error:
         log.debug("log stream of %s dropped: %s", name, error)
-        return False
+        return BROKEN
     finally:
         answer.release_conn()
 

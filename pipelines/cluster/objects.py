@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from components.image import IMAGE
 from danceopd.errors import UserError, unknown_name
+from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking.journal import RUN
+from pipelines.cluster.queues import QUEUE
 
+ENDINGS = (".yaml", ".yml")
 MOUNT, RECIPES = "/workspace", "/etc/danceopd/recipes"
 PORT = 29500  # of torch's rendezvous
 LAUNCHER = ("python", "-m", "danceopd.launch", "-m", "danceopd")  # torchrun with the workers' exit codes
 RUNTIME = "danceopd"  # the TrainingRuntime of manifests/base
 CONTAINER, TRAINER = "danceopd", "node"  # the second is what Kubeflow Trainer looks for
 RANK = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-QUEUE = "kueue.x-k8s.io/queue-name"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 
 
@@ -125,6 +128,15 @@ def manifests(plan: JobPlan) -> list[dict]:
 def to_yaml(documents: list[dict]) -> str:
     """As one YAML file; the same objects, the same bytes."""
     return yaml.safe_dump_all(documents, sort_keys=False, width=110)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file holds this project's objects and nothing else, so that others may take their place."""
+    try:
+        documents = parse_yaml_documents(read_text(path), str(path))
+        return all(d["metadata"]["labels"]["app.kubernetes.io/part-of"] == "danceopd" for d in documents)
+    except (UserError, LookupError, TypeError):
+        return False
 
 
 def command(plan: JobPlan) -> dict[str, list[str]]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from kubernetes.client import ApiException
 
 from danceopd.errors import UserError
-from pipelines.cluster.connect import message_of
+from pipelines.cluster.connect import message_of, one_line
 
 USER_ERROR, INTERRUPTED = 2, 75  # what `danceopd` ends with
 ACCELERATORS = ("gpu", "gaudi", "tpu")
 IMAGE_TROUBLE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
+VOLUME_TROUBLE = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
+# What the kubelet says when a pod outgrew its own limits on scratch space (1.34, pkg/kubelet/eviction/helpers.go); when
+# its node ran low instead ("The node was low on resource"), another pod may have filled it.
+OUTGREW = re.compile(r"exceeds the limit|exceeds the total limit|exceeded its local ephemeral storage limit")
 CONFIG_TROUBLE = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+
+
+# How the API server words a missing right (1.34, apiserver/pkg/endpoints/handlers/responsewriters/errors.go).
+_RIGHT = re.compile(r'is forbidden: User ".*" cannot ')
 
 
 def refused(error: ApiException, namespace: str, what: str) -> UserError:
@@ -24,7 +33,7 @@ def refused(error: ApiException, namespace: str, what: str) -> UserError:
         namespace: that was asked.
         what: the object it was about, such as `Job danceopd-distill`.
     """
-    said = message_of(error)
+    said = one_line(message_of(error))
     if error.status == 401:
         text = f"the cluster does not know who asks ({said}); log in again, or name another --context"
     elif error.status == 403 and "exceeded quota" in said:
@@ -33,11 +42,19 @@ def refused(error: ApiException, namespace: str, what: str) -> UserError:
         text = f"{what}: namespace {namespace} admits only restricted pods: {said}"
     elif error.status == 403 and "being terminated" in said:
         text = f"{what}: namespace {namespace} is being deleted; name another by --namespace"
+    elif error.status == 403 and _RIGHT.search(said):
+        text = (
+            f"{what}: forbidden in namespace {namespace}: {said}; bind the role danceopd-launcher to this account "
+            "(manifests/base/roles.yaml; for Kubeflow's own accounts manifests/kubeflow)"
+        )
     elif error.status == 403:
-        text = f"{what}: forbidden in namespace {namespace}: {said}; bind the role danceopd-launcher (manifests/base)"
+        text = f"{what}: refused by a rule of the cluster: {said}; change what the rule names, or ask who set it"
+    elif error.status == 400 and "unknown field" in said:
+        text = f"{what}: a misspelt or unknown field: {said}"
     elif error.status == 404 and f'namespaces "{namespace}"' in said:
         text = (
-            f"namespace {namespace}: no such namespace; kubectl apply -k manifests/base makes it, --namespace names one"
+            f"namespace {namespace}: no such namespace; --namespace names another one, the overlay of your platform "
+            "(kubectl apply -k manifests/overlays/...) makes danceopd"
         )
     elif error.status == 404 and ("page not found" in said or "requested resource" in said):
         text = f"{what}: the cluster does not know this kind; install Kubeflow Trainer, or use --kind Job"
@@ -57,7 +74,7 @@ def trouble(pods: list[dict], events: list[dict]) -> str:
     """
     live = [pod for pod in pods if _phase(pod) in ("Pending", "Running")]
     for pod in live:
-        found = next(_waiting(pod), "") or _unscheduled(pod) or _not_mounted(pod, events)
+        found = next(_waiting(pod), "") or _unscheduled(pod) or _not_started(pod, events)
         if found:
             return found
     if not live and (kept_out := _no_pods(events)):
@@ -71,10 +88,39 @@ def exit_codes(pods: list[dict]) -> list[int]:
 
 
 def interrupted(pod: dict) -> bool:
-    """Whether a pod was ended from outside (preempted, evicted, drained) or gave way with exit code 75."""
+    """Whether a pod was ended from outside (preempted, evicted, drained) or gave way with exit code 75.
+
+    One that was evicted because it outgrew its own limit was not: it would end the same way again.
+    """
     status = pod.get("status", {})
+    if _outgrew(pod):
+        return False
     taken = any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in status.get("conditions") or [])
     return taken or status.get("reason") in ("Evicted", "Preempting") or INTERRUPTED in exit_codes([pod])
+
+
+def ended_badly(pods: list[dict]) -> dict[str, str]:
+    """What each pod that is over ended with, if badly, by name."""
+    return {pod["metadata"]["name"]: _ended(pod) for pod in pods if _phase(pod) == "Failed"}
+
+
+def being_ended(pods: list[dict]) -> str:
+    """That a running pod was told to end from outside, while it saves itself; empty if none was."""
+    for pod in pods:
+        taken = _disruption(pod)
+        if _phase(pod) == "Running" and (taken or "deletionTimestamp" in pod["metadata"]):
+            return f"interrupted ({taken or 'its pod is being deleted'}); it goes on from its last checkpoint"
+    return ""
+
+
+def pattern(reason: str) -> str:
+    """A reason without what changes while it stays the same: numbers, and the random ends of pods' names."""
+    return re.sub(r"-[a-z0-9]{5}\b|\d+", "", reason)
+
+
+def _outgrew(pod: dict) -> bool:
+    status = pod.get("status", {})
+    return status.get("reason") == "Evicted" and bool(OUTGREW.search(status.get("message", "")))
 
 
 def _phase(pod: dict) -> str:
@@ -116,10 +162,18 @@ def _resources(pod: dict) -> dict[str, Any]:
     return {name: value for each in limits for name, value in each.items()}
 
 
-def _not_mounted(pod: dict, events: list[dict]) -> str:
-    name = pod["metadata"]["name"]
-    about = [e for e in events if e["involvedObject"].get("name") == name and e.get("reason") == "FailedMount"]
-    return f"a volume cannot be mounted: {about[-1]['message']}" if about and _phase(pod) == "Pending" else ""
+def _not_started(pod: dict, events: list[dict]) -> str:
+    """What the kubelet, or whoever attaches volumes, warned of last about a pod that has a node but does not run."""
+    if _phase(pod) != "Pending":
+        return ""
+    name, past = pod["metadata"]["name"], "FailedScheduling"  # it has been scheduled since
+    about = [e for e in events if e["involvedObject"].get("name") == name and e.get("reason") != past]
+    if not about:
+        return ""
+    reason, said = about[-1].get("reason"), about[-1]["message"]
+    if reason in VOLUME_TROUBLE:
+        return f"a volume cannot be mounted: {said}"
+    return f"its node cannot start it ({reason}): {said}"
 
 
 def _no_pods(events: list[dict]) -> str:
@@ -140,6 +194,8 @@ def _ended(pod: dict) -> str:
     if _phase(pod) != "Failed":
         return ""
     status = pod["status"]
+    if _outgrew(pod):
+        return f"out of scratch space: {status['message'].strip()}; write less to /tmp, or raise its sizeLimit"
     for state in _terminated(pod):
         code, last = state["exitCode"], _last_line(state.get("message"))
         if state.get("reason") == "OOMKilled":

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from strict_fields import unknown_field
+
 PATH = re.compile(
-    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/(?P<namespace>[^/]+)/(?P<plural>[^/]+)"
+    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
 )
 DROP = "drop"
@@ -34,6 +36,9 @@ class ApiServer:
         calls: (group, resource, verb) of every request.
         kinds: plurals that exist.
         lingering: requests a deleted object stays for, as with foreground deletion.
+        groups: API groups that are served, with their versions.
+        rights: (account, group, resource, verb) that are granted, for reviews.
+        dying: requests for pods during which those of a deleted object stay.
     """
 
     def __init__(self, namespace: str = "danceopd"):
@@ -43,8 +48,11 @@ class ApiServer:
         self.acts: list[Callable[[], object]] = []
         self.faults: dict[tuple[str, str], list] = {}
         self.calls: list[tuple[str, str, str]] = []
-        self.kinds = {"jobs", "trainjobs", "pods", "events", "services", "workflows"}
+        self.kinds = {"jobs", "trainjobs", "pods", "events", "services", "workflows", "workloads"}
         self.lingering = 0
+        self.dying = 0
+        self.groups: dict[str, list[str]] = {"apps": ["v1"], "batch": ["v1"]}
+        self.rights: set[tuple[str, str, str, str]] = set()
         self.watch_events: list[dict] = []
         self.version = 100
         self.changed = threading.Condition(threading.RLock())
@@ -74,13 +82,22 @@ class ApiServer:
                     if any(r["uid"] == uid for r in o["metadata"].get("ownerReferences", []))
                 ]
                 for key in owned:
-                    self.remove(*key)
+                    if key[0] == "pods" and self.dying:
+                        self.objects[key]["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
+                    else:
+                        self.remove(*key)
             self.changed.notify_all()
             return gone
 
     def of(self, plural: str) -> list[dict]:
         """All objects of a kind."""
         return [o for (kind, _), o in self.objects.items() if kind == plural]
+
+    def forbid(self, verb: str, plural: str, resource: str = "") -> None:
+        """Let the next such request meet a missing right (1.34, apiserver/pkg/endpoints/handlers/responsewriters)."""
+        what = resource or plural
+        said = f'{what} is forbidden: User "me" cannot {verb} resource "{what}" in API group ""'
+        self.fail(verb, plural, (403, f'{said} in the namespace "{self.namespace}"'))
 
     def fail(self, verb: str, plural: str, *answers) -> None:
         """What the next requests of this kind meet."""
@@ -140,6 +157,13 @@ class ApiServer:
         container = {"name": "danceopd", "image": "danceopd:dev", "imageID": "", "ready": False, "restartCount": 0}
         self.pod(job, phase="Failed", containerStatuses=[{**container, "state": state}], **more)
 
+    def workload(self, job: str, plural: str = "jobs", **condition) -> None:
+        """What Kueue makes for a job, and its condition QuotaReserved (0.15, pkg/workload/workload.go)."""
+        uid = self.objects[plural, job]["metadata"]["uid"]
+        metadata = {"name": f"{plural[:-1]}-{job}-0a1b2", "labels": {"kueue.x-k8s.io/job-uid": uid}}
+        held = {"type": "QuotaReserved", "status": "False", "reason": "Pending", **condition}
+        self.put("workloads", {"metadata": metadata, "status": {"conditions": [held]}})
+
     def event(self, about: str, reason: str, message: str) -> None:
         """A warning."""
         self.put(
@@ -191,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if self.path in ("/version/", "/apis/"):
+            return self._send(200, self._about())
         path, query = self._path()
         if path["sub"] == "log":
             self._note(path, "get", "pods/log")
@@ -214,9 +240,16 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._fault("create", path["plural"])
         if fault is not None and fault != DROP:
             return self._refuse(*fault)
+        if path["plural"] == "localsubjectaccessreviews":
+            return self._send(201, body | {"status": {"allowed": self._allowed(body["spec"])}})
+        query = self._path()[1]
         with self.state.changed:
             if self._unknown(path):
                 return None
+            misspelt = unknown_field(body) if query.get("fieldValidation") == "Strict" else ""
+            if misspelt:
+                text = f'strict decoding error: unknown field "{misspelt}"'
+                return self._refuse(400, f"{body['kind']} in version {body['apiVersion']!r} cannot be handled: {text}")
             name = body["metadata"]["name"]
             if (path["plural"], name) in self.state.objects:
                 return self._refuse(409, f'{path["plural"]} "{name}" already exists')
@@ -238,6 +271,9 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = body.get("preconditions", {}).get("uid")
             if wanted and wanted != found["metadata"]["uid"]:
                 return self._refuse(409, "the UID in the precondition does not match")
+            if path["plural"] == "trainjobs" and body.get("propagationPolicy") == "Foreground":
+                # Kubeflow Trainer 2.2 (pkg/controller/trainjob_controller.go) reconciles what is being deleted too.
+                self.state.pod(path["name"], plural="trainjobs", name=f"{path['name']}-made-anew")
             if self.state.lingering:
                 found["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
             else:
@@ -250,6 +286,22 @@ class _Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         path = PATH.fullmatch(split.path)
         return path.groupdict(), {key: values[0] for key, values in parse_qs(split.query).items()}
+
+    def _about(self) -> dict:
+        if self.path == "/version/":
+            plain = ("gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform")
+            return {name: "" for name in plain} | {"major": "1", "minor": "34", "gitVersion": "v1.34.9"}
+        groups = [
+            {"name": name, "versions": [{"groupVersion": f"{name}/{v}", "version": v} for v in versions]}
+            for name, versions in self.state.groups.items()
+        ]
+        return {"kind": "APIGroupList", "groups": groups}
+
+    def _allowed(self, spec: dict) -> bool:
+        asked = spec["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        account = spec["user"].rpartition(":")[2]
+        return (account, asked.get("group", ""), resource, asked["verb"]) in self.state.rights
 
     def _note(self, path: dict, verb: str, resource: str = "") -> None:
         self.state.calls.append((path["group"] or "", resource or path["plural"], verb))
@@ -285,7 +337,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _unknown(self, path: dict) -> bool:
         if path["plural"] not in self.state.kinds:
             self._send(404, None, text="404 page not found\n")
-        elif path["namespace"] != self.state.namespace:
+        elif path["namespace"] not in (None, self.state.namespace):
             self._refuse(404, f'namespaces "{path["namespace"]}" not found')
         else:
             return False
@@ -296,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path["plural"] not in self.state.kinds:
                 return self._send(404, None, text="404 page not found\n")
             found = self.state.objects.get((path["plural"], path["name"]))
-            if found is None or path["namespace"] != self.state.namespace:
+            if found is None or path["namespace"] not in (None, self.state.namespace):
                 return self._missing(path)
             answer = json.loads(json.dumps(found))
             if "deletionTimestamp" in found["metadata"]:
@@ -309,7 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, f'{path["plural"]} "{path["name"]}" not found')
 
     def _matching(self, path: dict, query: dict) -> list[dict]:
-        objects = self.state.of(path["plural"]) if path["namespace"] == self.state.namespace else []
+        here = path["namespace"] in (None, self.state.namespace)
+        objects = self.state.of(path["plural"]) if here else []
         for part in filter(None, query.get("labelSelector", "").split(",")):
             key, _, value = part.partition("=")
             objects = [o for o in objects if o["metadata"].get("labels", {}).get(key) == value]
@@ -323,6 +376,11 @@ class _Handler(BaseHTTPRequestHandler):
             if path["plural"] not in self.state.kinds:
                 return self._send(404, None, text="404 page not found\n")
             items = json.loads(json.dumps(self._matching(path, query)))
+            if path["plural"] == "pods" and self.state.dying:
+                self.state.dying -= 1
+                ending = [p for p in self.state.of("pods") if "deletionTimestamp" in p["metadata"]]
+                for pod in ending if not self.state.dying else ():
+                    self.state.remove("pods", pod["metadata"]["name"])
             return self._send(200, {"items": items, "metadata": {"resourceVersion": str(self.state.version)}})
 
     def _watch(self, path: dict, query: dict):

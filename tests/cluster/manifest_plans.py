@@ -40,8 +40,14 @@ def training_runtime() -> dict:
             "mlPolicy": {"numNodes": 1, "torch": {}},
             "template": {
                 "spec": {
-                    # All pods start again together, from the last checkpoint.
-                    "failurePolicy": {"maxRestarts": 10},
+                    # All pods start again together, from the last checkpoint; over bad input they do not (JobSet,
+                    # pkg/controllers/failure_policy.go; a rule's name takes no "-").
+                    "failurePolicy": {
+                        "maxRestarts": 10,
+                        "rules": [
+                            {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                        ],
+                    },
                     "replicatedJobs": [
                         {
                             "name": TRAINER,

@@ -107,6 +107,8 @@ def test_submit_status_logs_and_cancel(api, kubeconfig, manifest):
     assert invoke("logs", NAME).stdout == "step 1\n"
     assert invoke("cancel", NAME).stdout == f"Job {NAME}: deleted\n"
     assert api.of("jobs") == api.of("services") == []
+    assert invoke("cancel", NAME, "--if-there").stdout == f"{NAME}: not there\n"
+    assert invoke("cancel", NAME).exit_code == 2
 
 
 def test_logs_are_followed_to_the_end(api, kubeconfig, manifest):
@@ -300,9 +302,43 @@ def test_a_step_that_is_cancelled_while_it_submits_leaves_nothing(api, kubeconfi
 
 def test_a_run_that_may_not_be_read_is_said_before_anything_is_made(api, kubeconfig, manifest, monkeypatch):
     monkeypatch.setenv(cli.WORKFLOW, "run-1")
-    api.fail("get", "workflows", (403, "workflows is forbidden"))
+    api.forbid("get", "workflows")
     result = invoke("submit", manifest)
     assert result.exit_code == 2 and "Workflow run-1: forbidden" in result.stderr
+    assert api.of("jobs") == []
+
+
+@pytest.mark.slow
+def test_a_step_that_is_stopped_before_it_submitted_says_that_nothing_runs(api, kubeconfig, manifest):
+    put_run(api)
+    api.fail("create", "jobs", *[(503, "not ready")] * 100)
+    process = step(manifest, ARGO_WORKFLOW="run-1")
+    until(lambda: ("batch", "jobs", "create") in api.calls)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "was not submitted yet; nothing runs" in errors and "runs on" not in errors
+
+
+@pytest.fixture
+def elsewhere(tmp_path, api) -> str:
+    """A job for a namespace of its own, as kustomize builds it."""
+    api.namespace = "team-a"
+    document, *_ = manifests(JobPlan("distill"))
+    document["metadata"]["namespace"] = "team-a"
+    path = tmp_path / "job.yaml"
+    path.write_text(to_yaml([document]))
+    return str(path)
+
+
+def test_a_manifest_goes_to_the_namespace_it_names(api, kubeconfig, elsewhere):
+    assert invoke("submit", elsewhere).exit_code == 0
+    assert api.of("jobs")[0]["metadata"]["namespace"] == "team-a"
+    assert invoke("submit", elsewhere, "--namespace", "team-a").exit_code == 0
+
+
+def test_an_option_may_not_say_otherwise(api, kubeconfig, elsewhere):
+    result = invoke("submit", elsewhere, "--namespace", "danceopd")
+    assert result.exit_code == 2 and f"--namespace danceopd: {NAME} is for namespace team-a; leave it" in result.stderr
     assert api.of("jobs") == []
 
 

@@ -108,7 +108,7 @@ def test_no_log_yet(api, cluster, handle):
 
 def test_logs_that_may_not_be_read_do_not_stop_the_job(api, cluster, handle, caplog):
     api.pod(NAME)
-    api.fail("get", "log", (403, "pods/log is forbidden"))
+    api.forbid("get", "log", "pods/log")
     with logs.streaming(cluster, handle, lambda line: None):
         until(lambda: "pods/log is forbidden" in caplog.text)
     assert api.of("jobs")
@@ -116,6 +116,17 @@ def test_logs_that_may_not_be_read_do_not_stop_the_job(api, cluster, handle, cap
 
 def test_reading_logs_that_are_forbidden_is_one_line(api, cluster, handle):
     api.pod(NAME)
-    api.fail("get", "log", (403, "pods/log is forbidden"))
+    api.forbid("get", "log", "pods/log")
     with pytest.raises(UserError, match=rf"the log of pod {NAME}-0: forbidden in namespace danceopd"):
         list(logs.read(cluster, handle))
+
+
+def test_a_log_that_cannot_be_opened_is_said_once(api, cluster, handle, caplog):
+    api.pod(NAME)
+    api.say(f"{NAME}-0", "step 1")
+    api.fail("get", "log", *[(500, "dial tcp 10.0.0.1:10250: connect: connection refused")] * 8)
+    said, over, thread = follow(cluster, handle)
+    until(lambda: said == ["step 1"])
+    api.pod(NAME, phase="Succeeded")
+    end(api, over, thread)
+    assert caplog.text.count("cannot be read at present") == 1

@@ -6,15 +6,20 @@ import functools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from manifest_plans import PLANS, training_runtime
+from strict_fields import unknown_field
 
+from danceopd.cli.main import app
 from danceopd.config.load import load_recipe
 from pipelines.cluster import jobs, logs, runs
 from pipelines.cluster.objects import JobPlan, manifests
+from pipelines.cluster.queues import QUEUE
 from pipelines.options import PipelineOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +28,7 @@ FOLDERS = sorted(p.parent.relative_to(MANIFESTS).as_posix() for p in MANIFESTS.r
 KUBERNETES = "1.31"
 TOOL = next(([t, *a] for t, a in (("kustomize", ["build"]), ("kubectl", ["kustomize"])) if shutil.which(t)), None)
 needs_kustomize = pytest.mark.skipif(TOOL is None, reason="needs kustomize or kubectl")
+BIN = str(Path(sys.executable).parent)
 FOREIGN = ("trainer.kubeflow.org/", "kueue.x-k8s.io/")
 
 
@@ -75,6 +81,24 @@ def trainer_problem(document: dict) -> str:
     model = getattr(models, f"TrainerV1alpha1{document['kind']}")
     again = model.from_dict(document).to_dict()
     return "" if again == document else f"{again} is not {document}"
+
+
+@needs_kustomize
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_server_that_validates_strictly_takes_every_object(folder):
+    assert [found for d in built(folder) if (found := unknown_field(d))] == []
+
+
+def test_the_strict_server_sees_an_unknown_field():
+    job, train_job = (manifests(JobPlan("distill", kind=kind))[0] for kind in ("Job", "TrainJob"))
+    runtime = training_runtime()
+    assert unknown_field(job) == unknown_field(train_job) == unknown_field(runtime) == ""
+    job["spec"]["template"]["spec"]["containers"][0]["resources"]["limit"] = {}
+    train_job["spec"]["trainer"]["nodes"] = 2
+    runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["backOff"] = 1
+    assert unknown_field(job) == "spec.template.spec.containers[0].resources.limit"
+    assert unknown_field(train_job) == "spec.trainer.nodes"
+    assert unknown_field(runtime).endswith("replicatedJobs[0].template.spec.backOff")
 
 
 @needs_kustomize
@@ -174,10 +198,9 @@ def test_images_have_a_version_and_secrets_are_elsewhere(folder):
 @needs_kustomize
 @pytest.mark.parametrize("overlay", ["gpu", "gpu-multinode", "gke", "eks"])
 def test_an_overlay_reaches_every_job_of_its_platform(overlay):
-    documents = built(f"overlays/{overlay}/jobs")
-    own = [image for image in images(list(documents)) if image != "danceopd:dev"]
-    runtimes = [d for d in documents if d["kind"] == "TrainingRuntime"]
-    assert set(own) == {"registry.example.com/danceopd:0.1.0"} and set(images(runtimes)) <= set(own)
+    more = () if overlay == "gpu" else ("trainer", "trainjobs")
+    documents = [d for part in ("jobs", *more) for d in built(f"overlays/{overlay}/{part}")]
+    assert set(images(list(documents))) == {"registry.example.com/danceopd:0.1.0"}
     for spec in pod_specs([d for d in documents if d["kind"] != "TrainJob"]):
         assert spec["nodeSelector"] and [t["key"] for t in spec["tolerations"]] == ["nvidia.com/gpu"]
 
@@ -228,8 +251,47 @@ def test_the_namespace_the_claim_and_the_names_fit():
 
 def test_the_readme_names_every_folder():
     text = (MANIFESTS / "README.md").read_text()
-    shown = {f for f in FOLDERS if f.split("/")[0] != "jobs" and not f.endswith("/jobs")}
+    parts = ("/jobs", "/trainer", "/trainjobs", "/common")  # of an overlay, or of Kubeflow's two
+    shown = {f for f in FOLDERS if f.split("/")[0] != "jobs" and not f.endswith(parts)}
     assert not [folder for folder in shown if f"`{folder}" not in text]
+
+
+@needs_kustomize
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.endswith(("/jobs", "/trainjobs")) or f == "loaders"])
+def test_the_command_a_folder_begins_with_selects_something(folder):
+    head = (MANIFESTS / folder / "kustomization.yaml").read_text().split("apiVersion")[0]
+    key, value = re.search(r"-l (\S+)=(\S+)", head).groups()
+    assert [d for d in built(folder) if d["metadata"].get("labels", {}).get(key) == value], head
+
+
+@needs_kustomize
+@pytest.mark.parametrize(
+    "folder", [f for f in FOLDERS if f.startswith("overlays/") and not f.endswith(("trainer", "trainjobs"))]
+)
+def test_only_the_overlay_made_for_trainer_and_kueue_needs_them(folder):
+    foreign = {d["apiVersion"].split("/")[0] for d in built(folder) if d["apiVersion"].startswith(FOREIGN)}
+    assert foreign == ({f.rstrip("/") for f in FOREIGN} if folder == "overlays/gpu-multinode" else set())
+
+
+@needs_kustomize
+def test_a_train_job_over_bad_input_is_not_restarted():
+    [runtime] = of_kind("trainer", "TrainingRuntime")
+    jobset = runtime["spec"]["template"]["spec"]
+    [rule] = jobset["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]), "JobSet's own rule for names"
+    pods = jobset["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert [r["onExitCodes"]["values"] for r in pods if r["action"] == "FailJob"] == [[2]]
+
+
+@needs_kustomize
+def test_the_loaders_commands_exist():
+    commands = {d["metadata"]["name"]: pod_specs(d)[0]["containers"][0] for d in built("loaders")}
+    data = commands["danceopd-load-data"]
+    group = typer.main.get_command(app).commands["data"]
+    given = group.commands["import"].make_context("import", list(data["args"])).params
+    assert data["command"] == ["danceopd", "data", "import"] and str(given["out"]).startswith("/workspace/")
+    assert commands["danceopd-load-base"]["command"] == ["hf", "download"] and shutil.which("hf", path=BIN)
 
 
 def test_the_role_allows_exactly_what_the_code_calls(api, cluster):
@@ -245,6 +307,9 @@ def test_the_role_allows_exactly_what_the_code_calls(api, cluster):
         with logs.streaming(cluster, handle, lambda line: None):
             jobs.wait(cluster, handle, lambda line: None, 30, 1)
         jobs.find_all(cluster)
+        api.objects[plural, handle.name] |= {"status": {}, "spec": {"suspend": True}}
+        api.objects[plural, handle.name]["metadata"]["labels"][QUEUE] = "gpus"
+        jobs.look(cluster, handle)
         jobs.cancel(cluster, handle)
     api.put(
         "pods",
@@ -266,7 +331,7 @@ def test_the_role_allows_exactly_what_the_code_calls(api, cluster):
         },
     )
     list(logs.read(cluster, jobs.Handle(jobs.KINDS["Job"], "x", "u")))
-    role = next(d for d in yaml.safe_load_all((MANIFESTS / "base" / "roles.yaml").read_text()) if d["kind"] == "Role")
+    role = yaml.safe_load((MANIFESTS / "launcher" / "role.yaml").read_text())
     allowed = {
         (g, r, v) for rule in role["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]
     }

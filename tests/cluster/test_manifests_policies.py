@@ -36,8 +36,8 @@ def fits(selector: dict, labels: dict[str, str]) -> bool:
 
 
 def ports(rules: list[dict], labels: dict[str, str], side: str) -> set[int]:
-    """TCP ports that rules open towards (`to`) or from (`from`) pods with these labels."""
-    peers = [(rule, peer) for rule in rules for peer in rule.get(side, [])]
+    """TCP ports that rules open towards (`to`) or from (`from`) pods of the namespace with these labels."""
+    peers = [(rule, p) for rule in rules for p in rule.get(side, []) if "namespaceSelector" not in p]
     hit = [rule for rule, peer in peers if "podSelector" in peer and fits(peer["podSelector"], labels)]
     return {port["port"] for rule in hit for port in rule.get("ports", []) if port["protocol"] == "TCP"}
 

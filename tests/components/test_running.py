@@ -15,8 +15,6 @@ from components.running import (
     read_notes,
     read_recipe,
     running,
-    summary_markdown,
-    write_summary,
 )
 from danceopd.config.load import load_recipe
 from danceopd.errors import Interrupted, UserError
@@ -128,43 +126,3 @@ def test_a_retried_step_leaves_one_note(tmp_path):
     with running("distill", RECIPE.model_dump_json(), str(tmp_path)):
         pass
     assert failures(read_notes(tmp_path)) == []
-
-
-def test_the_summary_of_a_failed_run_says_what_and_why():
-    notes = [
-        {"step": "resolve-base", "state": "done", "seconds": 1.0},
-        {"step": "finetune local", "state": "failed", "seconds": 2.0, "error": "no better than the base"},
-    ]
-    text = summary_markdown(notes, "FAILED", {"code_revision": "c0de"})
-    assert text.startswith("# DanceOPD run: FAILED\n\n- code revision: `c0de`\n")
-    assert "- finetune local: no better than the base\n" in text
-    assert "| resolve-base | 1.0 | done |" in text and "Registration" not in text
-
-
-def test_the_summary_of_a_good_run_has_the_registration_and_the_report(tmp_path):
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "report.md").write_text("# World: figures\n")
-    registration = {"registered": True, "version": "3", "alias": ["challenger", "champion"], "champion_before": None}
-    with running("register", RECIPE.model_dump_json(), str(tmp_path)) as step:
-        step.results["registration"] = registration
-        step.results["evaluation"] = str(tmp_path / "evaluation")
-    write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision="da7a")
-    text = (tmp_path / "out").read_text()
-    assert "- alias: challenger, champion\n- champion_before: none\n" in text
-    assert text.endswith("# World: figures\n") and "What failed" not in text
-    assert (notes_folder(tmp_path) / "summary.md").read_text() == text
-
-
-def test_the_summary_names_the_revision_a_step_found_unless_it_was_given(tmp_path):
-    write_json(
-        notes_folder(tmp_path) / "check.json",
-        {"step": "check-recipe", "state": "done", "seconds": 1, "data_revision": "found"},
-    )
-    for given, shown in {"": "found", "given": "given"}.items():
-        write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision=given)
-        assert f"- data revision: `{shown}`\n" in (tmp_path / "out").read_text()
-
-
-def test_a_summary_without_any_note_is_still_written(tmp_path):
-    write_summary(str(tmp_path), "FAILED", str(tmp_path / "out"))
-    assert (tmp_path / "out").read_text().startswith("# DanceOPD run: FAILED")

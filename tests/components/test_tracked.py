@@ -71,13 +71,11 @@ def test_a_server_hears_of_a_step_at_its_end_though_it_failed(
     assert delivered == wanted
 
 
-@pytest.mark.parametrize(
-    ("state", "status"), [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "FAILED")]
-)
-def test_the_summary_ends_the_parent(tmp_path, delivered, state, status):
+@pytest.mark.parametrize(("good", "status"), [(True, "FINISHED"), (False, "FAILED")])
+def test_the_summary_ends_the_parent(tmp_path, delivered, good, status):
     with tracked(RECIPE, tmp_path, "run-1", ""):
         pass
-    end_tracked(tmp_path, "run-1", state, "")
+    end_tracked(tmp_path, "run-1", good, "")
     assert run_file(tmp_path, "run-1", journal.END_FILE)["status"] == status
     assert delivered == [("run-1", f"sqlite:///{tmp_path}/mlflow.db")]
 
@@ -88,7 +86,7 @@ def test_a_step_that_was_killed_is_ended_with_its_run(tmp_path, delivered):
             journal.open_journal(tmp_path, name).start(name, "e", {}, {})
         journal.open_journal(tmp_path, "ended").end("FINISHED")
     journal.open_journal(tmp_path, "alone").start("of a command", "e", {}, {})
-    end_tracked(tmp_path, "run-1", "FAILED", "")
+    end_tracked(tmp_path, "run-1", False, "")
     folders = [journal.run_folder(tmp_path, "run-1") / name for name in ("killed", "ended")]
     last = [journal.read_lines(folder)[0][-1]["status"] for folder in folders]
     assert last == ["KILLED", "FINISHED"]

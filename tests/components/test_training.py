@@ -8,7 +8,7 @@ import pytest
 
 from components import training
 from components.checking import check, inputs_revision, of_each_teacher, write_checked
-from components.running import RUN_ID, Step
+from components.running import RUN_ID, Step, notes_folder
 from components.training import Way, job_commands, job_name, own_pod_command, pod_of, train_student
 from danceopd import steps
 from danceopd.config.load import load_recipe
@@ -107,7 +107,7 @@ def test_a_job_is_rendered_with_what_the_placement_gives_and_followed(step, prod
         "danceopd",
         "job",
         "submit",
-        str(step.workspace / "recipes" / "danceopd-distill-8d1f0002aa.yaml"),
+        str(notes_folder(step.workspace) / "danceopd-distill-8d1f0002aa.yaml"),
         "--wait",
     ]
     said = " ".join(render)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records, load_pixels
+from danceopd.data.cache import EncodingCache, encode_cached
+from danceopd.data.encoded import Sizing, cut_prompts, encode_records, load_pixels
 from danceopd.data.png import encode_png
 from danceopd.errors import UserError
 
@@ -50,6 +51,9 @@ def test_the_cache_is_read_back_and_hangs_on_the_content(backbone, records, tmp_
 
         prompt_sees_source = False
 
+        def tokens_lost(self, prompts, sources=0):
+            return [0] * len(prompts)
+
     again = encode_records(Deaf(), records, 64, 64, tmp_path, "k", targets=False)
     assert torch.equal(first.prompts, again.prompts)
     assert torch.equal(first.sources, again.sources)
@@ -69,3 +73,22 @@ def test_pictures_of_another_size_are_cropped_to_fit():
 def test_nothing_to_encode_is_refused(backbone):
     with pytest.raises(UserError, match="no records to encode"):
         encode_records(backbone, [], 64, 64, None, "k", targets=False)
+
+
+def test_prompts_that_are_cut_are_counted_each_time(backbone, records, tmp_path, caplog):
+    limit = backbone.settings.max_sequence_length
+    long = "draw " + "a small green square and " * limit
+    many = [replace(records[0], prompt=long), replace(records[1], prompt=long), *records[2:]]
+    for _ in range(2):  # what lies in the cache is told again
+        caplog.clear()
+        encode_records(backbone, many, 64, 64, tmp_path / "a", "k", targets=False)
+        distinct = len({r.prompt for r in many})
+        assert f"1 of {distinct} prompts are cut at {limit} tokens (model.max_sequence_length); 'draw a" in caplog.text
+        caplog.clear()
+        cache = EncodingCache(tmp_path / "b")
+        encode_cached(backbone, lambda: many, Sizing(64, 64), cache, "k", targets=False)
+        assert f"1 of {distinct} prompts are cut at {limit} tokens" in caplog.text
+    caplog.clear()
+    encode_records(backbone, records, 64, 64, None, "k", targets=False)
+    assert "cut" not in caplog.text
+    assert cut_prompts(backbone, [(r.prompt, 0) for r in records]) is None

@@ -7,12 +7,12 @@ import json
 import signal
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archives import write_tar
 from PIL import Image
 
 from benchmarks import importing
@@ -245,7 +245,7 @@ def test_an_unfinished_import_with_other_settings_is_not_gone_on_with(tmp_path, 
     assert run_import(spec, tmp_path / "out")["kept"] == 9
     assert len(read) == 3
     assert run_import(spec, tmp_path / "out")["kept"] == 9  # as it is
-    with pytest.raises(UserError, match="is there already, from something else"):
+    with pytest.raises(UserError, match="is there already, from other settings or inputs"):
         run_import(settings("omniedit", [path]), tmp_path / "out")
 
 
@@ -419,15 +419,6 @@ def test_a_folder_with_metadata_and_an_object_store(tmp_path):
     assert report["dropped"]["refused"]["line-not-json"]["count"] == 1
 
 
-def write_tar(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
 def test_webdataset_shards_of_captions_and_of_pairs(tmp_path):
     source, target = pair(7)
     files = [
@@ -456,7 +447,7 @@ def test_webdataset_shards_of_captions_and_of_pairs(tmp_path):
     ("arguments", "message"),
     [
         (["omni", "x"], "layout: 'omni' is not known; choose one of: folder, imgedit"),
-        (["omniedit", "gone"], "input gone: cannot be read"),
+        (["omniedit", "gone"], "input gone: no such file or folder"),
         (["omniedit", "{here}"], "layout omniedit reads .parquet, and there is none"),
         (["omniedit", "{here}", "--task", "style"], "write it as KIND=TASK"),
         (["omniedit", "{here}", "--set", "sizes=3"], "sizes: no such field; here are: choose_prompt"),

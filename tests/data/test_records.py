@@ -16,6 +16,7 @@ from danceopd.data import world
 from danceopd.data.assemble import assemble, open_dataset, read_image_folder, read_input, verify_dataset
 from danceopd.data.png import encode_png
 from danceopd.data.records import (
+    UNDECIDED,
     check_images,
     check_record,
     content_hash,
@@ -147,14 +148,14 @@ def test_an_image_folder_becomes_records(tmp_path):
     assert edit.facts() == {"a": 1}
     assert drawing.target is None
     assert [edit.id, drawing.id] == [r.id for r in read_image_folder(folder)]
-    assert edit.split == split_of(edit.id)
+    assert edit.split == UNDECIDED  # a dataset decides, by what shares its pictures
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: a line is a JSON object"),
+        ("[]", "line 1: not a JSON object"),
         ('{"task": "t"}', "line 1: field 'prompt' is empty"),
         ('{"task": "t", "prompt": "p", "source": "gone.png"}', "line 1: field 'source' names gone.png"),
         ('{"task": "t", "prompt": "p", "source": "../out.png"}', "leads out of the folder"),

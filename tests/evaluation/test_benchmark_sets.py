@@ -125,7 +125,7 @@ def test_the_command_says_what_it_wrote(tmp_path):
     "text, said",
     [
         ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: a line is a JSON object"),
+        ("[]", "line 1: not a JSON object"),
         (json.dumps(GENEVAL[0]) + '\n{"tag": "counting", "include": []}', "line 2: 'prompt' is null; it must be text"),
         ('{"include": [], "prompt": "p"}', "line 1: 'tag' is null"),
         ('{"tag": "t", "prompt": "p"}', "line 1: 'include' must be a list of objects"),
@@ -191,7 +191,7 @@ def test_an_imgedit_entry_that_is_wrong_is_named(tmp_path, text, said):
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "evaluation_metadata.jsonl").write_bytes(b"\xff\xfe\x00")
-    refused("geneval", Asked(tmp_path, "t"), tmp_path, "evaluation_metadata.jsonl: not readable as UTF-8 text")
+    refused("geneval", Asked(tmp_path, "t"), tmp_path, "evaluation_metadata.jsonl, line 1: UTF-16, not UTF-8")
 
 
 def test_a_missing_file_and_an_unknown_benchmark_are_named(tmp_path):

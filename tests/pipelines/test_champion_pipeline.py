@@ -24,7 +24,8 @@ def test_it_compiles_to_one_step_that_is_done_once(tmp_path):
     [executor] = pipeline["deploymentSpec"]["executors"].values()
     assert executor["container"]["image"] == "registry.example.com/d@1"
     [placed] = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
-    assert placed["pvcMount"] and placed["securityContext"] == {"runAsNonRoot": True}
+    user = {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
+    assert placed["pvcMount"] and placed["securityContext"] == user
 
 
 def test_its_step_gets_the_placements_volume_and_the_secrets_of_all_steps(tmp_path):

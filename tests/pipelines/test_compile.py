@@ -55,6 +55,9 @@ def bare(tmp_path_factory) -> tuple[dict, dict]:
     placement = Placement(
         retries=0,
         claim=None,
+        run_as_user=None,
+        run_as_group=None,
+        tracking="",
         image_pull_policy="Always",
         image_pull_secrets=("registry",),
         secrets=(
@@ -305,10 +308,30 @@ def test_volume_time_limit_and_user_of_every_step(plain):
         assert (
             int(executor["activeDeadlineSeconds"]) == 3600 * NEEDS[name.removeprefix("exec-").replace("-", "_")].hours
         )
-        assert executor["securityContext"] == {"runAsNonRoot": True}
+        assert executor["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
         run = {"name": RUN_ID, "fieldPath": "metadata.labels['pipeline/runid']"}
         workflow = {"name": WORKFLOW, "fieldPath": "metadata.labels['workflows.argoproj.io/workflow']"}
         assert executor["fieldPathAsEnv"] == ([run, workflow] if name == "exec-distill" else [run])
+
+
+def test_an_empty_form_finds_the_deployed_mlflow_and_none_is_needed(plain, bare):
+    for executor in plain[1].values():
+        [given] = executor["configMapAsEnv"]
+        assert given["configMapName"] == "danceopd-tracking" and given["optional"] is True
+        assert given["keyToEnv"] == [{"configMapKey": "uri", "envVar": "MLFLOW_TRACKING_URI"}]
+    assert not any("configMapAsEnv" in executor for executor in bare[1].values())
+
+
+def test_a_platform_may_choose_the_user(bare):
+    assert {str(executor["securityContext"]) for executor in bare[1].values()} == {"{'runAsNonRoot': True}"}
+
+
+def test_steps_that_use_an_accelerator_carry_the_queue(tmp_path):
+    placement = load_placement("gpu").model_copy(update={"queue": "gpus"})
+    _, platform = compiled(tmp_path, placement=placement)
+    labels = {name: pod.get("podMetadata", {}).get("labels", {}) for name, pod in platform.items()}
+    queued = {name for name, own in labels.items() if own == {"kueue.x-k8s.io/queue-name": "gpus"}}
+    assert queued == {f"exec-{step}" for step in GPU_STEPS}
 
 
 def test_no_volume_without_a_claim(bare):
@@ -333,6 +356,6 @@ def test_threads_follow_the_limits_on_a_cluster_and_the_cores_on_one_machine(pla
 
 
 def test_a_file_that_is_not_named_as_yaml(tmp_path):
-    with pytest.raises(UserError, match=r"--out .*pipeline\.json: a compiled pipeline is a \.yaml file"):
+    with pytest.raises(UserError, match=r"pipeline\.json: ends in none of \.yaml, \.yml"):
         compile_pipeline(tmp_path / "pipeline.json", PipelineOptions())
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from kfp_server import good, invoke, refused
+from kfp_server import DROP, good, invoke, refused
 
 from danceopd.config.load import load_recipe
 from danceopd.files import content_key
@@ -118,8 +118,19 @@ def test_a_data_file_of_other_data_or_of_none_is_refused(registered, tmp_path):
 
 def test_a_registry_that_is_away_is_an_error(registered, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    line = refused("changed", *registered.options, "--tracking-uri", "http://127.0.0.1:9")
-    assert "MLflow store http://127.0.0.1:9 does not answer" in line
+    away = (*registered.options, "--tracking-uri", "http://127.0.0.1:9")
+    assert "MLflow store http://127.0.0.1:9 does not answer" in refused("changed", *away, code=75)
+
+
+def test_a_retraining_is_tried_again_while_a_server_is_away(registered, kfp, package):
+    run = ("run", "--host", kfp.address, "--package", package, "--if-changed", *registered.options)
+    refused(*run, "--tracking-uri", "http://127.0.0.1:9", code=75)
+    kfp.fail("GET", "healthz", (503, "no healthy upstream"))
+    result = invoke(*run)
+    assert result.exit_code == 75 and "the server is not well (503" in result.stderr
+    kfp.fail("POST", "runs", DROP)
+    assert invoke(*run).exit_code == 75
+    assert ": was run already" in good(*run) or len(kfp.kept["runs"]) == 1, "it was started, and is found again"
 
 
 def test_a_run_starts_once_and_only_if_something_changed(registered, kfp, package):

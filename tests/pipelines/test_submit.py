@@ -187,24 +187,24 @@ def test_a_pod_sends_its_own_token(kfp, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "said", "code"),
     [
-        ((401, "who are you"), "refuses to connect (401: who are you)"),
-        ((403, "RBAC: access denied"), "Put a token into KFP_TOKEN"),
-        ((404, "Not Found"), "there is no Kubeflow Pipelines 2 API"),
-        ((503, "no healthy upstream"), "the server is not well (503"),
-        (PAGE, "is it behind a login?"),
+        ((401, "who are you"), "refuses to connect (401: who are you)", 2),
+        ((403, "RBAC: access denied"), "Put a token into KFP_TOKEN", 2),
+        ((404, "Not Found"), "there is no Kubeflow Pipelines 2 API", 2),
+        ((503, "no healthy upstream"), "the server is not well (503", 75),
+        (PAGE, "is it behind a login?", 2),
     ],
 )
-def test_a_server_that_does_not_let_us_in(kfp, fault, said):
+def test_a_server_that_does_not_let_us_in(kfp, fault, said, code):
     kfp.fail("GET", "healthz", fault)
-    assert said in refused("schedule", "list", "--host", kfp.address)
+    assert said in refused("schedule", "list", "--host", kfp.address, code=code)
 
 
 def test_a_server_that_is_not_there(caplog):
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
-        line = refused("schedule", "list", "--host", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        line = refused("schedule", "list", "--host", f"http://127.0.0.1:{taken.getsockname()[1]}", code=75)
     assert "not reachable (" in line and "Connection refused" in line
     assert not caplog.records
 
@@ -278,3 +278,15 @@ def test_parameters_of_an_uploaded_pipeline_are_those_of_its_file(package):
     spec, platform = yaml.safe_load_all(Path(package).read_text())
     assert submit.declared({"pipeline_spec": spec, "platform_spec": platform}) == submit.declared(spec)
     assert "recipe" in submit.declared(spec)
+
+
+def test_pods_between_the_steps_are_not_shown_though_they_were_retried(kfp, package):
+    kfp.progress = [
+        (
+            "SUCCEEDED",
+            {name: "SUCCEEDED" for name in ("root", "executor(0)", "driver(1)", "finetune-driver(0)", "finetune")},
+        )
+    ]
+    assert [
+        line for line in good(*RUN, kfp.address, "--package", package, "--follow").splitlines() if ": succ" in line
+    ] == ["finetune: succeeded"]

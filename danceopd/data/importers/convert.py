@@ -6,6 +6,7 @@ a set of a million rows always holds some that are damaged.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,13 +19,18 @@ from PIL import Image
 
 from danceopd.data.buckets import bucket_sizes, check_shape, cover, nearest_bucket, same_shape
 from danceopd.data.dedup import BITS, picture_hash
-from danceopd.data.importers.rows import MOST_BYTES, NO_KIND, InputFile, RawRow
+from danceopd.data.importers.inputs import MOST_BYTES, NO_KIND, InputFile, RawRow, plain
 from danceopd.data.importers.spec import Buckets, FixedSize, ImportSpec
 from danceopd.data.pictures import Picture, Refused, read_picture
-from danceopd.data.records import Record, split_of
+from danceopd.data.records import UNDECIDED, Record
+from danceopd.errors import UserError
 
 REASONS = {
-    "line-not-json": "a line of metadata.jsonl, or a .json in a tar, is no JSON object",
+    "line-not-json": "a line of a metadata file, or a .json beside a picture or in a tar, is no JSON object in UTF-8",
+    "row-unreadable": "what the row holds cannot be made a record of",
+    "rows-damaged": "rows of a Parquet file whose bytes are damaged",
+    "field-repeated": "a sample in a tar holds one field twice",
+    "caption-unreadable": "the file with the caption cannot be read",
     "file-too-large": "a file inside a tar is too large to be a picture or a caption",
     "id-missing": "the data set numbers its rows and this one has no id",
     "id-repeated": "another row of this import has the same id",
@@ -40,6 +46,7 @@ REASONS = {
     "several-pictures": "a list of pictures where one is taken",
     "picture-wrong-type": "the column holds neither picture bytes nor a path",
     "picture-not-there": "the path leads to no file",
+    "picture-unreadable": "the picture's file cannot be read, or its name is none",
     "picture-outside": "the path leads out of the data set's folder",
     "picture-empty": "the picture has no bytes",
     "picture-unknown-format": "the bytes are no picture format that is decoded",
@@ -52,9 +59,12 @@ REASONS = {
     "picture-invisible": "transparent everywhere",
     "picture-float": "floating-point pixels without a range",
     "picture-depth": "more than 16 bits a channel",
+    "split-between": "one of its pictures lies in one split and one in another",
     "pair-shapes-differ": "source and target have different ratios: no crop aligns them",
     "pair-unchanged": "source and target are the same picture",
 }
+# A file's own trouble, which stays when the import is run again; a disk's or a network's may go.
+_OF_THE_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ)
 Fate = Literal["kept", "refused", "unmapped", "left out", "score"]
 
 
@@ -97,13 +107,18 @@ def convert(row: RawRow, spec: ImportSpec, file: InputFile) -> Outcome:
         return _record(row, spec, file, kind, task)
     except Refused as refused:
         return Outcome(row, "refused", refused.reason, str(refused))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a row holds, it costs that row
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Outcome(row, "refused", "row-unreadable", f"{row.where}: cannot be made a record of ({said})")
 
 
 def _score(row: RawRow, name: str) -> float:
     value = row.values["carried"].get(name)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise Refused("score-not-a-number", f"{row.where}: score '{name}' is {value!r}; a number is needed there")
@@ -144,8 +159,7 @@ def _record(row: RawRow, spec: ImportSpec, file: InputFile, kind: str, task: str
         prompt=prompt,
         source=encoded.get("source"),
         target=encoded["target"],
-        # All edits of one source lie in one split: a held-out picture was not trained on with another instruction.
-        split=split_of(facts["hash"][0] if "source" in pictures else f"{spec.label}-{name}"),
+        split=UNDECIDED,  # by the records before it: see `danceopd.data.splits`
         provenance=json.dumps(facts, sort_keys=True, default=str),
     )
     return Outcome(row, "kept", record=record, hashes=hashes)
@@ -236,7 +250,12 @@ def _fetch(name: str, where: str, spec: ImportSpec, file: InputFile) -> bytes:
             raise Refused("file-too-large", f"{where}: {name} has more than {MOST_BYTES} bytes")
         return system.cat_file(full)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Refused("picture-not-there", f"{where}: {name} is not in {home}") from error
+        raise Refused("picture-not-there", f"{where}: {plain(name)} is not in {plain(home)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            raise UserError(f"{where}: {plain(name)} cannot be read ({said}); mend that and go on") from error
+        raise Refused("picture-unreadable", f"{where}: {plain(name)[:100]} cannot be read ({said})") from error
 
 
 def _system(location: str):

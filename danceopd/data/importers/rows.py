@@ -1,4 +1,4 @@
-"""Rows of Parquet files, picture folders and tar shards, one after another, from disk or an object store.
+"""Rows of Parquet files, tar shards and picture folders (`folders.py`), one after another, from disk or a store.
 
 No more than a batch of rows is in memory. A row has a position (file, number), so that reading can begin anywhere:
 Parquet row groups before it are not read at all.
@@ -6,104 +6,40 @@ Parquet row groups before it are not read at all.
 
 from __future__ import annotations
 
-import json
+import gzip
+import lzma
 import posixpath
 import tarfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
 
-from danceopd.data.importers.layouts import CAPTION, COMMON
+from danceopd.data.importers.folders import folder_rows
+from danceopd.data.importers.inputs import (
+    MOST_BYTES,
+    Found,
+    Ignored,
+    InputFile,
+    RawRow,
+    ignored_files,
+    is_system_file,
+    plain,
+    roles_of,
+    with_kind,
+)
+from danceopd.data.importers.layouts import COMMON
 from danceopd.data.importers.spec import ImportSpec
 from danceopd.data.pictures import Refused
 from danceopd.errors import UserError
+from danceopd.text import decode, parse_json
 
 BATCH_ROWS = 16
 READ_AHEAD = 1 << 20  # bytes of a column read at a time
-MOST_BYTES = 1 << 28  # of one file inside a tar
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-CAPTIONS = (".txt", ".caption")
-METADATA = "metadata.jsonl"
-SUFFIX = {"parquet": (".parquet",), "tar": (".tar", ".tar.gz", ".tgz")}
-NO_KIND = "(none)"
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file, or one folder of pictures, wherever it lies.
-
-    Attributes:
-        system: what opens it.
-        path: in that system.
-        size: bytes; of a folder 0.
-    """
-
-    system: AbstractFileSystem
-    path: str
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Without the folders before it."""
-        return posixpath.basename(self.path.rstrip("/"))
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as its data set has it.
-
-    Attributes:
-        file: number of its file in the list of inputs.
-        number: of the row in the file.
-        where: both in words.
-        values: id, prompt, source, target, kind (None where there is none), and `carried`: a mapping.
-        broken: why the row cannot be read at all, or None.
-    """
-
-    file: int
-    number: int
-    where: str
-    values: dict[str, Any]
-    broken: Refused | None = None
-
-
-def find_inputs(spec: ImportSpec) -> list[InputFile]:
-    """The files to read, in a fixed order.
-
-    Raises:
-        UserError: if an input is not there, cannot be reached, or holds no such files.
-    """
-    found: list[InputFile] = []
-    for location in spec.inputs:
-        try:
-            system, path = fsspec.core.url_to_fs(location)
-            here = _list(system, path, spec.form.reads)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"input {location}: cannot be read ({error}); check path, credentials and network"
-            ) from error
-        found += here
-        if not here:
-            kinds = " or ".join(SUFFIX.get(spec.form.reads, ("a folder",)))
-            raise UserError(f"input {location}: layout {spec.layout} reads {kinds}, and there is none")
-    return found
-
-
-def _list(system: AbstractFileSystem, path: str, reads: str) -> list[InputFile]:
-    if reads == "folder":
-        return [InputFile(system, path, 0)] if system.isdir(path) else []
-    if any(sign in path for sign in "*?["):
-        paths = system.glob(path)
-    elif system.isdir(path):
-        paths = [p for p in system.find(path) if p.endswith(SUFFIX[reads])]
-    else:
-        paths = [path]
-    return [InputFile(system, p, system.size(p) or 0) for p in sorted(paths)]
+# What reading a damaged tar raises, with its gzip or xz around it.
+_TAR_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def read_rows(spec: ImportSpec, files: list[InputFile], start: tuple[int, int] = (0, 0)) -> Iterator[RawRow]:
@@ -112,41 +48,34 @@ def read_rows(spec: ImportSpec, files: list[InputFile], start: tuple[int, int] =
     Raises:
         UserError: if a file cannot be read, or lacks a column.
     """
-    readers = {"parquet": _parquet_rows, "folder": _folder_rows, "tar": _tar_rows}
+    readers = {"parquet": _parquet_rows, "folder": folder_rows, "tar": _tar_rows}
     read = readers[spec.form.reads]
     for number in range(start[0], len(files)):
         skip = start[1] if number == start[0] else 0
-        for row, values in read(spec, files[number], skip):
+        beside = ignored_files(files[number].ignored)
+        for row, (values, ignored) in read(spec, files[number], skip):
             where = f"{files[number].name}, row {row}"
+            if row == 0:
+                ignored = (*beside, *ignored)
             if isinstance(values, Refused):
-                yield RawRow(number, row, where, {}, values)
+                yield RawRow(number, row, where, {}, values, ignored)
                 continue
             if isinstance(values["target"], str):
-                where += f" ({values['target']})"
-            yield RawRow(number, row, where, values)
-
-
-def _roles(spec: ImportSpec, values: dict[str, Any]) -> dict[str, Any]:
-    """A row's values by what they are."""
-    roles: dict[str, Any] = {}
-    for role in ("id", "prompt", "source", "target", "kind"):
-        roles[role] = next((values[name] for name in spec.column(role) if values.get(name) is not None), None)
-    names = (*spec.form.carried, *COMMON, *spec.scores)
-    roles["carried"] = {name: values[name] for name in names if values.get(name) is not None}
-    return roles
+                where += f" ({plain(values['target'])})"
+            yield RawRow(number, row, where, values, None, ignored)
 
 
 # ------------------------------------------------------------------------------------------------------------- Parquet
 
 
-def _parquet_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tuple[int, Found]]:
     try:
         with file.system.open(file.path, "rb") as handle:
             # Without these two a whole row group of pictures would be read at once.
             table = pq.ParquetFile(handle, buffer_size=READ_AHEAD, pre_buffer=False)
             wanted = _wanted(spec, file, table.schema_arrow.names)
             kind = _kind_of_file(file.name) if spec.form.kind_from_file else None
-            yield from _batches(spec, table, wanted, kind, skip)
+            yield from _batches(spec, file, table, wanted, kind, skip)
     except (OSError, pa.ArrowException) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{file.path}: not a readable Parquet file ({text}); fetch it again and go on") from error
@@ -169,121 +98,119 @@ def _wanted(spec: ImportSpec, file: InputFile, there: list[str]) -> list[str]:
 
 
 def _batches(
-    spec: ImportSpec, table: pq.ParquetFile, wanted: list[str], kind: str | None, skip: int
-) -> Iterator[tuple[int, dict]]:
+    spec: ImportSpec, file: InputFile, table: pq.ParquetFile, wanted: list[str], kind: str | None, skip: int
+) -> Iterator[tuple[int, Found]]:
+    unread = tuple((f"column {name!r}", file.name) for name in table.schema_arrow.names if name not in set(wanted))
     first = 0
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows
         if first + count > skip:
             row = first
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=wanted):
-                if row + len(batch) > skip:
-                    for number, values in enumerate(batch.to_pylist(), start=row):
-                        if number >= skip:
-                            roles = _roles(spec, values)
-                            yield number, roles | {"kind": roles["kind"] or kind}
-                row += len(batch)
+            try:
+                for batch in table.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=wanted):
+                    if row + len(batch) > skip:
+                        for number, values in enumerate(batch.to_pylist(), start=row):
+                            if number >= skip:
+                                roles, ignored = roles_of(spec, values, file.name)
+                                yield number, (roles | {"kind": roles["kind"] or kind}, unread + ignored)
+                    row += len(batch)
+            except (pa.ArrowException, OSError) as error:
+                if not isinstance(error, pa.ArrowException) and error.errno is not None:  # a disk's or network's
+                    raise
+                said = " ".join(str(error).split())[:200]
+                refused = Refused(
+                    "rows-damaged", f"{file.name}, rows {row} to {first + count - 1}: {said}; fetch it again"
+                )
+                for number in range(max(row, skip), first + count):
+                    yield number, (refused, ())
         first += count
 
 
 def _kind_of_file(name: str) -> str:
     """`remove_part3.parquet` holds removals."""
-    stem = name.removesuffix(".parquet")
+    stem = posixpath.splitext(name)[0]
     return stem.rpartition("_part")[0] or stem
-
-
-# -------------------------------------------------------------------------------------------------------------- folder
-
-
-def _folder_rows(spec: ImportSpec, folder: InputFile, skip: int) -> Iterator[tuple[int, dict | Refused]]:
-    metadata = f"{folder.path}/{METADATA}"
-    rows = _listed(folder, metadata) if folder.system.isfile(metadata) else _captioned(folder)
-    for number, values in enumerate(rows):
-        if number >= skip:
-            yield number, values if isinstance(values, Refused) else _with_kind(_roles(spec, values))
-
-
-def _with_kind(roles: dict) -> dict:
-    """A picture with a caption and no source can only be a drawing."""
-    return roles | {"kind": roles["kind"] or (CAPTION if roles["source"] is None else NO_KIND)}
-
-
-def _listed(folder: InputFile, metadata: str) -> Iterator[dict | Refused]:
-    with folder.system.open(metadata, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                values = json.loads(line)
-            except ValueError:
-                values = None
-            if isinstance(values, dict):
-                yield values
-            elif line.strip():
-                yield Refused("line-not-json", f"{metadata}, line {number}: not a JSON object; write one a line")
-
-
-def _captioned(folder: InputFile) -> Iterator[dict]:
-    names = sorted(folder.system.find(folder.path))
-    there = set(names)
-    if not any(name.lower().endswith(PICTURES) for name in names):
-        raise UserError(f"{folder.path}: no pictures ({', '.join(PICTURES)}) in the folder")
-    for name in names:
-        stem, suffix = posixpath.splitext(name)
-        if suffix.lower() in PICTURES:
-            caption = next((stem + end for end in CAPTIONS if stem + end in there), None)
-            text = None if caption is None else folder.system.cat_file(caption)
-            # Read later and by whoever decodes it: only its path goes along.
-            yield {"prompt": text, "target": name[len(folder.path) :].lstrip("/"), "id": None}
 
 
 # ---------------------------------------------------------------------------------------------------------- WebDataset
 
 
-def _tar_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tuple[int, dict | Refused]]:
+def _tar_rows(spec: ImportSpec, file: InputFile, skip: int) -> Iterator[tuple[int, Found]]:
     number = -1
     try:
+        _check_gzip(file)
         with file.system.open(file.path, "rb") as handle, tarfile.open(fileobj=handle, mode="r|*") as tar:
-            for number, (key, values) in enumerate(_samples(tar)):
+            for number, (key, values, ignored) in enumerate(_samples(tar)):
                 if number >= skip:
                     if isinstance(values, Refused):
-                        yield number, values
+                        yield number, (values, ignored)
                     else:
-                        yield number, _with_kind(_roles(spec, {"__key__": key} | values))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{file.path}: damaged after sample {number} ({error}); fetch it again and go on") from error
+                        roles, more = roles_of(spec, {"__key__": plain(key)} | values, f"{file.name}, {plain(key)}")
+                        yield number, (with_kind(roles), (*ignored, *more))
+    except _TAR_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file.path}: damaged after sample {number} ({said}); fetch it again and go on") from error
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict | Refused]]:
+def _check_gzip(file: InputFile) -> None:
+    """Read a .tar.gz to its end, where its checksum is: reading samples from it does not get there."""
+    with file.system.open(file.path, "rb") as handle:
+        if handle.read(2) != b"\x1f\x8b":
+            return
+        handle.seek(0)
+        with gzip.open(handle) as plain_bytes:
+            while plain_bytes.read(READ_AHEAD):
+                pass
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict | Refused, Ignored]]:
     """Files of one stem, which lie one after another, as one sample."""
-    key, values = None, {}
+    key: str | None = None
+    values: dict | Refused = {}
+    ignored: list[tuple[str, str]] = []
     for member in tar:
-        if not member.isfile():
+        if member.isdir():
             continue
-        folder, _, base = member.name.rpartition("/")
+        name = member.name.removeprefix("./")
+        folder, _, base = name.rpartition("/")
         stem, _, field = base.partition(".")
+        if is_system_file(name) or not field or not member.isfile():
+            ignored += ignored_files([name], "file" if member.isfile() else "link")
+            continue
         found = f"{folder}/{stem}" if folder else stem
         if found != key:
             if key is not None:
-                yield key, values
+                yield key, values, tuple(ignored)
+                ignored = []
             key, values = found, {}
-        if isinstance(values, Refused):
-            continue
-        if member.size > MOST_BYTES:
-            values = Refused("file-too-large", f"{member.name}: {member.size} bytes; at most {MOST_BYTES} are read")
-            continue
-        try:
-            values |= _field(field.lower(), tar.extractfile(member).read())
-        except ValueError:
-            values = Refused("line-not-json", f"{member.name}: not valid JSON; write the tar again")
+        if isinstance(values, dict):
+            values = _with_field(values, tar, member, field.lower())
     if key is not None:
-        yield key, values
+        yield key, values, tuple(ignored)
 
 
-def _field(name: str, data: bytes) -> dict[str, Any]:
+def _with_field(values: dict, tar: tarfile.TarFile, member: tarfile.TarInfo, field: str) -> dict | Refused:
+    name = plain(member.name)
+    if member.size > MOST_BYTES:
+        return Refused("file-too-large", f"{name}: {member.size} bytes; at most {MOST_BYTES} are read")
+    data = tar.extractfile(member).read()
+    try:
+        found = _field(field, data, name)
+    except UserError as error:
+        return Refused("line-not-json", f"{error}; write the tar again")
+    if twice := sorted(set(values) & set(found)):
+        return Refused("field-repeated", f"{name}: '{twice[0]}' is in the sample already; write the tar again")
+    return values | found
+
+
+def _field(name: str, data: bytes, where: str) -> dict[str, Any]:
     """`edited_img.jpg` is the picture `edited_img`; `json` holds many fields; a plain `jpg` or `txt` is its own."""
     stem, _, suffix = name.rpartition(".")
     if suffix == "json":
-        value = json.loads(data)
+        value = parse_json(decode(data, where), where)
         return {stem: value} if stem else value if isinstance(value, dict) else {"json": value}
     if suffix in ("txt", "cls") and stem:
-        return {stem: data.decode("utf-8", errors="replace")}
+        return {stem: data.decode("utf-8-sig", errors="replace")}
     return {stem or suffix: data}

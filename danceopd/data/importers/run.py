@@ -16,18 +16,20 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from danceopd.data.dedup import DuplicateFinder
 from danceopd.data.importers.convert import Outcome, convert
-from danceopd.data.importers.rows import InputFile, RawRow, find_inputs, read_rows
+from danceopd.data.importers.inputs import InputFile, RawRow, find_inputs
+from danceopd.data.importers.rows import read_rows
 from danceopd.data.importers.spec import ImportSpec
 from danceopd.data.records import SCHEMA, Record, to_table
+from danceopd.data.splits import StreamedSplits
 from danceopd.errors import UserError
-from danceopd.files import hash_file, read_json, write_json
+from danceopd.files import check_output, hash_file, lock_output, read_json, write_json
 
 log = logging.getLogger(__name__)
 JOURNAL, REPORT = "journal.jsonl", "import.json"
@@ -43,23 +45,33 @@ class Tally:
         rows: read.
         kept: records by "task/split".
         dropped: by fate and label: how many, and the first of them in words.
+        ignored: what lies there and is not read, by what it is: how many, and the first of them.
     """
 
     rows: int = 0
     kept: Counter = field(default_factory=Counter)
     dropped: dict[str, dict[str, dict]] = field(default_factory=dict)
+    ignored: dict[str, dict] = field(default_factory=dict)
 
     def drop(self, fate: str, label: str, message: str, examples: int) -> None:
         """Count a row that is not kept."""
-        entry = self.dropped.setdefault(fate, {}).setdefault(label, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < examples:
-            entry["examples"].append(message)
+        _count(self.dropped.setdefault(fate, {}), label, message, examples)
+
+    def ignore(self, what: str, example: str, examples: int) -> None:
+        """Count a file or a row's column that is not read."""
+        _count(self.ignored, what, example, examples)
 
     @property
     def total(self) -> int:
         """Records kept."""
         return sum(self.kept.values())
+
+
+def _count(table: dict[str, dict], label: str, example: str, examples: int) -> None:
+    entry = table.setdefault(label, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if len(entry["examples"]) < examples:
+        entry["examples"].append(example)
 
 
 class Journal:
@@ -71,25 +83,26 @@ class Journal:
         Raises:
             UserError: if the folder holds an import with other settings or inputs.
         """
-        self.folder, self._path = folder, folder / JOURNAL
+        self.folder, self._path, self._scratch = folder, folder / JOURNAL, (folder / JOURNAL).with_suffix(".new")
         self.tally, self.position, self.shards = Tally(), (0, 0), {}
         lines = self._lines()
         if lines and not _same_work(lines, header):
             raise UserError(
                 f"{folder}: holds an unfinished import with other settings or inputs; remove it, or give another --out"
             )
+        if not lines and folder.exists() and (found := sorted(set(os.listdir(folder)) - {self._scratch.name})):
+            raise UserError(f"{folder}: holds {found[0]} and no import's journal; move it, or give another --out")
         for line in lines[1:]:
             self.shards[line["shard"]] = {"rows": line["rows"], "sha256": line["sha256"]}
         if len(lines) > 1:
             self.position = tuple(lines[-1]["position"])
             kept = lines[-1]["tally"]
-            self.tally = Tally(kept["rows"], Counter(kept["kept"]), kept["dropped"])
+            self.tally = Tally(kept["rows"], Counter(kept["kept"]), kept["dropped"], kept.get("ignored", {}))
         folder.mkdir(parents=True, exist_ok=True)
         # Written anew and renamed, so that a line cut short by a kill is gone.
         whole = "".join(json.dumps(line, sort_keys=True) + "\n" for line in [header, *lines[1:]])
-        scratch = self._path.with_suffix(".new")
-        scratch.write_text(whole)
-        scratch.replace(self._path)
+        self._scratch.write_text(whole)
+        self._scratch.replace(self._path)
         for path in folder.glob("*.parquet*"):
             if path.name not in self.shards:
                 path.unlink()
@@ -115,7 +128,7 @@ class Journal:
             os.fsync(file.fileno())
         facts = {"rows": rows, "sha256": hash_file(scratch)}
         scratch.replace(path)
-        tally = {"rows": self.tally.rows, "kept": dict(self.tally.kept), "dropped": self.tally.dropped}
+        tally = vars(self.tally) | {"kept": dict(self.tally.kept)}
         line = {"shard": path.name, **facts, "position": list(position), "tally": tally}
         with open(self._path, "a") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
@@ -177,16 +190,30 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
         The report, which also lies in `import.json`.
 
     Raises:
-        UserError: if inputs cannot be read, nothing is kept, or `out` is there already.
+        UserError: if inputs cannot be read, nothing is kept, or `out` is there already or being written.
     """
     out = Path(out)
     files = find_inputs(spec)
+    _check_apart(out, spec)
+    with lock_output(out):
+        return _run(spec, files, out, workers)
+
+
+def _check_apart(out: Path, spec: ImportSpec) -> None:
+    """Refuse an output inside of what is read: the next run would read it."""
+    for location in spec.inputs:
+        if "://" not in location and out.resolve().is_relative_to(Path(location).resolve()):
+            raise UserError(f"{out}: lies in the input {location}; name a place outside of it")
+
+
+def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> dict:
     header = {"spec": spec.key(), "inputs": [[file.path, file.size] for file in files]}
     if (out / REPORT).is_file() and read_json(out / REPORT)["header"] == header:
         log.info("%s: imported before with these settings", out)
         return read_json(out / REPORT)
-    if out.exists():
-        raise UserError(f"{out}: is there already, from something else; remove it, or give another --out")
+    if (out / REPORT).is_file():
+        raise UserError(f"{out}: is there already, from other settings or inputs; remove it, or give another --out")
+    check_output(out)
     journal = Journal(out.with_name(out.name + ".partial"), header)
     if journal.shards:
         log.info("going on after %d shards, %d rows read", len(journal.shards), journal.tally.rows)
@@ -226,12 +253,13 @@ def _report(spec: ImportSpec, journal: Journal, header: dict) -> dict:
         "kept": tally.total,
         "counts": counts,
         "dropped": tally.dropped,
+        "ignored": tally.ignored,
         "files": journal.shards,
     }
 
 
 def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, workers: int) -> None:
-    finder, ids = _remembered(spec, journal)
+    finder, ids, splits = _remembered(spec, journal)
     tally, writer, last = journal.tally, None, None
     told = started = time.monotonic()
     begun = tally.rows
@@ -239,7 +267,9 @@ def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, wo
         row = outcome.row
         last = (row.file, row.number + 1)
         tally.rows += 1
-        record = _admit(outcome, spec, finder, ids, tally)
+        for what, example in row.ignored:
+            tally.ignore(what, example, spec.examples)
+        record = _admit(outcome, spec, finder, ids, splits, tally)
         if record is not None:
             writer = writer or ShardWriter(journal.next_shard())
             writer.add(record)
@@ -257,7 +287,12 @@ def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, wo
 
 
 def _admit(
-    outcome: Outcome, spec: ImportSpec, finder: DuplicateFinder | None, ids: set[str], tally: Tally
+    outcome: Outcome,
+    spec: ImportSpec,
+    finder: DuplicateFinder | None,
+    ids: set[str],
+    splits: StreamedSplits,
+    tally: Tally,
 ) -> Record | None:
     """The record of a row that is kept; every other row is counted."""
     record = outcome.record
@@ -274,23 +309,31 @@ def _admit(
     if record.id in ids:
         tally.drop("refused", "id-repeated", f"{where}: the id {record.id!r} occurs twice", spec.examples)
         return None
+    split = splits.settle(outcome.hashes)
+    if split is None:
+        message = f"{where}: its pictures lie in two splits already; it would stand on both sides"
+        tally.drop("refused", "split-between", message, spec.examples)
+        return None
+    record = replace(record, split=split)
     ids.add(record.id)
     tally.kept[f"{record.task}/{record.split}"] += 1
     return record
 
 
-def _remembered(spec: ImportSpec, journal: Journal) -> tuple[DuplicateFinder | None, set[str]]:
-    """Ids and perceptual hashes of the shards that are done."""
+def _remembered(spec: ImportSpec, journal: Journal) -> tuple[DuplicateFinder | None, set[str], StreamedSplits]:
+    """Ids, perceptual hashes and splits of the shards that are done."""
+    splits = StreamedSplits()
     finder = None if spec.duplicates is None else DuplicateFinder(spec.duplicates)
     ids: set[str] = set()
     for name in journal.shards:
-        table = pq.read_table(journal.folder / name, columns=["id", "prompt", "provenance"])
+        table = pq.read_table(journal.folder / name, columns=["id", "prompt", "provenance", "split"])
         for row in table.to_pylist():
             ids.add(row["id"])
+            hashes = tuple(int(value, 16) for value in json.loads(row["provenance"])["hash"])
+            splits.remember(hashes, row["split"])
             if finder is not None:
-                hashes = tuple(int(value, 16) for value in json.loads(row["provenance"])["hash"])
                 finder.seen(hashes, row["prompt"] if len(hashes) > 1 else "", row["id"])
-    return finder, ids
+    return finder, ids, splits
 
 
 def _converted(spec: ImportSpec, files: list[InputFile], start: tuple[int, int], workers: int) -> Iterator[Outcome]:

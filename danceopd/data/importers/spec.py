@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from danceopd.config.load import apply_overrides, say_invalid
@@ -13,6 +12,7 @@ from danceopd.data.importers.layouts import LAYOUTS, Layout
 from danceopd.data.pictures import MAX_PIXELS, WHITE
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import content_key
+from danceopd.text import read_yaml
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 ANY = "*"
@@ -119,10 +119,7 @@ def load_spec(
     """
     data: object = {}
     if file is not None:
-        try:
-            data = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"import settings {file}: cannot be read ({' '.join(str(error).split())})") from error
+        data = read_yaml(Path(file), f"import settings {file}") or {}
         if not isinstance(data, dict):
             raise UserError(f"import settings {file}: a YAML mapping is expected, this is {type(data).__name__}")
     if layout is not None:
