@@ -10,12 +10,14 @@ from danceopd.steps.evaluation import evaluate_student, lineage
 from danceopd.steps.registration import move_champion, register_student, registration_facts
 from danceopd.steps.student import distill_student, open_training, student_folder
 from danceopd.steps.teachers import finetune_teacher
-from danceopd.workspace import Product, open_product
+from danceopd.workspace import STEP, Product, code_revision, open_product
 
 __all__ = [
+    "STEP",
     "Product",
     "build_data",
     "cache_encodings",
+    "code_revision",
     "data_revision",
     "distill_student",
     "evaluate_student",

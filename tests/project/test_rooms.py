@@ -119,7 +119,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize(
     ("name", "source"),
-    [("flow.fields", "from danceopd import steps"), ("distill", "def f():\n    from danceopd.finetune import finetune")],
+    [
+        ("flow.fields", "from danceopd import steps"),
+        ("distill", "def f():\n    from danceopd.finetune import finetune"),
+    ],
 )
 def test_the_check_of_floors_sees_every_form(name, source):
     assert climbs(name, source, modules())

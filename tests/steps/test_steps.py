@@ -213,7 +213,7 @@ def test_evaluation_and_registration_follow(recipe, workspace, made):
 
 
 def test_a_teacher_no_better_than_the_base_fails_with_the_figures(base_folder, workspace, made, monkeypatch, caplog):
-    from danceopd.evaluation import evaluate as ev
+    from danceopd.evaluation import scoring as ev
 
     figures = {"base": [2.5], "global_style": [2.0]}
     monkeypatch.setattr(ev, "score_records", lambda field, *_: ev.Scored(None, {"psnr": figures[field.name]}))
@@ -333,7 +333,7 @@ def test_a_task_without_training_records_is_named(recipe, workspace, made, base_
 
 
 def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monkeypatch, caplog):
-    from danceopd.evaluation import evaluate as ev
+    from danceopd.evaluation import scoring as ev
 
     settings = [
         "teachers.strong={kind: base, guidance: 3}",

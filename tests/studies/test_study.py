@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from danceopd import steps
+from danceopd import workspace
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import MERGES, METHODS
 from danceopd.config.shipped import shipped_names
@@ -84,7 +84,7 @@ def test_a_study_resumes_where_it_stopped(tiny_base, here, monkeypatch):
     made = {p: p.stat().st_mtime_ns for p in files}
     files[1].unlink()
 
-    monkeypatch.setattr(steps, "code_revision", lambda: "another commit")
+    monkeypatch.setattr(workspace, "code_revision", lambda: "another commit")
     again = run_study(study, here / "ws", 1)
     changed = [p for p in files if p.stat().st_mtime_ns != made[p]]
     assert changed == [files[1]]
