@@ -1030,6 +1030,13 @@ def move_champion(
     return {"said": said, "versions": registry.versions_markdown(client, model)}
 
 
+def shortfalls(recipe: Recipe, evaluation: Product) -> list[str]:
+    """In words: which gates the student fails by how much, and what to try; empty if it holds all."""
+    from danceopd.evaluation.shortfalls import say_shortfalls
+
+    return say_shortfalls(read_json(evaluation.folder / "metrics.json"), recipe)
+
+
 def registration_facts(registration: Registration) -> dict:
     """A registration as plain data."""
     return asdict(registration)
