@@ -75,6 +75,8 @@ def summary_markdown(notes: list[dict], state: str, revisions: dict[str, str], j
         lines += ["", "## Training jobs", "", *[f"- {name}: {fate}" for name, fate in jobs.items()]]
     for registration in [note["registration"] for note in notes if "registration" in note]:
         lines += ["", "## Registration", "", *[f"- {name}: {_text(v)}" for name, v in registration.items()]]
+    for said in [note["shortfalls"] for note in notes if note.get("shortfalls")]:
+        lines += ["", "## What the student lacks, and what to try", "", *[f"- {line}" for line in said]]
     lines += ["", "## Steps that ran", "", "| step | seconds | |", "|---|---|---|"]
     lines += [f"| {note['step']} | {note['seconds']} | {note['state']} |" for note in notes]
     reports = [Path(note["evaluation"]) / "report.md" for note in notes if "evaluation" in note]

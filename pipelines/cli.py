@@ -17,7 +17,7 @@ from danceopd.errors import UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
-from pipelines.one_line import one_line_errors
+from pipelines.one_line import NOT_REGISTERED, one_line_errors
 
 PLAIN_WIDTH = 110  # of a table that goes to a file
 
@@ -55,7 +55,8 @@ def run(
 ) -> None:
     """Run the chain, here or with --host on a cluster; what is unchanged is not run again.
 
-    Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 75: a server is away.
+    Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 4: every step went well and the
+    student fails a gate, so that it was not registered; 75: a server is away.
     """
     from pipelines.compile import compile_pipeline
     from pipelines.local import run_local
@@ -86,6 +87,10 @@ def run(
     typer.echo(f"report   {outcome.report}")
     typer.echo(f"summary  {outcome.notes / 'summary.md'}")
     typer.echo(f"pipeline {compile_pipeline(place / 'pipeline.yaml', PipelineOptions())}  (the same, for a cluster)")
+    if not outcome.registration["registered"]:
+        for line in outcome.shortfalls:
+            typer.echo(f"danceopd: {line}", err=True)
+        raise typer.Exit(NOT_REGISTERED)
 
 
 @app.command("compile")

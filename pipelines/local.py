@@ -28,6 +28,7 @@ from pipelines.options import PipelineOptions, Threads
 from pipelines.placement import Placement
 from pipelines.steplog import readable_steps
 
+SMALL_WORLD = "world"
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
 _ANSI_COLOR = re.compile(r"\x1b\[\d+m")
 
@@ -39,12 +40,14 @@ class Summary:
     Attributes:
         metrics: the evaluation's `metrics.json`.
         registration: what was registered, or why not.
+        shortfalls: which gates failed by how much, and what to try; see `danceopd.evaluation.shortfalls`.
         report: the evaluation's HTML report.
         notes: the folder with the run's notes and `summary.md`.
     """
 
     metrics: dict[str, Any]
     registration: dict[str, Any]
+    shortfalls: list[str]
     report: Path
     notes: Path
 
@@ -103,7 +106,12 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
 
 
 def share_cores(recipe: Recipe) -> Threads:
-    """Threads for teachers that train side by side, and for the steps that run alone."""
+    """Threads for teachers that train side by side, and for the steps that run alone.
+
+    One for the small world: two threads gain it nothing, and on a busy machine they wait for each other.
+    """
+    if recipe.model.base == SMALL_WORLD:
+        return Threads(finetune=1, others=1)
     cores = usable_cores()
     trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)
@@ -161,4 +169,5 @@ def _summary(workspace: Path, run: str) -> Summary:
     note = next(note for note in read_notes(workspace, run) if note["step"] == "register")
     evaluation = Path(note["evaluation"])
     metrics = read_json(evaluation / "metrics.json")
-    return Summary(metrics, note["registration"], evaluation / "report.html", notes_folder(workspace, run))
+    report, notes = evaluation / "report.html", notes_folder(workspace, run)
+    return Summary(metrics, note["registration"], note["shortfalls"], report, notes)

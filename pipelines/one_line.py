@@ -1,7 +1,7 @@
 """How commands of this package end badly: one line, and a code that says what to do about it.
 
-1: a step failed. 2: what a user can mend. 75: a server is away, so that the same again may do (a CronJob's or a step's
-next pod tries it).
+1: a step failed. 2: what a user can mend. 4: the student fails a gate and was not registered. 75: a server is away,
+so that the same again may do (a CronJob's or a step's next pod tries it).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from danceopd.errors import BAD_INPUT as BAD_INPUT
 from danceopd.errors import UserError, mendable
 
 log = logging.getLogger("danceopd.command")
-STEP_FAILED, AGAIN = 1, 75
+STEP_FAILED, NOT_REGISTERED, AGAIN = 1, 4, 75  # 3: nothing changed
 
 
 class Away(UserError):

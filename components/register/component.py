@@ -49,4 +49,5 @@ def register(
         lineage = steps.lineage(step.recipe, read_card(base), read_card(data), read_cards(teachers), made)
         result = steps.register_student(step.recipe, made, judged, lineage, tracking_uri or None, step.workspace)
         step.results["registration"] = steps.registration_facts(result)
+        step.results["shortfalls"] = steps.shortfalls(step.recipe, judged)
         return step.results["registration"]

@@ -329,7 +329,7 @@ class TaskRecipe(_Part):
 class DriftRecipe(_Part):
     """How far the student's path leaves its teacher's, and what fewer sampling steps cost."""
 
-    records: int = Field(24, gt=0, description="held-out records a task, the first ones")
+    records: int = Field(24, gt=0, description="held-out records a task, spread over them")
     steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
     )
@@ -427,7 +427,7 @@ class Recipe(_Part):
     """One run, from data to a registered student."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="of what trains and names no own one: data order, teachers, student")
     model: ModelRecipe
     data: DataRecipe
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
@@ -439,6 +439,24 @@ class Recipe(_Part):
         None,
         description="folder or object-store URI of a cache of encodings (`danceopd data cache`); none: the workspace",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed_for_all(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "seed" not in data:
+            return data
+
+        def seeded(section: Any) -> Any:
+            return {"seed": data["seed"]} | section if isinstance(section, dict) else section
+
+        def taught(teacher: Any) -> Any:
+            known = isinstance(teacher, dict) and "train" in teacher
+            return teacher | {"train": seeded(teacher["train"])} if known else teacher
+
+        teachers = data.get("teachers")
+        if isinstance(teachers, dict):
+            data = data | {"teachers": {name: taught(teacher) for name, teacher in teachers.items()}}
+        return data | {"distill": seeded(data.get("distill"))}
 
     @model_validator(mode="after")
     def _names_fit(self):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from danceopd.config.recipe import DataRecipe
 from danceopd.data.records import (
     MANIFEST,
@@ -26,6 +28,7 @@ from danceopd.data.records import (
     content_hash,
     read_parquet,
     record_from,
+    spread,
     unknown_fields,
     write_shard,
 )
@@ -329,17 +332,22 @@ class DatasetFolder:
         return self.manifest["content"]
 
     def records(self, split: str, task: str | None = None, limit: int | None = None) -> list[Record]:
-        """Records of a split in id order, of one task or all, at most `limit` of them."""
-        found: list[Record] = []
-        for name in sorted(self.manifest["files"]):
-            if not name.startswith(f"{split}-"):
-                continue
-            for record in read_parquet(self.folder / name):
-                if task is None or record.task == task:
-                    found.append(record)
-                if limit is not None and len(found) == limit:
-                    return found
-        return found
+        """Records of a split in id order, of one task or all; at most `limit`, spread over them by a hash of the id."""
+        shards = [self.folder / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
+        wanted = None if limit is None else self._chosen(shards, task, limit)
+        return [
+            record
+            for shard in shards
+            for record in read_parquet(shard)
+            if (task is None or record.task == task) and (wanted is None or record.id in wanted)
+        ]
+
+    @staticmethod
+    def _chosen(shards: list[Path], task: str | None, limit: int) -> set[str]:
+        """Ids of `limit` records at most; nothing but ids and tasks is read."""
+        rows = (row for shard in shards for row in pq.read_table(shard, columns=["id", "task"]).to_pylist())
+        ids = [row["id"] for row in rows if task is None or row["task"] == task]
+        return {ids[row] for row in spread(ids, limit)}
 
     def stream(self, split: str, tasks: tuple[str, ...]) -> Iterator[Record]:
         """Records of a split, task after task and each in id order, a few in memory at a time."""

@@ -42,13 +42,14 @@ def encode_png(pixels: np.ndarray) -> bytes:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"encode_png wants (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
     height, width, _ = pixels.shape
-    codes = (pixels.astype(np.uint32) << np.array([16, 8, 0], dtype=np.uint32)).sum(axis=2)
-    palette, index = np.unique(codes, return_inverse=True)
+    red, green, blue = np.moveaxis(pixels.astype(np.uint32), 2, 0)
+    codes = (red << 16) | (green << 8) | blue
+    palette = np.unique(codes)
     if len(palette) > 16:
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         body = _scanlines(pixels.reshape(height, width * 3))
         return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", _deflate_stored(body)) + _chunk(b"IEND", b"")
-    index = index.reshape(height, width).astype(np.uint8)
+    index = np.searchsorted(palette, codes).astype(np.uint8)
     index = np.pad(index, ((0, 0), (0, width % 2)))
     packed = (index[:, 0::2] << 4) | index[:, 1::2]
     colors = b"".join(int(c).to_bytes(3, "big") for c in palette)

@@ -8,9 +8,10 @@ and a content hash. Distillation reads prompts and sources only; targets serve t
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -231,6 +232,16 @@ def record_from(data: dict, where: str) -> Record:
 
 def _or(value, default: str):
     return default if value is None else value
+
+
+def spread(ids: Sequence[str], wanted: int) -> list[int]:
+    """Which `wanted` of the records to take, as rising rows of `ids` (all, if there are no more).
+
+    A hash of the id decides, so that records of every origin come in whatever order they lie in, and more records
+    change few of the choices.
+    """
+    rows = heapq.nsmallest(wanted, range(len(ids)), key=lambda row: hashlib.sha256(ids[row].encode()).digest())
+    return sorted(rows)
 
 
 def split_of(record_id: str, val: float = 0.02, test: float = 0.02) -> str:

@@ -12,13 +12,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version  # of pyarrow, without importing it
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow
-
-from danceopd.data.assemble import open_dataset, verify_dataset
-from danceopd.data.records import MANIFEST
 from danceopd.errors import UserError
 from danceopd.text import parse_yaml_documents, read_text
 
@@ -144,13 +141,15 @@ def track(repo: Path, folder: Path, **meta: str) -> DvcEntry:
     Raises:
         UserError: if the folder is no dataset, lies elsewhere, or DVC refuses it.
     """
+    from danceopd.data.assemble import open_dataset  # reading an entry needs no shards, and a client has no pyarrow
+
     repo, folder = Path(repo).resolve(), Path(folder).resolve()
     if folder != repo / Path(DVC_FILE).stem:
         raise UserError(f"{folder}: {DVC_FILE} tracks {repo / Path(DVC_FILE).stem}; build the dataset there first")
     content = open_dataset(folder).content
     with _dvc(repo, "cannot track the data") as dvc:
         (stage,) = dvc.add([str(folder)])
-        stage.meta = {"content": content, "pyarrow": pyarrow.__version__, **meta}
+        stage.meta = {"content": content, "pyarrow": version("pyarrow"), **meta}
         stage.dump()
     entry = tracked(repo, folder)
     assert entry is not None
@@ -181,6 +180,9 @@ def _in_git(repo: Path) -> bool:
 
 
 def _mismatch(entry: DvcEntry) -> UserError:
+    from danceopd.data.assemble import verify_dataset
+    from danceopd.data.records import MANIFEST
+
     where = f"{entry.path}: not the data that {DVC_FILE} names"
     mend = "remove the folder and run again to get that, or record this as the new version with 'danceopd data track'"
     if not (entry.path / MANIFEST).is_file() or "content" not in entry.meta:
@@ -192,8 +194,8 @@ def _mismatch(entry: DvcEntry) -> UserError:
     present = {p.relative_to(entry.path).as_posix() for p in entry.path.rglob("*") if p.is_file()}
     if strange := sorted(present - {MANIFEST, *manifest["files"]}):
         return UserError(f"{where}: the same records and, beside them, {', '.join(strange)}; move that elsewhere")
-    writer = entry.meta.get("pyarrow", "another version")
+    reader, writer = version("pyarrow"), entry.meta.get("pyarrow", "another version")
     return UserError(
-        f"{where}: the same records, in shards of other bytes (pyarrow {pyarrow.__version__} here, {writer} there); "
+        f"{where}: the same records, in shards of other bytes (pyarrow {reader} here, {writer} there); "
         f"install the versions of constraints.txt, then {mend}"
     )

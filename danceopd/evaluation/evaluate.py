@@ -20,7 +20,7 @@ from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import Recipe
 from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
-from danceopd.data.records import Record
+from danceopd.data.records import Record, spread
 from danceopd.errors import UserError
 from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.gates import Scores, gate_allowance, judge, retention, score_of
@@ -228,12 +228,16 @@ def _drift(
     scored: dict[str, Scored],
     tools: Tools,
 ) -> tuple[dict, int]:
-    """The task's drift section of the metrics over the first few records, and the forwards it took.
+    """The task's drift section of the metrics over a few of the records, and the forwards it took.
 
     Pictures of fewer steps are scored by the task's first metric that has a value a record and costs nothing.
     """
     spec, taught = recipe.evaluate, recipe.tasks[task].teacher
     known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))
+    first = next((name for name in known if not paid(name)), known[0])
+    rows = spread([record.id for record in records], spec.drift.records)
+    records, encoded = [records[row] for row in rows], encoded.subset(rows)
+    ids = [record.id for record in records]
     first = next((name for name in known if not paid(name)), known[0])
     records = records[: spec.drift.records]
     encoded, ids = encoded.subset(list(range(len(records)))), [record.id for record in records]
@@ -244,7 +248,7 @@ def _drift(
         figures = {}
         for side, name in (("student", STUDENT), ("teacher", taught)):
             if steps == spec.steps:  # these were drawn to be scored
-                values = scored[name].values[first][: len(records)]
+                values = [scored[name].values[first][row] for row in rows]
             else:
                 pictures = draw_field(fields[name], encoded, ids, spec.model_copy(update={"steps": steps}))
                 free = not paid(first)

@@ -6,7 +6,7 @@ Command line, Kubeflow components and GPU jobs all call these functions; each st
 from danceopd.steps.base import resolve_base
 from danceopd.steps.data import build_data, data_revision, track_data
 from danceopd.steps.encodings import cache_encodings, open_held_out
-from danceopd.steps.evaluation import evaluate_student, lineage
+from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
 from danceopd.steps.registration import move_champion, register_student, registration_facts
 from danceopd.steps.student import distill_student, open_training, student_folder
 from danceopd.steps.teachers import finetune_teacher
@@ -30,6 +30,7 @@ __all__ = [
     "register_student",
     "registration_facts",
     "resolve_base",
+    "shortfalls",
     "student_folder",
     "track_data",
 ]

@@ -131,3 +131,10 @@ def lineage(
         "teachers": {name: product.digest for name, product in sorted(teachers.items())},
         "student": student.digest,
     }
+
+
+def shortfalls(recipe: Recipe, evaluation: Product) -> list[str]:
+    """In words: which gates the student fails by how much, and what to try; empty if it holds all."""
+    from danceopd.evaluation.shortfalls import say_shortfalls
+
+    return say_shortfalls(read_json(evaluation.folder / "metrics.json"), recipe)

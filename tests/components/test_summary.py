@@ -130,3 +130,12 @@ def test_a_job_that_could_not_be_deleted_is_named_and_the_summary_still_written(
     assert f"may still hold its nodes, for it could not be deleted; run: danceopd job cancel {JOB}" in (
         (tmp_path / "out").read_text()
     )
+
+
+def test_the_summary_of_a_student_that_fails_a_gate_says_what_it_lacks():
+    refused = {"registered": False, "reasons": ["t2i.valid is 0.9, its gate is 0.95"]}
+    note = {"step": "register", "state": "done", "seconds": 1.0, "registration": refused}
+    lacks = note | {"shortfalls": ["t2i valid: 90.0 %", "try: more training"]}
+    text = summary_markdown([lacks], "SUCCEEDED", {}, {})
+    assert "## What the student lacks, and what to try\n\n- t2i valid: 90.0 %\n- try: more training\n" in text
+    assert "lacks" not in summary_markdown([note | {"shortfalls": []}], "SUCCEEDED", {}, {})

@@ -142,3 +142,29 @@ def test_where_weights_wait_names_no_product():
     plain, offloaded = load_recipe("world"), load_recipe("world", ["model.offload=true"])
     assert offloaded.model.decisive() == plain.model.decisive()
     assert load_recipe("world", ["model.dtype=bfloat16"]).model.decisive() != plain.model.decisive()
+
+
+def seeds(*overrides: str) -> dict[str, int]:
+    recipe = load_recipe("world", overrides)
+    trained = {name: t.train for name, t in recipe.teachers.items() if t.kind == "finetune"}
+    return {name: spec.seed for name, spec in {**trained, "student": recipe.distill}.items()}
+
+
+def test_one_seed_is_that_of_teachers_and_student_and_a_value_beside_it_wins():
+    assert set(seeds().values()) == {0}
+    assert set(seeds("seed=5").values()) == {5}
+    assert seeds("seed=5", "distill.seed=3") == seeds("seed=5") | {"student": 3}
+    own = seeds("seed=5", "teachers.local_edit.train.seed=0")
+    assert own == seeds("seed=5") | {"local_edit": 0}
+
+
+def test_a_product_is_named_by_the_seed_and_a_recipe_is_read_back_with_it():
+    first, second = (load_recipe("world", [f"seed={seed}"]) for seed in (1, 2))
+    assert first.distill.decisive() != second.distill.decisive()
+    assert first.teachers["local_edit"].decisive() != second.teachers["local_edit"].decisive()
+    assert parse_recipe(first.model_dump(mode="json"), "again") == first
+
+
+def test_a_seed_that_is_none_is_named():
+    with pytest.raises(UserError, match="seed: Input should be greater than or equal to 0"):
+        load_recipe("world", ["seed=-1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_two_assemblies_give_the_same_bytes_whatever_the_order(tmp_path):
     for name in first["files"]:
         assert hash_file(tmp_path / "a" / name) == hash_file(tmp_path / "b" / name)
     assert first["counts"]["t2i"] == {"train": 5, "val": 2, "test": 2}
+
+
+def test_a_few_records_are_of_every_origin_whatever_their_order(tmp_path):
+    origins = ("aurora", "borealis", "celeste", "dawn")
+    records = [replace(GOOD, id=f"{of}-{n:03d}") for of in origins for n in range(40)]
+    assemble(records, tmp_path / "data", {"local_edit": True})
+    dataset = open_dataset(tmp_path / "data")
+    some = dataset.records("train", "local_edit", 32)
+    assert len(some) == 32 and some == sorted(some, key=lambda r: r.id)
+    assert Counter(r.id.partition("-")[0] for r in some).keys() == set(origins)
+    assert dataset.records("train", "local_edit", 500) == dataset.records("train", "local_edit")
+    assert set(r.id for r in dataset.records("train", None, 8)) <= set(r.id for r in some)
 
 
 def test_records_come_back_and_datasets_opens_the_folder(small_data):

@@ -41,7 +41,7 @@ BASE_ONLY = [
 )
 def test_trained_teachers_share_the_cores(monkeypatch, cores, overrides, finetune):
     monkeypatch.setenv("OMP_NUM_THREADS", cores)
-    threads = share_cores(load_recipe("world", overrides))
+    threads = share_cores(load_recipe("world", [*overrides, "model.base=elsewhere"]))
     assert (threads.finetune, threads.others) == (finetune, int(cores))
 
 
@@ -49,7 +49,13 @@ def test_trained_teachers_share_the_cores(monkeypatch, cores, overrides, finetun
 def test_without_a_setting_all_usable_cores_count(monkeypatch, setting):
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: range(6), raising=False)
-    assert share_cores(load_recipe("world")).others == 6
+    assert share_cores(load_recipe("world", ["model.base=elsewhere"])).others == 6
+
+
+def test_the_small_world_takes_one_thread_a_process(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    threads = share_cores(load_recipe("world"))
+    assert (threads.finetune, threads.others) == (1, 1)
 
 
 def product_with_card(folder, cards, name):

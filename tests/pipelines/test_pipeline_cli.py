@@ -121,7 +121,7 @@ def test_a_run_ends_with_the_table_and_where_the_report_lies(monkeypatch, tmp_pa
 
     def succeed(recipe, workspace, fresh):
         seen.append((recipe.seed, workspace, fresh))
-        return local.Summary(METRICS, REGISTERED, tmp_path / "report.html", tmp_path)
+        return local.Summary(METRICS, REGISTERED, [], tmp_path / "report.html", tmp_path)
 
     monkeypatch.setattr(local, "run_local", succeed)
     result = invoke("run", "--set", "seed=5", "--fresh")
@@ -129,6 +129,16 @@ def test_a_run_ends_with_the_table_and_where_the_report_lies(monkeypatch, tmp_pa
     assert seen == [(5, Path("runs/world"), True)]
     assert "registered as version 3" in result.stdout
     assert f"report   {tmp_path / 'report.html'}\n" in result.stdout
+
+
+def test_a_student_that_fails_a_gate_is_exit_code_4_and_says_what_to_try(monkeypatch, tmp_path):
+    lacks = ["edit hit: 50.0 %, 44.0 points short of its gate", "try: more training, --set distill.steps=1500"]
+    outcome = local.Summary(METRICS, REFUSED, lacks, tmp_path / "report.html", tmp_path)
+    monkeypatch.setattr(local, "run_local", lambda recipe, workspace, fresh: outcome)
+    result = invoke("run")
+    assert result.exit_code == 4
+    assert "not registered" in result.stdout and "report.html" in result.stdout
+    assert result.stderr == "".join(f"danceopd: {line}\n" for line in lacks)
 
 
 def test_compile_writes_the_yaml(tmp_path):
