@@ -107,10 +107,10 @@ def train_student(
         Interrupted: if the training was stopped, and can be gone on with.
         RuntimeError: if it failed.
     """
-    made = step.recipe, base, data, teachers, step.workspace
+    run = steps.Run(step.recipe, step.workspace, base, data)
     if way.on == STEP and way.gpus <= 1:
-        return steps.distill_student(*made)
-    folder = steps.student_folder(*made)
+        return steps.distill_student(run, teachers)
+    folder = steps.student_folder(run, teachers)
     if not (folder / steps.STEP).is_file():
         recipe = _recipe_file(step)
         if way.on == STEP:

@@ -45,7 +45,7 @@ def evaluate(
     from danceopd import steps
 
     with running("evaluate", recipe, workspace) as step:
-        fields, drawn = read_cards(teachers), read_card(student)
-        product = steps.evaluate_student(step.recipe, read_card(base), read_card(data), fields, drawn, step.workspace)
+        run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data))
+        product = steps.evaluate_student(run, read_cards(teachers), read_card(student))
         write_card(evaluation, product)
         publish_evaluation(product, report, notes, figures)

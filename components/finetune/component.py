@@ -39,6 +39,6 @@ def finetune(
     from danceopd import steps
 
     with running("finetune", recipe, workspace, teacher, tracking_uri=tracking_uri) as step:
-        made, store = (read_card(base), read_card(data)), tracking_uri or None
-        product = steps.finetune_teacher(step.recipe, teacher, *made, step.workspace, store)
+        run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data), tracking_uri or None)
+        product = steps.finetune_teacher(run, teacher)
         write_card(field, product, teacher)

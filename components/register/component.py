@@ -46,8 +46,8 @@ def register(
     with running("register", recipe, workspace, tracking_uri=tracking_uri) as step:
         made, judged = read_card(student), read_card(evaluation)
         step.results["evaluation"] = str(judged.folder)
-        lineage = steps.lineage(step.recipe, read_card(base), read_card(data), read_cards(teachers), made)
-        result = steps.register_student(step.recipe, made, judged, lineage, tracking_uri or None, step.workspace)
+        run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data), tracking_uri or None)
+        result = steps.register_student(run, read_cards(teachers), made, judged)
         step.results["registration"] = steps.registration_facts(result)
         step.results["shortfalls"] = steps.shortfalls(step.recipe, judged)
         return step.results["registration"]

@@ -124,8 +124,7 @@ def data_cache(
     loaded = load_recipe(recipe, overrides)
     place = workspace or Path("runs") / loaded.name
     share = _share(worker)
-    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
-    rows = steps.cache_encodings(loaded, base, data, out, share)
+    rows = steps.cache_encodings(steps.open_run(loaded, place), out, share)
     if os.environ.get("RANK", "0") == "0":
         for group, count in rows.items():
             typer.echo(f"{out / group}: {count} rows")

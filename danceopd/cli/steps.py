@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from danceopd.cli.options import RecipeOption, SetOption, StoreOption, WorkspaceOption, open_recipe
-from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from danceopd.steps import Product, Run
 
 
 def finetune(
@@ -23,8 +24,7 @@ def finetune(
     from danceopd import steps
 
     loaded, place = open_recipe(recipe, overrides, workspace)
-    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
-    product = steps.finetune_teacher(loaded, teacher, base, data, place)
+    product = steps.finetune_teacher(steps.open_run(loaded, place), teacher)
     _tell(f"{product.folder}  {product.facts['scores']}")
 
 
@@ -34,18 +34,19 @@ def _tell(text: str) -> None:
         typer.echo(text)
 
 
-def _student(loaded: Recipe, place: Path, tracking_uri: str | None = None):
+def _student(run: Run) -> tuple[dict[str, Product], Product]:
+    """The run's teachers and student, made where they are missing."""
     from danceopd import steps
 
-    base, data = steps.resolve_base(loaded, place), steps.build_data(loaded, place)
-    teachers = {n: steps.finetune_teacher(loaded, n, base, data, place, tracking_uri) for n in loaded.teachers}
-    return base, data, teachers, steps.distill_student(loaded, base, data, teachers, place)
+    teachers = {name: steps.finetune_teacher(run, name) for name in run.recipe.teachers}
+    return teachers, steps.distill_student(run, teachers)
 
 
 def distill(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006
     """Distill the student; missing teachers are made first."""
-    loaded, place = open_recipe(recipe, overrides, workspace)
-    *_, student = _student(loaded, place)
+    from danceopd import steps
+
+    _, student = _student(steps.open_run(*open_recipe(recipe, overrides, workspace)))
     _tell(f"{student.pipeline}  loss {student.facts['loss']}")
 
 
@@ -53,8 +54,8 @@ def evaluate(recipe: RecipeOption = "world", overrides: SetOption = [], workspac
     """Evaluate base, teachers and student on held-out records; missing products are made first."""
     from danceopd import steps
 
-    loaded, place = open_recipe(recipe, overrides, workspace)
-    evaluation = steps.evaluate_student(loaded, *_student(loaded, place), place)
+    run = steps.open_run(*open_recipe(recipe, overrides, workspace))
+    evaluation = steps.evaluate_student(run, *_student(run))
     verdict = "holds all its gates" if evaluation.facts["passed"] else "fails a gate"
     _tell(f"{evaluation.folder / 'report.html'}: the student {verdict}")
 
@@ -68,13 +69,12 @@ def register(
     """Register the student in MLflow if its gates hold; missing products are made first."""
     from danceopd import steps
 
-    loaded, place = open_recipe(recipe, overrides, workspace)
-    base, data, teachers, student = _student(loaded, place, tracking_uri)
-    evaluation = steps.evaluate_student(loaded, base, data, teachers, student, place)
-    lineage = steps.lineage(loaded, base, data, teachers, student)
-    result = steps.register_student(loaded, student, evaluation, lineage, tracking_uri, place)
+    run = steps.open_run(*open_recipe(recipe, overrides, workspace), tracking_uri)
+    teachers, student = _student(run)
+    evaluation = steps.evaluate_student(run, teachers, student)
+    result = steps.register_student(run, teachers, student, evaluation)
     if not result.registered:
         raise UserError("not registered: " + "; ".join(result.reasons))
-    typer.echo(f"{loaded.register_as.model} version {result.version} ({', '.join(result.alias)})")
+    typer.echo(f"{run.recipe.register_as.model} version {result.version} ({', '.join(result.alias)})")
     for reason in result.reasons:
         typer.echo(reason)

@@ -5,9 +5,10 @@ Command line, Kubeflow components and GPU jobs all call these functions; each st
 
 from danceopd.steps.base import resolve_base
 from danceopd.steps.data import build_data, data_revision, track_data
-from danceopd.steps.encodings import cache_encodings, open_held_out
+from danceopd.steps.encodings import cache_encodings
 from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
 from danceopd.steps.registration import move_champion, register_student, registration_facts
+from danceopd.steps.run import Run, open_run
 from danceopd.steps.student import distill_student, open_training, student_folder
 from danceopd.steps.teachers import finetune_teacher
 from danceopd.workspace import STEP, Product, code_revision, open_product
@@ -15,6 +16,7 @@ from danceopd.workspace import STEP, Product, code_revision, open_product
 __all__ = [
     "STEP",
     "Product",
+    "Run",
     "build_data",
     "cache_encodings",
     "code_revision",
@@ -24,8 +26,8 @@ __all__ = [
     "finetune_teacher",
     "lineage",
     "move_champion",
-    "open_held_out",
     "open_product",
+    "open_run",
     "open_training",
     "register_student",
     "registration_facts",

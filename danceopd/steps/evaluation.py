@@ -7,21 +7,24 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
 from danceopd.files import read_json
 from danceopd.steps.cost import Spent, cost_table, spent_on
-from danceopd.steps.encodings import encoding_key, open_backbone
+from danceopd.steps.encodings import Encoder, open_backbone
+from danceopd.steps.run import Run
 from danceopd.steps.teachers import load_teachers
 from danceopd.tracking import recording
 from danceopd.workspace import Product, code_revision, make_product
 
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.flow.fields import Field
 
-def evaluate_student(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product, workspace: Path
-) -> Product:
+
+def evaluate_student(run: Run, teachers: dict[str, Product], student: Product) -> Product:
     """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
+    recipe, base, data, workspace = run.recipe, run.base, run.data, run.workspace
     inputs = [
         base.digest,
         data.facts["content"],
@@ -38,7 +41,7 @@ def evaluate_student(
         settings = {name: sections[name] for name in ("model", "tasks", "evaluate")}
         title, read = f"evaluate {recipe.name}", data.facts
         journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, read, recording.EVALUATION)
-        facts = _build_evaluation(recipe, base, data, teachers, student, Path(workspace), scratch)
+        facts = _build_evaluation(run, teachers, student, scratch)
         recording.evaluated(journal, read_json(scratch / "metrics.json"), scratch, student.digest)
         return facts
 
@@ -63,36 +66,27 @@ def looks_with(recipe: Recipe) -> list:
     return [part for part in (states, benchmarks) if part]
 
 
-def _build_evaluation(
-    recipe: Recipe,
-    base: Product,
-    data: Product,
-    teachers: dict[str, Product],
-    student: Product,
-    workspace: Path,
-    scratch: Path,
-) -> dict:
+def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, scratch: Path) -> dict[str, Any]:
     import torch
 
-    from danceopd.data.assemble import open_dataset
     from danceopd.devices import hardware
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
     from danceopd.flow.fields import VelocityField
 
-    backbone = open_backbone(recipe, base)
-    fields = {"base": VelocityField("base", backbone, backbone.transformer)}
-    fields |= load_teachers(recipe, backbone, base, teachers, workspace)
+    recipe, backbone = run.recipe, open_backbone(run)
+    encoder = Encoder(run, backbone)
+    fields: dict[str, Field] = {"base": VelocityField("base", backbone, backbone.transformer)}
+    fields |= load_teachers(encoder, teachers)
     trained = backbone.new_transformer(student.pipeline, torch.float32)
     fields["student"] = VelocityField("student", backbone, trained)
-    dataset = open_dataset(Path(data.facts["dataset"]))
     started = time.monotonic()
-    evaluation = evaluate(recipe, backbone, fields, dataset, workspace / "cache", encoding_key(recipe, base))
+    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), run.cache, encoder.key)
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
     spent = spent_on(teachers, student)
     machine = hardware(next(backbone.transformer.parameters()).device)
     spent.append(Spent("evaluation", time.monotonic() - started, machine, evaluation.metrics["forwards"]))
-    provenance = lineage(recipe, base, data, teachers, student) | {
+    provenance = lineage(run, teachers, student) | {
         "cost": cost_table(spent),
         "software": _software(),
         "training": training,
@@ -115,19 +109,17 @@ def _versions(teachers: dict[str, Product]) -> dict[str, dict]:
     return {name: product.facts["registered"] for name, product in teachers.items() if "registered" in product.facts}
 
 
-def lineage(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], student: Product
-) -> dict[str, Any]:
+def lineage(run: Run, teachers: dict[str, Product], student: Product) -> dict[str, Any]:
     """Where a student comes from: revisions and digests of everything that made it; `added_to`, if to a champion."""
     champions = {f"{of['model']} version {of['version']}" for of in _versions(teachers).values()}
     added = {"added_to": ", ".join(sorted(champions))} if champions else {}
     return added | {
-        "recipe": recipe.digest(),
+        "recipe": run.recipe.digest(),
         "code": code_revision(),
-        "git": data.facts["git"],
-        "dvc": data.facts["dvc"],
-        "data": data.facts["content"],
-        "base": base.digest,
+        "git": run.data.facts["git"],
+        "dvc": run.data.facts["dvc"],
+        "data": run.data.facts["content"],
+        "base": run.base.digest,
         "teachers": {name: product.digest for name, product in sorted(teachers.items())},
         "student": student.digest,
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danceopd.config.recipe import Recipe
+from danceopd.steps.evaluation import lineage
+from danceopd.steps.run import Run
 from danceopd.tracking import recording
 from danceopd.tracking.journal import FINISHED, end_run
 from danceopd.workspace import Product, store_of
@@ -18,9 +20,7 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
 log = logging.getLogger(__name__)
 
 
-def register_student(
-    recipe: Recipe, student: Product, evaluation: Product, lineage: dict, tracking_uri: str | None, workspace: Path
-) -> Registration:
+def register_student(run: Run, teachers: dict[str, Product], student: Product, evaluation: Product) -> Registration:
     """Register the student in MLflow if its gates hold; the default store lies in the workspace.
 
     Raises:
@@ -29,9 +29,9 @@ def register_student(
     from danceopd.registry import register
     from danceopd.tracking import delivery
 
-    uri = store_of(tracking_uri, workspace)
+    uri, workspace, comes_from = run.store, Path(run.workspace), lineage(run, teachers, student)
     delivery.deliver(workspace, uri)  # so that the version can name what it comes from
-    done = register.register_student(recipe, student.folder, evaluation.folder, lineage, uri, Path(workspace))
+    done = register.register_student(run.recipe, student.folder, evaluation.folder, comes_from, uri, workspace)
     end_run(workspace, FINISHED, recording.by_task(evaluation.facts["scores"]))
     delivery.deliver(workspace, uri)
     return done

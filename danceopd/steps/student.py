@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danceopd.config.recipe import Recipe
+from danceopd.config.recipe import Weight
 from danceopd.errors import UserError
 from danceopd.export.student import export_student
 from danceopd.files import write_json
-from danceopd.steps.encodings import encode_split, encode_train, open_backbone, open_held_out, require_targets
+from danceopd.steps.encodings import Encoder, open_backbone
+from danceopd.steps.run import Run
 from danceopd.steps.teachers import load_teachers
 from danceopd.tracking import recording
 from danceopd.tracking.recording import recorder
@@ -23,36 +24,34 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
     from danceopd.flow.fields import Field
 
 
-def distill_student(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
-) -> Product:
+def distill_student(run: Run, teachers: dict[str, Product]) -> Product:
     """Distill the recipe's teachers into one student, exported as a complete pipeline folder.
 
     Raises:
         UserError: if a teacher's product or a task's training records are missing.
     """
-    used, inputs = _student_inputs(recipe, base, data, teachers)
+    used, inputs = _student_inputs(run, teachers)
 
     def build(scratch: Path, checkpoints: Path) -> dict:
-        return _build_student(recipe, base, data, used, Path(workspace), scratch, checkpoints)
+        return _build_student(run, used, scratch, checkpoints)
 
-    return make_product(workspace, STUDENTS, recipe.name, inputs, build, together=True)
+    return make_product(run.workspace, STUDENTS, run.recipe.name, inputs, build, together=True)
 
 
-def student_folder(recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path) -> Path:
+def student_folder(run: Run, teachers: dict[str, Product]) -> Path:
     """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
 
     Raises:
         UserError: if a teacher's product is missing.
     """
-    _, inputs = _student_inputs(recipe, base, data, teachers)
-    return Path(workspace) / STUDENTS / f"{recipe.name}-{product_key(STUDENTS, recipe.name, inputs)}"
+    _, inputs = _student_inputs(run, teachers)
+    name = run.recipe.name
+    return Path(run.workspace) / STUDENTS / f"{name}-{product_key(STUDENTS, name, inputs)}"
 
 
-def _student_inputs(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product]
-) -> tuple[dict[str, Product], list]:
+def _student_inputs(run: Run, teachers: dict[str, Product]) -> tuple[dict[str, Product], list]:
     """The teachers a student needs, and all that decides what it becomes."""
+    recipe = run.recipe
     wanted = {task: spec.teacher for task, spec in recipe.tasks.items()}
     needed = set(wanted.values()) | ({recipe.distill.start} - {"base"})  # the start may teach no task
     missing = sorted(needed - set(teachers))
@@ -62,8 +61,8 @@ def _student_inputs(
     tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
     judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
     inputs = [
-        base.digest,
-        data.facts["content"],
+        run.base.digest,
+        run.data.facts["content"],
         {n: t.digest for n, t in used.items()},
         wanted,
         {task: spec["weight"] for task, spec in tasks.items()},
@@ -79,23 +78,26 @@ class Training:
     """What a distillation needs, loaded.
 
     Attributes:
-        backbone: the base.
+        encoder: of the run's records, with the base.
         encoded: training records of every task.
         fields: the teachers by name.
         teacher_of: task -> teacher's name.
         weights: task -> weight in the loss.
     """
 
-    backbone: Backbone
+    encoder: Encoder
     encoded: EncodedRecords
     fields: dict[str, Field]
     teacher_of: dict[str, str]
-    weights: dict[str, Any]
+    weights: dict[str, Weight]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base."""
+        return self.encoder.backbone
 
 
-def open_training(
-    recipe: Recipe, base: Product, data: Product, teachers: dict[str, Product], workspace: Path
-) -> Training:
+def open_training(run: Run, teachers: dict[str, Product]) -> Training:
     """Load the base, the given teachers and the recipe's training records.
 
     Raises:
@@ -103,29 +105,15 @@ def open_training(
     """
     from danceopd.methods.table import needs_targets
 
-    backbone = open_backbone(recipe, base)
-    tasks = tuple(recipe.tasks)
-    targets = needs_targets(recipe.distill)
-    encoded = encode_train(recipe, backbone, base, data, workspace, targets, tasks)
-    if targets:
-        for task in tasks:
-            require_targets(encoded, task)
-    fields = load_teachers(recipe, backbone, base, teachers, workspace)
-    specs = recipe.tasks
-    return Training(
-        backbone, encoded, fields, {t: specs[t].teacher for t in tasks}, {t: specs[t].weight for t in tasks}
-    )
+    specs = run.recipe.tasks
+    encoder = Encoder(run, open_backbone(run))
+    encoded = encoder.train(tuple(specs), needs_targets(run.recipe.distill))
+    teacher_of = {task: spec.teacher for task, spec in specs.items()}
+    weights = {task: spec.weight for task, spec in specs.items()}
+    return Training(encoder, encoded, load_teachers(encoder, teachers), teacher_of, weights)
 
 
-def _build_student(
-    recipe: Recipe,
-    base: Product,
-    data: Product,
-    teachers: dict[str, Product],
-    workspace: Path,
-    scratch: Path,
-    checkpoints: Path,
-) -> dict:
+def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkpoints: Path) -> dict[str, Any]:
     from danceopd.devices import hardware
     from danceopd.distill import distill
     from danceopd.evaluation.plots import plot_history
@@ -137,13 +125,14 @@ def _build_student(
     from danceopd.training.checkpoints import Checkpoints
     from danceopd.training.processes import this_process
 
+    recipe, base, data = run.recipe, run.base, run.data
     title, settings = f"distill {recipe.name}", recipe.model_dump(mode="json")
-    journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, data.facts)
+    journal = recording.begin(recipe, run.workspace, checkpoints.name, title, settings, data.facts)
     for product in teachers.values():
         journal.uses(product.digest)
-    ready = open_training(recipe, base, data, teachers, workspace)
-    backbone, fields, tasks = ready.backbone, ready.fields, tuple(recipe.tasks)
-    shown = encode_split(recipe, backbone, base, data, workspace, "val", False, tasks, limit=3)
+    ready = open_training(run, teachers)
+    backbone, fields = ready.backbone, ready.fields
+    shown = ready.encoder.split("val", tuple(recipe.tasks), limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
     previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
     previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
@@ -155,9 +144,8 @@ def _build_student(
     saves = Checkpoints(checkpoints, recipe.distill.keep_checkpoints, checkpoints.name)
     validate = None
     if recipe.distill.select is not None:
-        limit = recipe.distill.select.per_task
-        sets = open_held_out(recipe, backbone, base, data, workspace, "val", limit)
-        validate = GateValidator(recipe, fields, sets, Path(workspace) / "cache" / "judge")
+        sets = ready.encoder.held_out("val", recipe.distill.select.per_task)
+        validate = GateValidator(recipe, fields, sets, run.cache / "judge")
     backbone.free_encoders()  # everything is encoded
     facts = {name: product.facts for name, product in teachers.items()}
     counts, processes = data.facts["counts"], this_process()

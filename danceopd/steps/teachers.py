@@ -13,13 +13,13 @@ from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeach
 from danceopd.errors import UserError
 from danceopd.files import FIELD, write_json
 from danceopd.steps.cost import TRAINED
-from danceopd.steps.encodings import encode_empty_prompt, encode_split, encode_train, open_backbone, require_targets
+from danceopd.steps.encodings import Encoder, open_backbone
+from danceopd.steps.run import Run
 from danceopd.tracking import recording
 from danceopd.tracking.recording import recorder
-from danceopd.workspace import Product, main_first, make_product, store_of
+from danceopd.workspace import Product, main_first, make_product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
-    from danceopd.backbones.base import Backbone
     from danceopd.flow.fields import Field
 
 log = logging.getLogger(__name__)
@@ -27,36 +27,30 @@ log = logging.getLogger(__name__)
 NOTHING = 1e-5  # of the velocity: two fields that differ by less differ by rounding
 
 
-def load_teachers(
-    recipe: Recipe, backbone: Backbone, base: Product, teachers: dict[str, Product], workspace: Path
-) -> dict[str, Field]:
+def load_teachers(encoder: Encoder, teachers: dict[str, Product]) -> dict[str, Field]:
+    """Teachers' fields by name, all on the encoder's backbone."""
     from danceopd.flow.field_io import load_fields
     from danceopd.training.processes import this_process
 
     folders = {name: product.folder for name, product in teachers.items()}
-    offload = this_process().device if recipe.model.offload else None
-    return load_fields(backbone, folders, lambda: encode_empty_prompt(recipe, backbone, base, workspace), offload)
+    offload = this_process().device if encoder.run.recipe.model.offload else None
+    return load_fields(encoder.backbone, folders, encoder.empty_prompt, offload)
 
 
-def finetune_teacher(
-    recipe: Recipe, teacher: str, base: Product, data: Product, workspace: Path, tracking_uri: str | None = None
-) -> Product:
+def finetune_teacher(run: Run, teacher: str) -> Product:
     """Make one teacher's field folder: fine-tuned, or taken from where it lies, and proved better than the base.
 
     The champion is taken as it is: it was judged when it was registered, and here it only holds what it can do.
 
     Args:
-        recipe: what the teacher is.
+        run: its recipe says what the teacher is; its store may hold a champion.
         teacher: its name there.
-        base: its product.
-        data: its product.
-        workspace: folder all steps share.
-        tracking_uri: store of the registered champion; default: the one in the workspace.
 
     Raises:
         UserError: if the teacher is unknown, has no training records, is no better than the base on its task, or is
             the champion and there is none.
     """
+    recipe, base, data, workspace = run.recipe, run.base, run.data, run.workspace
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
     spec, champion, weights = recipe.teachers[teacher], None, None
@@ -70,7 +64,7 @@ def finetune_teacher(
     elif isinstance(spec, ChampionTeacher):
         from danceopd.registry.champion_teacher import fetch_champion, find_champion
 
-        champion = find_champion(recipe, store_of(tracking_uri, workspace))
+        champion = find_champion(recipe, run.store)
         inputs.append(asdict(champion))
     plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
     if not plain_base:
@@ -79,10 +73,10 @@ def finetune_teacher(
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         if champion is None:
-            return _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, weights)
+            return _build_teacher(run, teacher, scratch, checkpoints, weights)
         with tempfile.TemporaryDirectory(dir=workspace) as fetched:
-            folder = fetch_champion(champion, store_of(tracking_uri, workspace), Path(fetched))
-            facts = _build_teacher(recipe, teacher, base, data, Path(workspace), scratch, checkpoints, folder)
+            folder = fetch_champion(champion, run.store, Path(fetched))
+            facts = _build_teacher(run, teacher, scratch, checkpoints, folder)
         write_json(scratch / "champion.json", asdict(champion))  # the same weights as another version: another product
         return facts | {"registered": {"model": champion.model, "version": champion.version}}
 
@@ -90,21 +84,15 @@ def finetune_teacher(
 
 
 def _build_teacher(
-    recipe: Recipe,
-    teacher: str,
-    base: Product,
-    data: Product,
-    workspace: Path,
-    scratch: Path,
-    checkpoints: Path,
-    fetched: Path | None = None,
-) -> dict:
+    run: Run, teacher: str, scratch: Path, checkpoints: Path, fetched: Path | None = None
+) -> dict[str, Any]:
     """Write a teacher's field folder; `fetched` is where the weights lie of one that exists already."""
+    recipe, base, data = run.recipe, run.base, run.data
     spec = recipe.teachers[teacher]
     settings = {"model": recipe.model.model_dump(mode="json"), "teacher": spec.model_dump(mode="json")}
     plain_base = isinstance(spec, BaseTeacher) and spec.guidance is None
     read = None if plain_base else data.facts
-    journal = recording.begin(recipe, workspace, checkpoints.name, f"teacher {teacher}", settings, read)
+    journal = recording.begin(recipe, run.workspace, checkpoints.name, f"teacher {teacher}", settings, read)
     if plain_base:
         write_json(scratch / FIELD, {"kind": "base", "name": teacher})
         return {"kind": "base", "scores": {}}
@@ -117,15 +105,15 @@ def _build_teacher(
 
     if not isinstance(spec, ChampionTeacher):
         _require_held_out(recipe, data, teacher)
-    backbone = open_backbone(recipe, base)
+    backbone = open_backbone(run)
+    encoder = Encoder(run, backbone)
     device = next(backbone.transformer.parameters()).device
     facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
     if isinstance(spec, FinetunedTeacher):
         from danceopd.finetune import finetune
         from danceopd.training.checkpoints import Checkpoints
 
-        encoded = encode_train(recipe, backbone, base, data, workspace, True, (spec.task,))
-        require_targets(encoded, spec.task)
+        encoded = encoder.train((spec.task,), targets=True)
         saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
         field, history = finetune(backbone, teacher, encoded, spec.train, saves, recorder(journal, teacher))
         write_json(scratch / "history.json", history)
@@ -136,21 +124,19 @@ def _build_teacher(
         from danceopd.preflight.findings import settle
 
         settle(check_pipeline(teacher, fetched, base.pipeline))
-        field = load_field(backbone, teacher, fetched, lambda: encode_empty_prompt(recipe, backbone, base, workspace))
+        field = load_field(backbone, teacher, fetched, encoder.empty_prompt)
         if isinstance(spec, CheckpointTeacher):
             _check_kind(teacher, spec, field)
     else:
         field = VelocityField(teacher, backbone, backbone.transformer)
     plain = field.field if isinstance(field, GuidedField) else field
     if spec.guidance is not None:  # the recipe's scale goes before the folder's
-        field = GuidedField(
-            plain, spec.guidance, encode_empty_prompt(recipe, backbone, base, workspace), spec.guidance_batched
-        )
+        field = GuidedField(plain, spec.guidance, encoder.empty_prompt(), spec.guidance_batched)
     # Guidance would make another field of the base's own weights, too: where there are others, they are looked at.
     _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base)
     save_field(field, scratch)
     if not isinstance(spec, ChampionTeacher):
-        facts["scores"] = _prove_teacher(recipe, field, base, data, workspace)
+        facts["scores"] = _prove_teacher(encoder, field)
     return facts
 
 
@@ -202,7 +188,7 @@ def _prove_other_than_base(recipe: Recipe, field: Field, base: Product) -> None:
         )
 
 
-def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, workspace: Path) -> dict:
+def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
     """Score base and teacher on the validation records of every task the teacher serves.
 
     Raises:
@@ -213,12 +199,12 @@ def _prove_teacher(recipe: Recipe, field: Field, base: Product, data: Product, w
     from danceopd.evaluation.scoring import score_records, skipped_metrics
     from danceopd.flow.fields import VelocityField
 
-    backbone = field.backbone
+    recipe, backbone = encoder.run.recipe, field.backbone
     bare = VelocityField("base", backbone, backbone.transformer)
-    tools = Tools(recipe.evaluate, cache=Path(workspace) / "cache" / "judge")
+    tools = Tools(recipe.evaluate, cache=encoder.run.cache / "judge")
     scores: dict[str, dict] = {}
     for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
-        records, encoded = encode_split(recipe, backbone, base, data, workspace, "val", False, (task,))
+        records, encoded = encoder.split("val", (task,))
         skipped = skipped_metrics(recipe.tasks[task].metrics, tools)
         metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
         if not metrics:

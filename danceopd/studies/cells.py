@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.files import content_key, hash_folder, read_json, write_json
 from danceopd.steps.data import data_revision
-from danceopd.steps.encodings import open_held_out
+from danceopd.steps.run import Run
 from danceopd.steps.student import open_training
 from danceopd.studies.identity import full, given, holds
 from danceopd.workspace import Product, code_revision
 
 if TYPE_CHECKING:
-    from danceopd.backbones.base import Backbone
     from danceopd.data.encoded import EncodedRecords
     from danceopd.flow.fields import Field
 
@@ -49,6 +48,10 @@ class Shared:
     base: Product
     data: Product
     teachers: dict[str, Product]
+
+    def run(self, recipe: Recipe) -> Run:
+        """A cell's run over what all share."""
+        return Run(recipe, self.workspace, self.base, self.data)
 
     def digests(self) -> list:
         """What tells these from others."""
@@ -110,11 +113,6 @@ def find_result(cell: Cell, shared: Shared) -> dict | None:
     return None
 
 
-def _held_out(recipe: Recipe, shared: Shared, backbone: Backbone) -> dict[str, tuple[list, EncodedRecords]]:
-    spec = recipe.evaluate
-    return open_held_out(recipe, backbone, shared.base, shared.data, shared.workspace, spec.split, spec.per_task)
-
-
 def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, Field]) -> dict:
     """Each task's metrics, of the field given for it."""
     from danceopd.evaluation.scoring import score_records
@@ -134,9 +132,9 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
     if not path.is_file() or not holds(read_json(path)["settings"], settings):
         from danceopd.flow.fields import VelocityField
 
-        ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+        ready = open_training(shared.run(recipe), shared.teachers)
         bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
-        sets = _held_out(recipe, shared, ready.backbone)
+        sets = ready.encoder.held_out(recipe.evaluate.split, recipe.evaluate.per_task)
         base = _scores(recipe, sets, dict.fromkeys(taught, bare))
         teachers = _scores(recipe, sets, {task: ready.fields[name] for task, name in taught.items()})
         records = {task: len(found) for task, (found, _) in sets.items()}
@@ -159,8 +157,8 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     recipe, spec, key = cell.recipe, cell.recipe.distill, cell_key(cell, shared)
     saves = Checkpoints(shared.folder / "checkpoints" / key, spec.keep_checkpoints, key)
     resumed = saves.folder.is_dir()
-    ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
-    sets = _held_out(recipe, shared, ready.backbone)
+    ready = open_training(shared.run(recipe), shared.teachers)
+    sets = ready.encoder.held_out(recipe.evaluate.split, recipe.evaluate.per_task)
     ready.backbone.free_encoders()  # everything is encoded
     started = time.monotonic()
     student, history = distill(
@@ -230,10 +228,11 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
         if all((place / steps.STEP).is_file() for place in folders):
             base, data, *teachers = map(steps.open_product, folders)
             return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], teachers, strict=True)))
-    base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace)
-    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in wanted}
+    run = steps.open_run(recipe, workspace)
+    teachers = {name: steps.finetune_teacher(run, name) for name in wanted}
     places = {name: str(product.folder) for name, product in teachers.items()}
     write_json(
-        note, {"base": str(base.folder), "data": str(data.folder), "teachers": places, "settings": decided(full)}
+        note,
+        {"base": str(run.base.folder), "data": str(run.data.folder), "teachers": places, "settings": decided(full)},
     )
-    return Shared(workspace, folder, base, data, teachers)
+    return Shared(workspace, folder, run.base, run.data, teachers)

@@ -38,7 +38,7 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
     for variant, recipe in trial.items():
         targets = needs_targets(recipe.distill)
         if targets not in opened:
-            ready = open_training(recipe, shared.base, shared.data, shared.teachers, shared.workspace)
+            ready = open_training(shared.run(recipe), shared.teachers)
             facts = {name: product.facts for name, product in shared.teachers.items()}
             counts = shared.data.facts["counts"]
             settle(preflight(recipe, ready.backbone, shared.base.pipeline, ready.fields, facts, ready.encoded, counts))

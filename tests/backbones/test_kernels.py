@@ -103,9 +103,9 @@ def test_a_student_of_an_eight_bit_base_is_exported_whole(tiny_base, tmp_path):
         ],
     )
     base, data = steps.resolve_base(recipe, tmp_path), steps.build_data(recipe, tmp_path, repo=tmp_path)
-    teachers = {name: steps.finetune_teacher(recipe, name, base, data, tmp_path) for name in recipe.teachers}
-    student = steps.distill_student(recipe, base, data, teachers, tmp_path)
+    teachers = {name: steps.finetune_teacher(steps.Run(recipe, tmp_path, base, data), name) for name in recipe.teachers}
+    student = steps.distill_student(steps.Run(recipe, tmp_path, base, data), teachers)
     opened = load_backbone(student.pipeline, recipe.model.model_copy(update={"quantize": None}))
     assert opened.transformer.proj_out.weight.dtype == torch.float32
     assert type(opened.transformer.proj_out.weight.data) is torch.Tensor
-    assert steps.evaluate_student(recipe, base, data, teachers, student, tmp_path).facts["scores"]
+    assert steps.evaluate_student(steps.Run(recipe, tmp_path, base, data), teachers, student).facts["scores"]

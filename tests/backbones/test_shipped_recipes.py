@@ -119,14 +119,16 @@ def test_two_lora_teachers_become_one_student(folder_of, family, tmp_path, monke
     workspace = tmp_path / "runs"
     product = steps.resolve_base(recipe, workspace)
     data = steps.build_data(recipe, workspace, repo=tmp_path)
-    teachers = {name: steps.finetune_teacher(recipe, name, product, data, workspace) for name in recipe.teachers}
-    student = steps.distill_student(recipe, product, data, teachers, workspace)
-    report = steps.evaluate_student(recipe, product, data, teachers, student, workspace)
+    teachers = {
+        name: steps.finetune_teacher(steps.Run(recipe, workspace, product, data), name) for name in recipe.teachers
+    }
+    student = steps.distill_student(steps.Run(recipe, workspace, product, data), teachers)
+    report = steps.evaluate_student(steps.Run(recipe, workspace, product, data), teachers, student)
     assert (report.folder / "report.html").is_file()
 
     exported = load_backbone(student.pipeline, recipe.model.model_copy(update={"dtype": "float32"}))
     base = load_backbone(folder_of(family), recipe.model)
-    ready = steps.open_training(recipe, product, data, teachers, workspace)
+    ready = steps.open_training(steps.Run(recipe, workspace, product, data), teachers)
     far, near = 0.0, 0.0  # over both tasks: SD 3.5 has only the prompt to tell them by, and learns their mean first
     for task, rows in ready.encoded.rows_by_task().items():
         taught = load_field(base, task, teachers[recipe.tasks[task].teacher].folder)

@@ -41,7 +41,7 @@ def handed(monkeypatch, step, products) -> list[list[str]]:
 
     def make(what: str, command: list[str], variables: dict[str, str] | None = None) -> None:
         commands.append([*(f"{name}={value}" for name, value in (variables or {}).items()), *command])
-        folder = steps.student_folder(RECIPE, *products, step.workspace)
+        folder = steps.student_folder(steps.Run(RECIPE, step.workspace, *products[:2]), products[2])
         write_json(folder / steps.STEP, {"digest": "made", "facts": {}})
 
     monkeypatch.setattr(training, "hand_over", make)
@@ -125,7 +125,8 @@ def test_a_job_is_rendered_with_what_the_placement_gives_and_followed(step, prod
 
 def test_one_gpu_is_trained_in_the_step_itself(step, products, handed, monkeypatch):
     monkeypatch.setattr(steps, "distill_student", lambda *given: given)
-    assert train_student(step, *products, Way(gpus=1), {}) == (RECIPE, *products, step.workspace)
+    run = steps.Run(RECIPE, step.workspace, *products[:2])
+    assert train_student(step, *products, Way(gpus=1), {}) == (run, products[2])
     assert handed == []
 
 

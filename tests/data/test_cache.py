@@ -208,9 +208,9 @@ def test_training_is_the_same_with_a_cache_made_by_the_command(tiny_base, tmp_pa
     for more in ([], [f"cache={tmp_path / 'shared'}"]):
         recipe = load_recipe("world", settings + more)
         base, data = steps.resolve_base(recipe, tmp_path / "w"), steps.build_data(recipe, tmp_path / "w")
-        teachers = {"base": steps.finetune_teacher(recipe, "base", base, data, tmp_path / "w")}
+        teachers = {"base": steps.finetune_teacher(steps.Run(recipe, tmp_path / "w", base, data), "base")}
         place = tmp_path / f"w{len(losses)}"
-        student = steps.distill_student(recipe, base, data, teachers, place)
+        student = steps.distill_student(steps.Run(recipe, place, base, data), teachers)
         losses.append((student.facts["loss"], student.digest))
     assert losses[0] == losses[1]
     assert sorted(p.name for p in (tmp_path / "shared").rglob("*.safetensors")) == made  # nothing was missing

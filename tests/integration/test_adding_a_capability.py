@@ -99,12 +99,12 @@ def register_first(workspace) -> str:
 
 def run_chain(recipe, workspace):
     base = steps.resolve_base(recipe, workspace)
-    data = steps.build_data(recipe, workspace, repo=workspace)
-    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in recipe.teachers}
-    student = steps.distill_student(recipe, base, data, teachers, workspace)
-    evaluation = steps.evaluate_student(recipe, base, data, teachers, student, workspace)
-    lineage = steps.lineage(recipe, base, data, teachers, student)
-    result = steps.register_student(recipe, student, evaluation, lineage, None, workspace)
+    run = steps.Run(recipe, workspace, base, steps.build_data(recipe, workspace, repo=workspace))
+    teachers = {name: steps.finetune_teacher(run, name) for name in recipe.teachers}
+    student = steps.distill_student(run, teachers)
+    evaluation = steps.evaluate_student(run, teachers, student)
+    lineage = steps.lineage(run, teachers, student)
+    result = steps.register_student(run, teachers, student, evaluation)
     return teachers, lineage, student, evaluation, result
 
 

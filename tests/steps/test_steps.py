@@ -59,8 +59,10 @@ def workspace(tmp_path_factory) -> Path:
 def run_to_student(recipe, workspace):
     base = steps.resolve_base(recipe, workspace)
     data = steps.build_data(recipe, workspace, repo=workspace)
-    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in recipe.teachers}
-    return base, data, teachers, steps.distill_student(recipe, base, data, teachers, workspace)
+    teachers = {
+        name: steps.finetune_teacher(steps.Run(recipe, workspace, base, data), name) for name in recipe.teachers
+    }
+    return base, data, teachers, steps.distill_student(steps.Run(recipe, workspace, base, data), teachers)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
 def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder, workspace, made, method, trained):
     settings = ["distill.start=base", "distill.trainable=full", f"distill.method={method}"]
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
-    student = steps.distill_student(recipe, *made[:3], workspace)
+    student = steps.distill_student(steps.Run(recipe, workspace, *made[:2]), made[2])
     assert student.facts["steps"] == trained
     assert set(student.facts["loss"]) == (set(recipe.tasks) if trained else set())
     assert student.facts["forwards_per_sample"] == trained
@@ -191,7 +193,7 @@ def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder,
 
 def test_evaluation_and_registration_follow(recipe, workspace, made):
     base, data, teachers, student = made
-    evaluation = steps.evaluate_student(recipe, base, data, teachers, student, workspace)
+    evaluation = steps.evaluate_student(steps.Run(recipe, workspace, base, data), teachers, student)
     metrics = read_json(evaluation.folder / "metrics.json")
     assert set(metrics["scores"]) == {"base", "local_edit", "global_style", "student"}
     assert (evaluation.folder / "report.html").stat().st_size > 10_000
@@ -207,7 +209,7 @@ def test_evaluation_and_registration_follow(recipe, workspace, made):
     assert re.search(r"- cost, CPU core hours: [\d.e-]+\n", told) and f"- software, torch: {torch.__version__}" in told
     for fact in ("recipe", "code", "dvc", "data", "base", "student"):
         assert f"- Run, {fact}: " in told
-    lineage = steps.lineage(recipe, base, data, teachers, student)
+    lineage = steps.lineage(steps.Run(recipe, workspace, base, data), teachers, student)
     assert lineage["teachers"] == {name: product.digest for name, product in teachers.items()}
     assert json.dumps(lineage)
 
@@ -220,10 +222,12 @@ def test_a_teacher_no_better_than_the_base_fails_with_the_figures(base_folder, w
     teacher = f"{{kind: lora, path: {made[2]['global_style'].folder}}}"
     settings = [f"model.base={base_folder}", *SMALL, f"teachers.global_style={teacher}"]
     with pytest.raises(UserError, match=r"no better than the base on its task 'global_style' \(psnr 2, the base 2.5"):
-        steps.finetune_teacher(load_recipe("world", settings), "global_style", *made[:2], workspace / "lost")
+        steps.finetune_teacher(steps.Run(load_recipe("world", settings), workspace / "lost", *made[:2]), "global_style")
     assert not list((workspace / "lost" / "teachers").iterdir())
     with caplog.at_level(logging.WARNING, "danceopd"):  # a metric without a gate is there to be looked at
-        product = steps.finetune_teacher(with_teacher(base_folder, teacher), "global_style", *made[:2], workspace / "l")
+        product = steps.finetune_teacher(
+            steps.Run(with_teacher(base_folder, teacher), workspace / "l", *made[:2]), "global_style"
+        )
     assert "global_style is no better than the base on global_style, which has no gates" in caplog.text
     assert product.facts["scores"] == {"global_style": {"base": {"psnr": 2.5}, "teacher": {"psnr": 2.0}}}
 
@@ -232,7 +236,7 @@ def test_a_teacher_that_exists_is_taken_and_proved(base_folder, workspace, made)
     path = made[2]["global_style"].folder
     settings = [f"teachers.global_style={{kind: lora, path: {path}}}"]
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
-    product = steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+    product = steps.finetune_teacher(steps.Run(recipe, workspace, *made[:2]), "global_style")
     assert product.facts["scores"] == made[2]["global_style"].facts["scores"]
 
 
@@ -274,10 +278,10 @@ def test_a_teacher_that_changes_nothing_is_refused_by_name(base_folder, workspac
         with pytest.raises(
             UserError, match=rf"teachers\.global_style changes the base's velocity by .* nothing; .*{why}"
         ):
-            steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+            steps.finetune_teacher(steps.Run(recipe, workspace, *made[:2]), "global_style")
     recipe = with_teacher(base_folder, f"{{kind: checkpoint, path: {tmp_path / 'fresh'}}}")
     with pytest.raises(UserError, match=r"kind is checkpoint, and .* holds a lora; write kind: lora"):
-        steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+        steps.finetune_teacher(steps.Run(recipe, workspace, *made[:2]), "global_style")
 
 
 def test_guidance_that_finds_no_prompt_is_refused(base_folder, made, tmp_path):
@@ -289,7 +293,9 @@ def test_guidance_that_finds_no_prompt_is_refused(base_folder, made, tmp_path):
     save_file(state | {"context_embedder.weight": 0 * state["context_embedder.weight"]}, file, {"format": "pt"})
     recipe = with_teacher(deaf, "{kind: base, guidance: 3}")
     with pytest.raises(UserError, match=r"teachers\.global_style changes .* guidance finds no difference between"):
-        steps.finetune_teacher(recipe, "global_style", steps.resolve_base(recipe, tmp_path), made[1], tmp_path)
+        steps.finetune_teacher(
+            steps.Run(recipe, tmp_path, steps.resolve_base(recipe, tmp_path), made[1]), "global_style"
+        )
 
 
 def test_merged_and_other_checkpoints_teach(base_folder, workspace, made, tmp_path):
@@ -308,7 +314,7 @@ def test_merged_and_other_checkpoints_teach(base_folder, workspace, made, tmp_pa
     wanted = probe(lora, condition)
     for name, same in (("merged", True), ("merged.safetensors", True), ("other.safetensors", False)):
         recipe = with_teacher(base_folder, f"{{kind: checkpoint, path: {tmp_path / name}}}")
-        product = steps.finetune_teacher(recipe, "global_style", base, data, workspace)
+        product = steps.finetune_teacher(steps.Run(recipe, workspace, base, data), "global_style")
         found = probe(load_field(load_backbone(base_folder, model), "x", product.folder), condition)
         assert torch.allclose(found, wanted, atol=1e-4) == same
 
@@ -316,9 +322,11 @@ def test_merged_and_other_checkpoints_teach(base_folder, workspace, made, tmp_pa
 def test_missing_things_are_named(recipe, workspace, made):
     base, data, teachers, _ = made
     with pytest.raises(UserError, match="teacher 'painter' is not in the recipe; teachers are: "):
-        steps.finetune_teacher(recipe, "painter", base, data, workspace)
+        steps.finetune_teacher(steps.Run(recipe, workspace, base, data), "painter")
     with pytest.raises(UserError, match=r"lacks the teacher\(s\) global_style"):
-        steps.distill_student(recipe, base, data, {"base": teachers["base"], "local_edit": teachers["base"]}, workspace)
+        steps.distill_student(
+            steps.Run(recipe, workspace, base, data), {"base": teachers["base"], "local_edit": teachers["base"]}
+        )
     with pytest.raises(UserError, match="no finished step there"):
         steps.open_product(workspace)
 
@@ -329,7 +337,7 @@ def test_a_task_without_training_records_is_named(recipe, workspace, made, base_
     bare = load_recipe("world", [f"model.base={base_folder}", *SMALL, sizes])
     data = steps.build_data(bare, workspace, repo=workspace)
     with pytest.raises(UserError, match=r"no training records for task\(s\) local_edit"):
-        steps.distill_student(bare, base, data, teachers, workspace)
+        steps.distill_student(steps.Run(bare, workspace, base, data), teachers)
 
 
 def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monkeypatch, caplog):
@@ -346,15 +354,17 @@ def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monke
     base, data, teachers, _ = made
     scores = iter([0.1, 0.2])  # the random base's guided pictures are no better than its own
     monkeypatch.setattr(ev, "score_records", lambda field, *_: ev.Scored(None, {"scene_accuracy": [next(scores)]}))
-    strong = steps.finetune_teacher(guided, "strong", base, data, workspace)
+    strong = steps.finetune_teacher(steps.Run(guided, workspace, base, data), "strong")
     monkeypatch.undo()
     assert read_json(strong.folder / "field.json")["guidance"] == {"scale": 3.0, "batched": True}
     assert strong.facts["scores"]["t2i"]["teacher"] == {"scene_accuracy": 0.2}
     with caplog.at_level(logging.INFO, "danceopd"):
-        student = steps.distill_student(guided, base, data, teachers | {"strong": strong}, workspace)
+        student = steps.distill_student(steps.Run(guided, workspace, base, data), teachers | {"strong": strong})
     assert student.facts["loss"]["t2i"] > 1e-6  # plain, the base would teach itself
     assert any("teacher 'strong' and the student differ" in line for line in caplog.messages)
-    evaluation = steps.evaluate_student(guided, base, data, teachers | {"strong": strong}, student, workspace)
+    evaluation = steps.evaluate_student(
+        steps.Run(guided, workspace, base, data), teachers | {"strong": strong}, student
+    )
     scores = read_json(evaluation.folder / "metrics.json")["scores"]
     assert scores["strong"]["t2i"]["psnr"] != scores["base"]["t2i"]["psnr"]
 
@@ -365,21 +375,21 @@ def test_a_teacher_that_cannot_be_proved_is_not_trained(recipe, made, tmp_path, 
     unsplit = steps.Product(data.folder, "1" * 64, data.facts | {"counts": counts})
     monkeypatch.setattr("danceopd.finetune.finetune", None)
     with pytest.raises(UserError, match=r"task 'global_style': no records in split 'val', on which teacher 'global_s"):
-        steps.finetune_teacher(recipe, "global_style", base, unsplit, tmp_path)
+        steps.finetune_teacher(steps.Run(recipe, tmp_path, base, unsplit), "global_style")
 
 
 def test_a_guided_teacher_no_better_than_the_base_is_refused(base_folder, workspace, made):
     settings = ["teachers.strong={kind: base, guidance: 3}", "tasks.t2i.teacher=strong"]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     with pytest.raises(UserError, match="teacher 'strong' is no better than the base on its task 't2i'"):
-        steps.finetune_teacher(guided, "strong", *made[:2], workspace)
+        steps.finetune_teacher(steps.Run(guided, workspace, *made[:2]), "strong")
 
 
 def test_a_guided_checkpoint_keeps_its_weights(base_folder, workspace, made):
     path = made[2]["global_style"].folder
     settings = [f"teachers.global_style={{kind: lora, path: {path}, guidance: 1.01, guidance_batched: false}}"]
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
-    product = steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+    product = steps.finetune_teacher(steps.Run(recipe, workspace, *made[:2]), "global_style")
     assert read_json(product.folder / "field.json")["guidance"] == {"scale": 1.01, "batched": False}
     assert product.facts["scores"] != made[2]["global_style"].facts["scores"]
 
@@ -399,7 +409,7 @@ def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tm
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     made = run_to_student(recipe, tmp_path)
     student = made[3]
-    evaluation = steps.evaluate_student(recipe, *made, tmp_path)
+    evaluation = steps.evaluate_student(steps.Run(recipe, tmp_path, *made[:2]), *made[2:])
     assert set(evaluation.facts["scores"]) == {"t2i", "local_edit", "global_style"}
     assert verify_export(student.pipeline, recipe, student.folder / "probe.safetensors") < 1e-3
 
@@ -414,7 +424,7 @@ def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, 
     with pytest.raises(
         UserError, match=r"unknown task\(s\) paint \(2\)(.|\n)*no better than the base \(psnr 1, the base 2"
     ):
-        steps.distill_student(recipe, base, strange, teachers | {"global_style": product}, workspace)
+        steps.distill_student(steps.Run(recipe, workspace, base, strange), teachers | {"global_style": product})
     assert not [p for p in (workspace / "students").iterdir() if p.name.startswith(".")]
 
 
@@ -426,7 +436,7 @@ def test_a_teacher_pipeline_of_another_latent_space_is_refused(base_folder, work
         "world", [f"model.base={base_folder}", *SMALL, f"teachers.global_style={{kind: checkpoint, path: {other}}}"]
     )
     with pytest.raises(UserError, match=r"another latent space than the base: vae/config.json, scaling_factor is 9"):
-        steps.finetune_teacher(recipe, "global_style", *made[:2], workspace)
+        steps.finetune_teacher(steps.Run(recipe, workspace, *made[:2]), "global_style")
 
 
 def test_the_data_revision_follows_recipe_and_inputs(recipe, tmp_path):
@@ -463,8 +473,10 @@ def test_a_start_that_teaches_no_task_is_brought_along(base_folder, workspace, m
     recipe = load_recipe("world", settings)
     base, data, teachers, _ = made
     with pytest.raises(UserError, match=r"lacks the teacher\(s\) global_style"):
-        steps.distill_student(recipe, base, data, {n: t for n, t in teachers.items() if n != "global_style"}, workspace)
-    student = steps.distill_student(recipe, base, data, teachers, workspace)
+        steps.distill_student(
+            steps.Run(recipe, workspace, base, data), {n: t for n, t in teachers.items() if n != "global_style"}
+        )
+    student = steps.distill_student(steps.Run(recipe, workspace, base, data), teachers)
     loss = read_json(student.folder / "history.json")[0]["loss"]
     assert loss["t2i"] > 1e-6  # it does not start as the base, which teaches this task
 
@@ -491,4 +503,4 @@ def test_a_teacher_that_nothing_here_can_measure_is_refused(base_folder, workspa
     ]
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     with pytest.raises(UserError, match=r"none of its metrics can be measured here \(clip_score: evaluate.networks"):
-        steps.finetune_teacher(guided, "strong", *made[:2], workspace)
+        steps.finetune_teacher(steps.Run(guided, workspace, *made[:2]), "strong")

@@ -286,8 +286,10 @@ SMALL = [
 def student(base_folder, workspace, *settings):
     recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     base, data = steps.resolve_base(recipe, workspace), steps.build_data(recipe, workspace, repo=workspace)
-    teachers = {name: steps.finetune_teacher(recipe, name, base, data, workspace) for name in recipe.teachers}
-    return steps.distill_student(recipe, base, data, teachers, workspace)
+    teachers = {
+        name: steps.finetune_teacher(steps.Run(recipe, workspace, base, data), name) for name in recipe.teachers
+    }
+    return steps.distill_student(steps.Run(recipe, workspace, base, data), teachers)
 
 
 @pytest.mark.slow
