@@ -140,6 +140,13 @@ class EncodingCache:
         return rows
 
 
+def strangers(folder: Path) -> list[str] | None:
+    """What a cache's folder holds beside the cache; None if it holds none. See `danceopd.files.check_output`."""
+    names = [path.name for path in folder.iterdir()]
+    own = [name for name in names if name == INDEX or name.startswith(("pictures-", "prompts-"))]
+    return sorted(set(names) - set(own)) if own else None
+
+
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path}: damaged ({' '.join(why.split())}); delete it, and what it held is encoded again")
 
