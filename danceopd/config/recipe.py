@@ -5,7 +5,7 @@ A field that does not exist is an error that lists the right ones; a value out o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -23,8 +23,23 @@ KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
 PLACING = {"offload": True}
 
 
+# What a recipe calls things is the name of folders, files, metrics and adapters, and of things in MLflow.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]  # an adapter's takes no dot
+StoredName = Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, data: Any) -> Any:
+        """YAML reads `yes`, `on` and `true` as one thing, which pydantic would take for the number 1."""
+        for name, field in cls.model_fields.items():
+            if isinstance(data, dict) and _holds_truth(data.get(name)) and not _takes_truth(field.annotation):
+                raise ValueError(f"{name}: yes, no, on, off, true and false are one thing in YAML, and not taken here")
+        return data
 
     def decisive(self) -> dict[str, Any]:
         """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
@@ -35,6 +50,19 @@ OUT_LAYERS = (9, 18, 27)
 
 
 DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_truth, value.values()))
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_truth, value)))
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether a field takes booleans, or is a part that looks after its own fields."""
+    if annotation in (bool, Any, JsonValue) or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return True
+    return any(map(_takes_truth, get_args(annotation)))
 
 
 class ModelRecipe(_Part):
@@ -77,7 +105,7 @@ class DataRecipe(_Part):
     """The task-tagged dataset. Either inputs to assemble, or the sizes of the generated world."""
 
     inputs: tuple[str, ...] = Field((), description="Parquet files or folders in the schema, image folders")
-    world: dict[str, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
+    world: dict[Name, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -412,26 +440,36 @@ class EvaluateRecipe(_Part):
     resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
     networks: NetworksRecipe = NetworksRecipe()
     judge: JudgeRecipe | None = None
-    benchmarks: dict[str, BenchmarkRecipe] = {}
+    benchmarks: dict[Name, BenchmarkRecipe] = {}
 
 
 class RegisterRecipe(_Part):
     """Where a student that holds its gates goes."""
 
-    model: str = Field(description="name in the MLflow model registry")
-    experiment: str = "danceopd"
+    model: StoredName = Field(description="name in the MLflow model registry")
+    experiment: StoredName = "danceopd"
     license: str = Field("other", description="of the student, for its model card; it follows base and teachers")
+
+    @model_validator(mode="after")
+    def _names_are_mlflows(self):
+        for what, name in (("model", self.model), ("experiment", self.experiment)):
+            if not name.strip():
+                raise ValueError(f"{what}: blank; give it a name")
+        # MLflow takes it for a path or a URI, and says so only when the student is registered.
+        if set(self.model) & set("/:\\%?#") or self.model in (".", ".."):
+            raise ValueError(f"model: {self.model!r} is no name in MLflow's registry; leave out / : \\ % ? #")
+        return self
 
 
 class Recipe(_Part):
     """One run, from data to a registered student."""
 
-    name: str
+    name: Name
     seed: int = Field(0, ge=0, description="of what trains and names no own one: data order, teachers, student")
     model: ModelRecipe
     data: DataRecipe
-    tasks: dict[str, TaskRecipe] = Field(min_length=1)
-    teachers: dict[str, Teacher] = Field(min_length=1)
+    tasks: dict[Name, TaskRecipe] = Field(min_length=1)
+    teachers: dict[TeacherName, Teacher] = Field(min_length=1)
     distill: DistillRecipe
     evaluate: EvaluateRecipe = EvaluateRecipe()
     register_as: RegisterRecipe
