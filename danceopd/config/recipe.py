@@ -5,11 +5,12 @@ A field that does not exist is an error that lists the right ones; a value out o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from danceopd.config.parts import MODULE_WORDS, Name, Part, StoredName, TeacherName
 from danceopd.files import content_key
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -23,24 +24,7 @@ KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
 PLACING = {"offload": True}
 
 
-# What a recipe calls things is the name of folders, files, metrics and adapters, and of things in MLflow.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
-TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]  # an adapter's takes no dot
-StoredName = Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, data: Any) -> Any:
-        """YAML reads `yes`, `on` and `true` as one thing, which pydantic would take for the number 1."""
-        for name, field in cls.model_fields.items():
-            if isinstance(data, dict) and _holds_truth(data.get(name)) and not _takes_truth(field.annotation):
-                raise ValueError(f"{name}: yes, no, on, off, true and false are one thing in YAML, and not taken here")
-        return data
-
+class _Part(Part):
     def decisive(self) -> dict[str, Any]:
         """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
         return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
@@ -50,19 +34,6 @@ OUT_LAYERS = (9, 18, 27)
 
 
 DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
-
-
-def _holds_truth(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_truth, value.values()))
-    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_truth, value)))
-
-
-def _takes_truth(annotation: Any) -> bool:
-    """Whether a field takes booleans, or is a part that looks after its own fields."""
-    if annotation in (bool, Any, JsonValue) or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        return True
-    return any(map(_takes_truth, get_args(annotation)))
 
 
 class ModelRecipe(_Part):
@@ -440,7 +411,7 @@ class EvaluateRecipe(_Part):
     resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
     networks: NetworksRecipe = NetworksRecipe()
     judge: JudgeRecipe | None = None
-    benchmarks: dict[Name, BenchmarkRecipe] = {}
+    benchmarks: dict[Name, BenchmarkRecipe] = Field({})
 
 
 class RegisterRecipe(_Part):
@@ -498,6 +469,10 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _names_fit(self):
+        if taken := sorted(set(MODULE_WORDS.split()) & set(self.teachers)):
+            raise ValueError(
+                f"teachers.{taken[0]}: torch's modules have a part of that name; call the teacher otherwise"
+            )
         for task, spec in self.tasks.items():
             if spec.teacher not in self.teachers:
                 raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")
