@@ -10,7 +10,7 @@ import sys
 import pytest
 from test_manifests import MANIFESTS, built, needs_kustomize, of_kind, restricted_problems
 
-from danceopd.recipe import load_recipe
+from danceopd.config.load import load_recipe
 
 METRIC = re.compile(r"([\w|-]+)\s*=\s*([+-]?\d*(\.\d+)?([Ee][+-]?\d+)?)")  # Katib's default for standard output
 

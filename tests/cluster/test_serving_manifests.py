@@ -8,7 +8,7 @@ import pytest
 import typer
 from test_manifests import built, needs_kustomize, of_kind, pod_specs
 
-from danceopd.cli import app
+from danceopd.cli.main import app
 from danceopd.serving.metrics import Metrics
 
 FOLDERS = ["serving", "overlays/gpu/serving"]

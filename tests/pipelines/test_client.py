@@ -13,8 +13,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from danceopd import tracking
-from danceopd.recipe import load_recipe
+from danceopd.config.load import load_recipe
+from danceopd.tracking import mlflow_store
 from pipelines.retrain import read_inputs
 
 sys.path.append(str(Path(__file__).parents[1] / "cluster"))
@@ -33,7 +33,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import danceopd.evaluation.statistics  # what `registry compare` and `promote` count with
-from danceopd.cli import main
+from danceopd.cli.main import main
 results = []
 for arguments in json.loads(sys.argv[2]):
     out = io.StringIO()
@@ -143,8 +143,8 @@ def test_commands_of_a_cluster_run(tmp_path):
 
 @pytest.mark.slow
 def test_commands_of_the_registry_run(tmp_path):
-    uri = tracking.default_tracking_uri(tmp_path)
-    client, recipe = tracking.open_client(uri), load_recipe("world")
+    uri = mlflow_store.default_tracking_uri(tmp_path)
+    client, recipe = mlflow_store.open_client(uri), load_recipe("world")
     client.create_registered_model(recipe.register_as.model)
     for _ in range(2):
         tags = read_inputs(recipe).tags() | {"decision": "x", "reasons": "[]"}
