@@ -103,7 +103,7 @@ class TrainRecipe(_Part):
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(gt=0)
-    batch: int = Field(gt=0, description="samples an optimizer step, over all processes")
+    batch: int = Field(gt=0, description="samples per optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts a batch is worked off in: less memory, the same update")
     warmup: int = Field(20, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -157,7 +157,7 @@ class SelectRecipe(_Part):
     """
 
     every: int = Field(gt=0, description="steps between validations")
-    per_task: int = Field(48, gt=0, description="validation records a task")
+    per_task: int = Field(48, gt=0, description="validation records per task")
     patience: int | None = Field(None, gt=0, description="end after this many validations without a better one")
     stop_when_held: bool = Field(False, description="end at the first validation that holds every gate")
 
@@ -177,14 +177,14 @@ READ_BY = {
 
 
 class DistillRecipe(TrainRecipe):
-    """On-policy distillation: one query (K = 1) a sample, from `window`, on a grid of `rollout_steps`.
+    """On-policy distillation: one query (K = 1) per sample, from `window`, on a grid of `rollout_steps`.
 
     `window` is a name, a range `[sigma_lo, sigma_hi]`, or a schedule: a list of phases, the last until 1.
     `method` is `danceopd`, or one that it is compared with (`danceopd.methods.table`).
     """
 
     method: Literal[METHODS] = "danceopd"
-    queries: int | None = Field(None, gt=0, description="dense: query states a sample (K); default 8")
+    queries: int | None = Field(None, gt=0, description="dense: query states per sample (K); default 8")
     merge_scale: float | None = Field(
         None, gt=0, description="of the merged task vectors; default 0.4 for merge_task_arithmetic, 1 for merge_ties"
     )
@@ -328,7 +328,7 @@ class TaskRecipe(_Part):
 class DriftRecipe(_Part):
     """How far the student's path leaves its teacher's, and what fewer sampling steps cost."""
 
-    records: int = Field(24, gt=0, description="held-out records a task, spread over them")
+    records: int = Field(24, gt=0, description="held-out records per task, spread over them")
     steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
     )

@@ -1,8 +1,8 @@
 """A cache of encodings that many workers fill and many runs share: a plain folder of safetensors shards.
 
     <cache>/index.json                         shards, their keys and sizes
-    <cache>/pictures-<group>/<keys>.safetensors   latents, one row a picture
-    <cache>/prompts-<group>/<keys>.safetensors    prompt embeddings, one row a prompt
+    <cache>/pictures-<group>/<keys>.safetensors   latents, one row per picture
+    <cache>/prompts-<group>/<keys>.safetensors    prompt embeddings, one row per prompt
 
 A group names the encoder and the resolution, a key the content (SHA-256 of the prompt or of the picture's bytes); so a
 grown dataset, another recipe and another machine find what fits them and add what is missing. A shard appears whole, by

@@ -61,7 +61,7 @@ class Study(Part):
     budget: Budget
     variants: dict[Name, Variant] = Field(min_length=1)
     split: Literal["val", "test"] = Field("val", description="held-out records to score on")
-    records: int = Field(gt=0, description="of them, at most so many a task")
+    records: int = Field(gt=0, description="of them, at most this many per task")
 
     @model_validator(mode="after")
     def _nothing_twice(self):
