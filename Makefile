@@ -4,7 +4,8 @@
 #   make test                     everything a change must pass
 #   make unit                     the inner loop: what takes no more than a few seconds a test
 #   make bench                    the CPU benchmarks, as a Markdown block for benchmarks/RESULTS.md
-#   make image                    the container image
+#   make image                    the container image; TARGET=compile: with a compiler, for recipes that say `compile`
+#   make client-image             the one for commands that only speak to servers, without torch
 #   make image-jobs               the Jobs of manifests/overlays/local in it, as their pods say; ENGINE=docker
 #
 #   PYTHON=python3.12             the interpreter .venv is made from
@@ -15,6 +16,8 @@
 PYTHON      ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
 IMAGE       ?= danceopd:dev
+CLIENT      ?= danceopd-client:dev
+TARGET      ?= full
 BASE_IMAGE  ?=
 BUILDER     ?= docker
 ENGINE      ?= podman
@@ -26,7 +29,7 @@ READY := .venv/.ready
 # compile 22,000 files of which a run imports 6,000, so the first run does, and only the first.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test unit bench image image-jobs
+.PHONY: run test unit bench image client-image image-jobs
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -46,7 +49,11 @@ bench: $(READY)
 
 image:
 	$(BUILDER) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
-		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) \
+		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) --target $(TARGET) \
+		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) .
+
+client-image:
+	$(BUILDER) build --target client --tag $(CLIENT) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
 		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) .
 
 image-jobs: $(READY)

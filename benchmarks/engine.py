@@ -1,4 +1,4 @@
-"""The distillation engine against the plain loop: samples a second, and the memory that models take.
+"""The distillation engine against the plain loop: samples per second, and the memory that models take.
 
 python -m benchmarks.engine [--sizes tiny,mid,large] [--windows ...] [--reference PATH] [--json PATH]
 """
@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> list[Report]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = arguments("samples a second and model memory: the engine against the plain loop")
+    parser = arguments("samples per second and model memory: the engine against the plain loop")
     parser.add_argument("--sizes", type=names(list(SIZES)), default=["tiny", "mid", "large"])
     parser.add_argument("--windows", type=names(list(NAMED)), default=["semantic", "low_noise", "uniform"])
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Transformer forwards a sample, counted by hooks on the network, against the formula of the method.
+"""Transformer forwards per sample, counted by hooks on the network, against the formula of the method.
 
     python -m benchmarks.forwards [--windows ...] [--batch 12] [--json PATH]
 
@@ -156,9 +156,9 @@ def measure(options: argparse.Namespace) -> list[Report]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = arguments("forwards a sample, counted on the network, against the formula")
+    parser = arguments("forwards per sample, counted on the network, against the formula")
     parser.add_argument("--windows", type=names(list(NAMED)), default=list(NAMED))
-    parser.add_argument("--batch", type=int, default=12, help="samples; the count does not hang on it")
+    parser.add_argument("--batch", type=int, default=12, help="samples; the count does not depend on it")
     return parser
 
 

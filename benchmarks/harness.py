@@ -104,7 +104,7 @@ def shown(value: object) -> str:
 
 
 def machine() -> dict:
-    """What the figures hang on, without naming the machine."""
+    """What the figures depend on, without naming the machine."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     facts = {
         "date": date.today().isoformat(),

@@ -34,7 +34,7 @@ class Reference:
     Args:
         checkout: folder of the release.
         setting: whose transformer, teachers, records and sampling grid it gets.
-        batch: samples an update, a multiple of the number of tasks.
+        batch: samples per update, a multiple of the number of tasks.
 
     Raises:
         UserError: if the folder holds no such release, or its process ends.

@@ -29,7 +29,7 @@ HOW = (
     "leaves the batch, the engine's way. `4 groups`: sorted by query, each group of 4 walks until its own last query. "
     "`one by one`: each alone to its query."
 )
-COLUMNS = ["transformer", "window", "way", "forwards a sample", "ms a sample", "times faster than whole grid"]
+COLUMNS = ["transformer", "window", "way", "forwards per sample", "ms per sample", "times faster than whole grid"]
 
 
 @dataclass(frozen=True)

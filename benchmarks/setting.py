@@ -40,7 +40,7 @@ class Size:
 
     Attributes:
         shape: heads, width of a head, double blocks, single blocks; None: the shipped base as it is.
-        batch: samples an update.
+        batch: samples per update.
         rounds: in which every side takes part.
         ladder: rounds in which the plain loop's variants take part.
     """

@@ -161,6 +161,6 @@ def read_notes(workspace: Path, run: str | None = None) -> list[dict]:
 
 
 def failures(notes: list[dict]) -> list[str]:
-    """Which steps failed and why, one text a step, for notes of a run that is over."""
+    """Which steps failed and why, one text per step, for notes of a run that is over."""
     ended = [note for note in notes if note["state"] != DONE]
     return [f"{note['step']}: {note.get('error', NO_LAST_WORD)}" for note in ended]

@@ -1,4 +1,4 @@
-"""Where a student is trained: in the step's own process, by one process a GPU of its pod, or by a job on several nodes.
+"""Where a student is trained: in the step's own process, one process per GPU of its pod, or a job on several nodes.
 
 A step may not import what speaks to Kubernetes (`pipelines.cluster`); it runs `danceopd job`, as a person would, whose
 exit codes and behaviour on a signal are made for it: the job of a run is found again by the step's next pod, and goes
@@ -147,7 +147,7 @@ def job_commands(
 
 
 def job_name() -> str:
-    """One a run: a step that is tried again finds the job of its first pod."""
+    """One per run: a step that is tried again finds the job of its first pod."""
     run = re.sub(r"[^a-z0-9]", "", os.environ.get(RUN_ID, "run").lower())
     return f"danceopd-distill-{run[:12]}"
 

@@ -55,8 +55,8 @@ def distill(
         record: called with every entry of the history as it is made, and again after an interruption.
 
     Returns:
-        The student's field, frozen, and its history: one entry a logged step with the mean loss by task since the
-        last, counts of query noise levels by task, forwards a sample and the gradient norm, and what validated then.
+        The student's field, frozen, and its history: one entry per logged step with the mean loss by task since the
+        last, counts of query noise levels by task, forwards per sample and the gradient norm, and what validated then.
         A merge trains nothing: its one entry is of step 0, with no losses.
 
     Raises:

@@ -40,7 +40,7 @@ def finetune(
         record: called with every entry of the history as it is made, and again after an interruption.
 
     Returns:
-        The teacher's field, frozen, and its history: one {"step", "loss", "grad_norm"} a logged step.
+        The teacher's field, frozen, and its history: one {"step", "loss", "grad_norm"} per logged step.
 
     Raises:
         Interrupted: after a save, if SIGTERM came.
@@ -103,7 +103,7 @@ def _parts(
     generator: torch.Generator,
     processes: Processes,
 ) -> Iterator[_Part]:
-    """This process's share of a batch, whose draws are made for all, so that they do not hang on who takes which."""
+    """This process's share of a batch, drawn for all of them, so that no draw depends on who takes which."""
     before = 0
     for group in encoded.shape_groups(rows):
         count = len(group)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from danceopd.config.load import say_invalid
+from danceopd.config.parts import Part
 from danceopd.config.shipped import read_settings
 
 PLACEMENTS = "pipelines.placements"  # the package of those that ship
@@ -15,11 +16,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", d
 Label = Annotated[str, Field(min_length=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Toleration(_Part):
+class Toleration(Part):
     """Of a taint; as Kubernetes has it.
 
     Attributes:
@@ -35,7 +32,7 @@ class Toleration(_Part):
     effect: Literal["NoSchedule", "NoExecute", "PreferNoSchedule"] = "NoSchedule"
 
 
-class Needs(_Part):
+class Needs(Part):
     """What one step takes.
 
     Attributes:
@@ -58,12 +55,12 @@ class Needs(_Part):
     cached: bool = True
     retries: int | None = None
     accelerator: str = ""
-    node_selector: dict[Label, str] = {}
+    node_selector: dict[Label, str] = Field({})
     tolerations: tuple[Toleration, ...] = ()
     shared_memory: int = 0
 
 
-class StepPlacement(_Part):
+class StepPlacement(Part):
     """What a placement says of a step, or of all that use an accelerator; what is left out stays as it is (`Needs`)."""
 
     cpu: Range | None = None
@@ -87,7 +84,7 @@ class StepPlacement(_Part):
         return {name: getattr(self, name) for name in self.model_fields_set}
 
 
-class SecretVariables(_Part):
+class SecretVariables(Part):
     """Environment variables from a Secret of the run's namespace.
 
     Attributes:
@@ -117,7 +114,7 @@ NEEDS = {
 CHAMPION_NEEDS = {"move_champion": Needs(cpu=(1, 1), memory=(1, 4), hours=1, cached=False, retries=0)}
 
 
-class Placement(_Part):
+class Placement(Part):
     """How a cluster runs the pipeline.
 
     Attributes:
@@ -147,7 +144,7 @@ class Placement(_Part):
     run_as_group: int | None = Field(1000, ge=0)
     tracking: str = "danceopd-tracking"
     gpu: StepPlacement = StepPlacement()
-    steps: dict[str, StepPlacement] = {}
+    steps: dict[str, StepPlacement] = Field({})
 
     @model_validator(mode="after")
     def _steps_are_known(self):

@@ -48,7 +48,7 @@ def student_pipeline(backbone, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
-    """A dataset folder of the small world: 12 train, 6 val and 6 test records a task."""
+    """A dataset folder of the small world: 12 train, 6 val and 6 test records per task."""
     from danceopd.data import world
     from danceopd.data.assemble import assemble
 

@@ -21,7 +21,7 @@ def pack_parts(prompts: list[list[Tensor]], length: int) -> Tensor:
     """Prompts that are several embedded parts each, as one tensor that tells them apart again.
 
     Args:
-        prompts: a list a prompt; each of its parts (L_i, D), any lengths.
+        prompts: one list per prompt; each of its parts (L_i, D), any lengths.
         length: rows of the result.
 
     Returns:

@@ -82,7 +82,7 @@ class QwenImage(PipelineBackbone):
         longest = self.settings.max_sequence_length
         ending = self._ending()
         packed = []
-        # One by one: no padding, so that an embedding hangs on nothing else, as in the stock pipeline.
+        # One by one: no padding, so that an embedding depends on nothing else, as in the stock pipeline.
         for prompt, pictures in zip(prompts, sources or [[]] * len(prompts), strict=True):
             shown = [self._shown(pixels) for pixels in pictures]
             full, empty = (self._embed(text, shown) for text in (prompt, ""))

@@ -30,7 +30,7 @@ class SD3(ShiftedLatentsBackbone):
         largest = self.transformer.config.pos_embed_max_size
         if max(rows, columns) > largest:
             raise UserError(
-                f"picture size {height}x{width}: this base has places for {largest * self._patch} pixels a side at most"
+                f"picture size {height}x{width}: this base takes at most {largest * self._patch} pixels per side"
             )
         return rows * columns, 4 * self.transformer.config.in_channels
 

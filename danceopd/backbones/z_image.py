@@ -67,7 +67,7 @@ class ZImage(ShiftedLatentsBackbone):
             inputs = {"x": pictures, "cap_feats": [parts[0] for parts in unpack_parts(prompt, 1, 1)]}
         else:
             if condition.source.shape != z.shape:
-                raise UserError("Z-Image edits one source image of the picture's own size a sample")
+                raise UserError("Z-Image edits one source image of the picture's own size per sample")
             sources = self._pictures(condition.source.to(dtype), rows, columns)
             inputs = {
                 "x": [list(pair) for pair in zip(sources, pictures, strict=True)],

@@ -39,7 +39,7 @@ def generate(
         list[str], typer.Option(help="for --grid: NAME=WEIGHTS, repeatable; default: those it was distilled from")
     ] = [],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="for --teacher: the base they belong to")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="pictures a forward pass; the last bit may depend on it")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="pictures per forward pass; the last bit may depend on it")] = 1,
     dtype: Annotated[Precision, typer.Option(help="of the weights")] = "float32",
 ) -> None:
     """Draw or edit pictures with a student: one, or a batch; `--grid` lays its teachers' beside them."""

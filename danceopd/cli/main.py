@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -11,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from danceopd import __version__
 from danceopd.cli.data import data_app
@@ -22,8 +25,9 @@ from danceopd.cli.steps import distill, evaluate, finetune, register
 from danceopd.cli.study import study
 from danceopd.cli.tracking import add_tracking
 from danceopd.cli.world import world_app
-from danceopd.errors import Interrupted, UserError
+from danceopd.errors import BAD_INPUT, Interrupted, mendable
 
+log = logging.getLogger(__name__)
 # typer brings its own copy of click, whose error base it does not export.
 UsageError = typer.BadParameter.__bases__[0]
 
@@ -65,27 +69,34 @@ def set_up_logging(level: int) -> None:
     logging.getLogger("danceopd").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
-def _mount_commands() -> None:
-    """Mount the sub-commands that packages above this one offer (`danceopd pipeline ...`)."""
+@functools.cache
+def root_command() -> TyperGroup:
+    """The whole command, with the sub-commands that packages above this one offer (`danceopd pipeline ...`)."""
     for entry in entry_points(group="danceopd.commands"):
         app.add_typer(entry.load(), name=entry.name)
+    return get_command(app)
 
 
 def main() -> None:
-    """Entry point: maps errors a user can mend to one line and exit code 2."""
+    """Entry point: what a user can mend becomes one line and an exit code, mostly 2; only a bug is a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    _mount_commands()
     try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        sys.exit(_say(str(error), 2))
+        code = root_command().main(standalone_mode=False)
     except UsageError as error:
         where = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-        sys.exit(_say(error.format_message() + where, 2))
+        sys.exit(_say(error.format_message() + where, BAD_INPUT))
     except Interrupted as stop:
         sys.exit(_say(str(stop), stop.code))
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(_say("interrupted", 130))
+    except BrokenPipeError:  # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except Exception as error:
+        if (told := mendable(error)) is None:
+            raise
+        log.debug("what led to it", exc_info=error)
+        sys.exit(_say(*told))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -25,7 +25,7 @@ def check(
     recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a YAML file")],
     overrides: SetOption = [],  # noqa: B006
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together")] = 1,
-    tflops: Annotated[float, typer.Option(min=0.01, help="operations a second of one GPU as used, in 10^12")] = 300.0,
+    tflops: Annotated[float, typer.Option(min=0.01, help="operations per second of one GPU as used, in 10^12")] = 300.0,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Say what a recipe loads, the memory of each GPU, the forwards of an update, and about how long it takes."""
@@ -57,7 +57,7 @@ def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> 
     table.add_row(
         "transformer",
         f"{_large(ahead.parameters)} weights, "
-        f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens a sample at most",
+        f"{ahead.tokens[0]} picture and {ahead.tokens[1]} prompt tokens per sample at most",
     )
     table.add_row(
         "memory per GPU",
@@ -67,7 +67,7 @@ def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> 
     table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
     table.add_row(
         "forwards",
-        f"{ahead.forwards:.1f} a sample, {update:,.0f} an update of {spec.batch}, "
+        f"{ahead.forwards:.1f} per sample, {update:,.0f} per update of {spec.batch}, "
         f"{update * spec.steps:,.0f} in {spec.steps:,} updates",
     )
     table.add_row("one forward", f"{_large(ahead.operations)} operations")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from danceopd.cli.generate import STEPS, Precision
+from danceopd.cli.options import StoreOption
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:  # slow to import, and --help needs none of it
     import socket
 
 KEY = "DANCEOPD_API_KEY"
+CACHE = Path(tempfile.gettempdir()) / "danceopd-serving"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAMED = [*LOOPBACK, "[::1]"]  # in a request's Host header
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="a student's pipeline folder")],
+    model: Annotated[str, typer.Argument(help="a student's pipeline folder, or models:/NAME@ALIAS of the registry")],
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     name: Annotated[str | None, typer.Option(help="of the model in the API; default: its folder's")] = None,
@@ -33,14 +36,23 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are told to come again")] = 8,
     grace: Annotated[int, typer.Option(min=0, help="seconds for the request in work once told to stop")] = 25,
     dtype: Annotated[Precision, typer.Option(help="of the weights")] = "float32",
+    tracking_uri: StoreOption = None,
+    follow_every: Annotated[int, typer.Option(min=1, help="seconds between two looks at the alias")] = 30,
+    cache: Annotated[Path, typer.Option(help="folder for registered versions")] = CACHE,
 ) -> None:
     """Serve a student over HTTP: OpenAI's images API, health, metrics, and a page to try it.
 
-    A key in the environment variable DANCEOPD_API_KEY is asked of every client as a bearer token.
+    By models:/NAME@ALIAS it follows the alias: another version takes over between two requests, once it has drawn a
+    probe picture. A key in the environment variable DANCEOPD_API_KEY is asked of every client as a bearer token.
     """
     from danceopd.inference.generate import read_settings
+    from danceopd.serving.reference import parse_reference
 
-    read_settings(model)  # a wrong folder is said before anything starts
+    reference = parse_reference(model)
+    if reference is None:
+        read_settings(Path(model))  # a wrong folder is said before anything starts
+    elif not tracking_uri:
+        raise UserError(f"{model}: name the registry by --tracking-uri or MLFLOW_TRACKING_URI")
     if steps > max_steps:
         raise UserError(f"--steps {steps} is more than --max-steps {max_steps}")
     key = os.environ.get(KEY)
@@ -49,22 +61,28 @@ def serve(
         raise UserError(f"{KEY} is set and empty; give it a key, or unset it")
     listener = _listen(host, port)
 
-    from danceopd.inference.generate import open_student
+    from danceopd.serving.follower import following, from_folder
     from danceopd.serving.schema import Limits
     from danceopd.serving.server import run_server
 
     limits = Limits(steps, max_steps, max_n, max_pixels, max_sources, max_upload_mb * 1_000_000)
     shown = f"[{host}]" if ":" in host else host
+    if reference is None:
+        load, follow, shown_name = from_folder(Path(model), dtype), None, _name(Path(model))
+    else:
+        load, follow = following(reference, str(tracking_uri), cache, dtype, follow_every)
+        shown_name = reference.model
     run_server(
-        lambda: open_student(model, dtype),
+        load,
         listener,
-        name or _name(model),
+        name or shown_name,
         limits,
         key,
         queue,
         grace,
         NAMED if host in LOOPBACK else None,
         lambda: typer.echo(f"http://{shown}:{listener.getsockname()[1]}/"),
+        follow,
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from danceopd.config.recipe import Recipe
 from danceopd.config.shipped import read_settings
 from danceopd.errors import UserError
+from danceopd.text import parse_yaml
 
 RECIPES = "danceopd.config.recipes"  # the package of those that ship
 
@@ -94,8 +94,5 @@ def apply_overrides(data: Any, overrides: list[str] | tuple[str, ...]) -> Any:
             node = node.setdefault(part, {}) if isinstance(node, dict) else None
             if not isinstance(node, dict):
                 raise UserError(f"--set {setting!r}: {part!r} is not a section of the recipe")
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
+        node[last] = parse_yaml(value, f"--set {setting[:200]!r}")
     return data

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
+from danceopd.config.parts import MODULE_WORDS, Name, Part, StoredName, TeacherName
 from danceopd.files import content_key
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -23,9 +24,7 @@ KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
 PLACING = {"offload": True}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
+class _Part(Part):
     def decisive(self) -> dict[str, Any]:
         """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
         return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
@@ -77,7 +76,7 @@ class DataRecipe(_Part):
     """The task-tagged dataset. Either inputs to assemble, or the sizes of the generated world."""
 
     inputs: tuple[str, ...] = Field((), description="Parquet files or folders in the schema, image folders")
-    world: dict[str, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
+    world: dict[Name, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -104,7 +103,7 @@ class TrainRecipe(_Part):
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(gt=0)
-    batch: int = Field(gt=0, description="samples an optimizer step, over all processes")
+    batch: int = Field(gt=0, description="samples per optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts a batch is worked off in: less memory, the same update")
     warmup: int = Field(20, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -158,7 +157,7 @@ class SelectRecipe(_Part):
     """
 
     every: int = Field(gt=0, description="steps between validations")
-    per_task: int = Field(48, gt=0, description="validation records a task")
+    per_task: int = Field(48, gt=0, description="validation records per task")
     patience: int | None = Field(None, gt=0, description="end after this many validations without a better one")
     stop_when_held: bool = Field(False, description="end at the first validation that holds every gate")
 
@@ -178,14 +177,14 @@ READ_BY = {
 
 
 class DistillRecipe(TrainRecipe):
-    """On-policy distillation: one query (K = 1) a sample, from `window`, on a grid of `rollout_steps`.
+    """On-policy distillation: one query (K = 1) per sample, from `window`, on a grid of `rollout_steps`.
 
     `window` is a name, a range `[sigma_lo, sigma_hi]`, or a schedule: a list of phases, the last until 1.
     `method` is `danceopd`, or one that it is compared with (`danceopd.methods.table`).
     """
 
     method: Literal[METHODS] = "danceopd"
-    queries: int | None = Field(None, gt=0, description="dense: query states a sample (K); default 8")
+    queries: int | None = Field(None, gt=0, description="dense: query states per sample (K); default 8")
     merge_scale: float | None = Field(
         None, gt=0, description="of the merged task vectors; default 0.4 for merge_task_arithmetic, 1 for merge_ties"
     )
@@ -329,7 +328,7 @@ class TaskRecipe(_Part):
 class DriftRecipe(_Part):
     """How far the student's path leaves its teacher's, and what fewer sampling steps cost."""
 
-    records: int = Field(24, gt=0, description="held-out records a task, spread over them")
+    records: int = Field(24, gt=0, description="held-out records per task, spread over them")
     steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
         (1, 2, 4, 8), min_length=1, description="numbers of sampling steps whose pictures are compared"
     )
@@ -412,26 +411,36 @@ class EvaluateRecipe(_Part):
     resamples: int = Field(2000, ge=100, description="times the records are drawn anew for an interval")
     networks: NetworksRecipe = NetworksRecipe()
     judge: JudgeRecipe | None = None
-    benchmarks: dict[str, BenchmarkRecipe] = {}
+    benchmarks: dict[Name, BenchmarkRecipe] = Field({})
 
 
 class RegisterRecipe(_Part):
     """Where a student that holds its gates goes."""
 
-    model: str = Field(description="name in the MLflow model registry")
-    experiment: str = "danceopd"
+    model: StoredName = Field(description="name in the MLflow model registry")
+    experiment: StoredName = "danceopd"
     license: str = Field("other", description="of the student, for its model card; it follows base and teachers")
+
+    @model_validator(mode="after")
+    def _names_are_mlflows(self):
+        for what, name in (("model", self.model), ("experiment", self.experiment)):
+            if not name.strip():
+                raise ValueError(f"{what}: blank; give it a name")
+        # MLflow takes it for a path or a URI, and says so only when the student is registered.
+        if set(self.model) & set("/:\\%?#") or self.model in (".", ".."):
+            raise ValueError(f"model: {self.model!r} is no name in MLflow's registry; leave out / : \\ % ? #")
+        return self
 
 
 class Recipe(_Part):
     """One run, from data to a registered student."""
 
-    name: str
+    name: Name
     seed: int = Field(0, ge=0, description="of what trains and names no own one: data order, teachers, student")
     model: ModelRecipe
     data: DataRecipe
-    tasks: dict[str, TaskRecipe] = Field(min_length=1)
-    teachers: dict[str, Teacher] = Field(min_length=1)
+    tasks: dict[Name, TaskRecipe] = Field(min_length=1)
+    teachers: dict[TeacherName, Teacher] = Field(min_length=1)
     distill: DistillRecipe
     evaluate: EvaluateRecipe = EvaluateRecipe()
     register_as: RegisterRecipe
@@ -460,6 +469,10 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _names_fit(self):
+        if taken := sorted(set(MODULE_WORDS.split()) & set(self.teachers)):
+            raise ValueError(
+                f"teachers.{taken[0]}: torch's modules have a part of that name; call the teacher otherwise"
+            )
         for task, spec in self.tasks.items():
             if spec.teacher not in self.teachers:
                 raise ValueError(f"tasks.{task}.teacher is {spec.teacher!r}; teachers are: {', '.join(self.teachers)}")

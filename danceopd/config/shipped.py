@@ -5,14 +5,20 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from danceopd.errors import UserError
+from danceopd.text import parse_yaml, read_text
 
 
 def shipped_names(package: str) -> list[str]:
     """Names of the YAML files in a package, without their endings."""
     return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
 
 
 def read_settings(kind: str, package: str, name_or_path: str) -> dict:
@@ -28,15 +34,13 @@ def read_settings(kind: str, package: str, name_or_path: str) -> dict:
     """
     names, where = shipped_names(package), f"{kind} {name_or_path}"
     if name_or_path in names:
-        text = resources.files(package).joinpath(f"{name_or_path}.yaml").read_text()
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
+        text = resources.files(package).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif _is_file(name_or_path):
+        text = read_text(Path(name_or_path), where)
     else:
-        raise UserError(f"{kind} {name_or_path!r}: neither a file nor a shipped {kind}; shipped: {', '.join(names)}")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from error
+        shown = name_or_path if len(name_or_path) <= 100 else f"{name_or_path[:100]}..."
+        raise UserError(f"{kind} {shown!r}: neither a file nor a shipped {kind}; shipped: {', '.join(names)}")
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise UserError(f"{where}: a {kind} is a YAML mapping, this is {type(data).__name__}")
     return data

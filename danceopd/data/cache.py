@@ -1,8 +1,8 @@
 """A cache of encodings that many workers fill and many runs share: a plain folder of safetensors shards.
 
     <cache>/index.json                         shards, their keys and sizes
-    <cache>/pictures-<group>/<keys>.safetensors   latents, one row a picture
-    <cache>/prompts-<group>/<keys>.safetensors    prompt embeddings, one row a prompt
+    <cache>/pictures-<group>/<keys>.safetensors   latents, one row per picture
+    <cache>/prompts-<group>/<keys>.safetensors    prompt embeddings, one row per prompt
 
 A group names the encoder and the resolution, a key the content (SHA-256 of the prompt or of the picture's bytes); so a
 grown dataset, another recipe and another machine find what fits them and add what is missing. A shard appears whole, by
@@ -138,6 +138,13 @@ class EncodingCache:
                 rows[folder.name] = rows.get(folder.name, 0) + len(keys)
         write_json(self.folder / INDEX, found)
         return rows
+
+
+def strangers(folder: Path) -> list[str] | None:
+    """What a cache's folder holds beside the cache; None if it holds none. See `danceopd.files.check_output`."""
+    names = [path.name for path in folder.iterdir()]
+    own = [name for name in names if name == INDEX or name.startswith(("pictures-", "prompts-"))]
+    return sorted(set(names) - set(own)) if own else None
 
 
 def _damaged(path: Path, why: str) -> UserError:

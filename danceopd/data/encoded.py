@@ -177,7 +177,7 @@ def load_pixels(data: bytes, height: int, width: int, where: str) -> Tensor:
 def encode_in_batches(encode: Callable[[list], Tensor], items: list, size: int) -> Iterator[Tensor]:
     """Encode items in batches of exactly `size`, the last one filled up with its last item.
 
-    Kernels are chosen by a batch's shape, so that an item's encoding hangs on the item alone, to the bit, whatever it
+    Kernels are chosen by a batch's shape, so that an item's encoding depends on the item alone, to the bit, whatever it
     is encoded together with: what a cache gives back is what would be encoded now.
 
     Yields:

@@ -114,7 +114,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one to four things, at most one a place, no two of the same name."""
+    """A background and one to four things, at most one per place, no two of the same name."""
 
     background: str
     things: tuple[Thing, ...]

@@ -82,7 +82,7 @@ def _found(source: Path, names: tuple[str, ...], what: str) -> Path:
 
 
 def read_geneval(asked: Asked) -> Iterator[Record]:
-    """GenEval (Ghosh et al., 2023): a line a prompt, `{"tag", "include", "exclude"?, "prompt"}`."""
+    """GenEval (Ghosh et al., 2023): one line per prompt, `{"tag", "include", "exclude"?, "prompt"}`."""
     path = _found(asked.source, (GENEVAL_FILE,), "GenEval's prompts/evaluation_metadata.jsonl")
     for number, (line, row) in enumerate(json_lines(io.BytesIO(read_bytes(path)), str(path))):
         where = f"{path}, line {line}"

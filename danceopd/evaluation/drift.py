@@ -58,7 +58,7 @@ def path_drift(
         encoded: N records of one task.
         seeds: N noise seeds.
         steps: Euler steps of the family's own sampling grid.
-        batch: samples a forward pass.
+        batch: samples per forward pass.
     """
     backbone = student.backbone
     grid = backbone.sigmas(steps, encoded.height, encoded.width)

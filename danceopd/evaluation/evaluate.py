@@ -166,7 +166,7 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def measured_of(metrics: Iterable[str], skipped: Iterable[str]) -> list[str]:
-    """The metrics that have a value a record: neither skipped nor of a set; if that leaves none, the first."""
+    """The metrics that have one value per record: neither skipped nor of a set; if that leaves none, the first."""
     metrics, skipped = list(metrics), set(skipped)
     return [n for n in metrics if n not in skipped and not metric(n).of_set] or metrics[:1]
 
@@ -230,7 +230,7 @@ def _drift(
 ) -> tuple[dict, int]:
     """The task's drift section of the metrics over a few of the records, and the forwards it took.
 
-    Pictures of fewer steps are scored by the task's first metric that has a value a record and costs nothing.
+    Pictures of fewer steps are scored by the task's first metric that has one value per record and costs nothing.
     """
     spec, taught = recipe.evaluate, recipe.tasks[task].teacher
     known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))

@@ -58,8 +58,8 @@ def picture_grid(
 
     Args:
         rows: pictures (H, W, 3) uint8; None leaves a place empty.
-        column_titles: one a column, shown above.
-        row_titles: one a row, wrapped at its left; all empty: no room is kept for them.
+        column_titles: one per column, shown above.
+        row_titles: one per row, wrapped at its left; all empty: no room is kept for them.
         scale: of the pictures; titles keep their size.
         wrong: places (row, column) to outline in red.
 
@@ -67,7 +67,7 @@ def picture_grid(
         ValueError: if titles and pictures do not match in number, or there is no picture.
     """
     if len(row_titles) != len(rows) or any(len(row) != len(column_titles) for row in rows):
-        raise ValueError("picture_grid wants one title a row and one a column")
+        raise ValueError("picture_grid wants one title per row and one per column")
     tiles = [[None if p is None else resize(p, scale) for p in row] for row in rows]
     sizes = [tile.size for row in tiles for tile in row if tile is not None]
     if not sizes:

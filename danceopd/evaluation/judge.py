@@ -145,7 +145,7 @@ class _Stopped(Exception):
 
 
 class _Pace:
-    """Lets requests start no faster than so many a minute, and none while the endpoint asked to wait."""
+    """Lets requests start no faster than a given number per minute, and none while the endpoint asked to wait."""
 
     def __init__(self, per_minute: float | None, clock: Callable[[], float], sleep: Callable[[float], object]):
         self._gap = 60 / per_minute if per_minute else 0.0
@@ -203,7 +203,7 @@ class Judge:
         records: Sequence[Record],
         parts: Sequence[str] = ("semantic", "quality"),
     ) -> list[Verdict | None]:
-        """One verdict a picture; None where the judge gave no readable answer in all its attempts.
+        """One verdict per picture; None where the judge gave no readable answer in all its attempts.
 
         Args:
             pictures: (B, H, W, 3) uint8.

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Previewer:
-    """Draws a grid a call: source, teacher, student, target.
+    """Draws one grid per call: source, teacher, student, target.
 
     Args:
         records: what to draw, of any tasks.

@@ -28,7 +28,7 @@ class Scored:
 
     Attributes:
         pictures: (N, H, W, 3) uint8, in the records' order.
-        values: per metric one value a record; NaN where there is none: of a metric that was skipped, or of a set.
+        values: per metric one value per record; NaN where there is none: of a metric that was skipped, or of a set.
         whole: the value of each metric of a set.
     """
 
@@ -56,7 +56,7 @@ def record_seed(seed: int, record_id: str) -> int:
 
 
 def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
-    """Draw one picture a record: (N, H, W, 3) uint8, in the records' order.
+    """Draw one picture per record: (N, H, W, 3) uint8, in the records' order.
 
     Args:
         field: any velocity field.

@@ -48,7 +48,7 @@ def bootstrap_interval(
     """The interval of a mean, or None if there is no value or one is missing or not finite.
 
     Args:
-        values: one a record; for a paired comparison the differences.
+        values: one per record; for a paired comparison the differences.
         resamples: how many times the records are drawn anew.
         confidence: share of the resampled means that lie inside, in (0, 1).
         generator: of the draws.
@@ -89,7 +89,7 @@ def compare(
     """Compare two fields' values on the same records; None if a value is missing or not finite.
 
     Args:
-        ours: the student's values, one a record.
+        ours: the student's values, one per record.
         theirs: the reference's values, of the same records in the same order.
         reference: its name.
         margin: see `Comparison`.

@@ -1,4 +1,4 @@
-"""Pictures from any field: Euler steps over the whole sampling grid, noise from a seed a sample."""
+"""Pictures from any field: Euler steps over the whole sampling grid, noise from one seed per sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of pictures to draw, JSONL or CSV: one row a picture, checked whole before anything is drawn.
+"""Files of pictures to draw, JSONL or CSV: one row per picture, checked whole before anything is drawn.
 
 Every row is read, and every wrong field of every row is found, before the file is refused: a batch is mended once.
 """
@@ -69,7 +69,7 @@ def read_rows(path: Path) -> list[Row]:
     problems += _repeated_names(rows)
     refuse(problems)
     if not rows:
-        raise UserError(f"{path}: no rows; give one a picture, each with at least a prompt")
+        raise UserError(f"{path}: no rows; give one per picture, each with at least a prompt")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures: one a row and seed, by the student or by several fields side by side, with a manifest."""
+"""A folder of pictures: one per row and seed, by the student or by several fields side by side, with a manifest."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Item:
 
 
 def plan(rows: list[Row], defaults: Sample, seeds: list[int]) -> list[Item]:
-    """One item a row and seed: rows take from `defaults` what they leave open, and all `seeds` unless they say one.
+    """One item per row and seed: rows take from `defaults` what they leave open, and all `seeds` unless they say one.
 
     Args:
         rows: what to draw.
@@ -113,7 +113,7 @@ def draw_batch(
         items: the rows, in order.
         out: the folder; it must be new or empty.
         grid: whether to lay the pictures out side by side as well.
-        batch: samples a forward pass.
+        batch: samples per forward pass.
         about: facts of the student for the manifest.
 
     Raises:

@@ -71,21 +71,21 @@ class Drawer:
     def draw(
         self, prompts: list[str], images: list[Image.Image | None], seeds: list[int], steps: int, batch: int = 32
     ) -> list[Image.Image]:
-        """Draw one picture a prompt, or edit one where an image is given; see `draw_samples`.
+        """Draw one picture per prompt, or edit one where an image is given; see `draw_samples`.
 
         Args:
             prompts: captions or instructions, B of them.
             images: pictures to edit. None: draw.
             seeds: B seeds.
             steps: Euler steps, at least 1.
-            batch: samples a forward pass.
+            batch: samples per forward pass.
 
         Raises:
             UserError: if the lists differ in length, a prompt is empty, or a number is out of range.
         """
         if not len(prompts) == len(images) == len(seeds):
             counts = f"{len(prompts)} prompts, {len(images)} images, {len(seeds)} seeds"
-            raise UserError(f"{counts}; give one of each a sample")
+            raise UserError(f"{counts}; give one of each per sample")
         rows = zip(prompts, images, seeds, strict=True)
         samples = [Sample(text, () if one is None else (one,), int(seed), steps) for text, one, seed in rows]
         return self.draw_samples(samples, batch)
@@ -109,7 +109,7 @@ class Drawer:
         Args:
             fields: by name; perhaps the student, perhaps its teachers.
             samples: what to draw.
-            batch: samples a forward pass.
+            batch: samples per forward pass.
 
         Returns:
             For each field its pictures in the samples' order.
@@ -121,7 +121,7 @@ class Drawer:
             raise UserError(f"batch is {batch}; use 1 or more")
         for row, sample in enumerate(samples):
             self.check(sample, f"sample {row}")
-        groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance a batch
+        groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance per batch
         for row, sample in enumerate(samples):
             key = len(sample.sources), sample.steps, sample.guidance, self._size(sample)
             groups.setdefault(key, []).append(row)

@@ -30,7 +30,7 @@ class UpdateFigures:
     samples: int = 0
 
     def add(self, tags: list[str], losses: Tensor, sigmas: Tensor, forwards: int) -> None:
-        """Add one group: a loss and a noise level a sample (or several a sample, sample by sample)."""
+        """Add one group: a loss and a noise level for each sample (or several for each, sample by sample)."""
         per_sample = len(losses) // len(tags)
         for position, (loss, sigma) in enumerate(zip(losses.tolist(), sigmas.tolist(), strict=True)):
             tag = tags[position // per_sample]
@@ -49,7 +49,7 @@ class UpdateFigures:
 
     @property
     def forwards_per_sample(self) -> float:
-        """Transformer forwards a sample: for this method the rollout, 1 teacher, 3 for the student."""
+        """Transformer forwards per sample: for this method the rollout, 1 teacher, 3 for the student."""
         return self.forwards / self.samples
 
 
@@ -65,7 +65,7 @@ class Group:
         noise: where each sample's path starts, (n, N, C).
         grid: the sampling grid at the samples' picture size, (steps + 1,).
         stop: indices of the query states on the grid, (n, K), int64 on the CPU, rising along K.
-        seeds: one a sample, for methods that draw more along the path; empty for those that do not.
+        seeds: one per sample, for methods that draw more along the path; empty for those that do not.
         last: whether no group of this process follows in the update: its last backward pass synchronises.
     """
 

@@ -13,7 +13,7 @@ from danceopd.training.learner import Learner
 
 
 class Dense(Method):
-    """DanceOPD with one change: K queries a sample on the same path, their losses averaged.
+    """DanceOPD with one change: K queries per sample on the same path, their losses averaged.
 
     It is the dense-query ablation of DanceOPD (arXiv 2606.27377, its table over K). The K noise levels are drawn from
     the query window independently. A sample costs the steps before its last query and, K times, 1 teacher and 3

@@ -1,10 +1,16 @@
 """Query windows: where on its own path the student asks its teacher.
 
-A window is a distribution over the noise level sigma (1 = noise, 0 = clean): on a shifted grid the same step is another
-noise level, and what a teacher has to say hangs on the noise. A draw is then moved to the nearest state that the grid
-visits. Two windows are over the grid's steps instead, as the paper's release draws (arXiv 2606.27377,
-`sample_query_indices`): for its published settings, and for grids that crowd their steps at high noise, where an early
-noise level comes late on the path.
+A window is a distribution over the noise level sigma (1 = noise, 0 = clean), not over step numbers: on a shifted grid
+the same step has another noise level, and what a teacher has to say depends on the noise. Each sample has a draw of its
+own, which is then moved to the nearest state that the grid visits. Two windows are over the grid's steps instead, as
+the paper's release draws (arXiv 2606.27377, `sample_query_indices`): for its published settings, and for grids that
+crowd their steps at high noise, where an early noise level comes late on the path.
+
+Names. `semantic` here is the early, high-noise part of the path, where layout and meaning are decided. The paper and
+its release give the name "semantic" to the low-noise query instead; here that one is `low_noise`, or `late_steps` for
+the release's own draw over steps.
+
+The release draws one route per optimizer step; here every sample of a batch has its own route and its own query.
 """
 
 from __future__ import annotations

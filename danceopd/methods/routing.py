@@ -16,7 +16,7 @@ from danceopd.flow.fields import Field
 def routed_velocity(
     fields: Mapping[str, Field], routes: list[str], z: Tensor, sigma: Tensor, condition: Condition
 ) -> Tensor:
-    """Each sample's velocity from its own teacher, one forward pass a teacher. Never a mean of teachers.
+    """Each sample's velocity from its own teacher, one forward pass per teacher. Never a mean of teachers.
 
     Args:
         fields: teachers by name.

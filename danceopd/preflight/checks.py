@@ -25,7 +25,7 @@ from danceopd.preflight.memory import available_memory, check_memory, estimate_m
 SAME = 1e-3  # two fields are one where their velocities differ by less, relative to the velocity (root mean square)
 
 
-PROBES = 2  # training records a task
+PROBES = 2  # training records per task
 
 
 SIGMAS = (0.9, 0.6, 0.3)

@@ -1,4 +1,4 @@
-"""What a method spends: the transformer forwards a sample of a recipe, found by running its own code for nothing.
+"""What a method spends: the transformer forwards per sample of a recipe, found by running its own code for nothing.
 
 How far the student rolls out depends on the window, the grid and the method, and on no weight. So the very updates are
 run on a network of one number, and their count is what the real ones will take.
@@ -78,7 +78,7 @@ def _thin(encoded: EncodedRecords) -> EncodedRecords:
 def expected_forwards(
     recipe: Recipe, backbone: Backbone, encoded: EncodedRecords, fields: Mapping[str, Field]
 ) -> float:
-    """Mean transformer forwards a sample over the recipe's training, schedules of windows and weights included.
+    """Mean transformer forwards per sample over the recipe's training, schedules of windows and weights included.
 
     A merge trains nothing and takes none.
 

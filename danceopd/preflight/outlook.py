@@ -26,7 +26,7 @@ from danceopd.preflight.memory import STATE_BYTES, MemoryEstimate, trained_param
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
 # A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
 BLOCK_BYTES, INPUT_BYTES = 34, 2
-# What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector a sample.
+# What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector per sample.
 _PROMPT = re.compile(
     r"add_[qkv]_proj|to_add_out|ff_context|txt_mlp|txt_in|context_embedder|context_refiner|cap_embedder"
 )
@@ -41,7 +41,7 @@ class Outlook:
     Attributes:
         parameters: weights of the base's transformer.
         tokens: of the longest sample, as (picture and sources, prompt).
-        forwards: passes of the transformer a sample, in the mean over training.
+        forwards: passes of the transformer per sample, in the mean over training.
         operations: of one forward pass of the longest sample.
         held: bytes of frozen weights on each GPU while it trains: the base's and the teachers'.
         training: what training adds to them.
@@ -118,7 +118,7 @@ def _tokens(recipe: Recipe, backbone: Backbone) -> tuple[int, int]:
 
 
 def _stand_ins(recipe: Recipe) -> EncodedRecords:
-    """Four records a task, of one number each."""
+    """Four records per task, of one number each."""
     tasks = [task for task in recipe.tasks for _ in range(4)]
     rows = torch.zeros(len(tasks), dtype=torch.int64)
     source = torch.tensor([0 if recipe.tasks[task].needs_source else -1 for task in tasks])

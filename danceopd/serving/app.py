@@ -25,9 +25,10 @@ from danceopd.serving.errors import RequestError
 from danceopd.serving.guard import BodyTooLarge, Guard
 from danceopd.serving.metrics import CONTENT_TYPE, Metrics
 from danceopd.serving.schema import Generation, Limits, answer_of, edit_form, samples_of
-from danceopd.serving.worker import Worker
+from danceopd.serving.worker import Served, Worker
 
 log = logging.getLogger(__name__)
+VERSION = "X-Model-Version"  # of an answer: the registered version that drew it
 IMAGE_FIELDS = ("image", "image[]")
 DECODERS = 2  # uploads that are decoded at once
 PATIENCE = 1.0  # seconds between looks at whether a client is still there
@@ -107,24 +108,32 @@ def _add_images(app: FastAPI, worker: Worker, name: str, limits: Limits) -> None
     decoding = asyncio.Semaphore(DECODERS)
 
     @app.post("/v1/images/generations")
-    async def generations(asked: Generation, request: Request) -> dict:
+    async def generations(asked: Generation, request: Request, response: Response) -> dict:
         """Draw pictures from a prompt."""
-        return await _draw(request, worker, samples_of(asked, 0, worker.admit(), name, limits))
+        served = worker.admit()
+        _name_version(response, served)
+        return await _draw(request, worker, served, samples_of(asked, 0, served.drawer, name, limits))
 
     @app.post("/v1/images/edits", openapi_extra=edit_form())
-    async def edits(request: Request) -> dict:
+    async def edits(request: Request, response: Response) -> dict:
         """Edit one or more source images: a multipart form with `image` (or `image[]`, repeatable) and `prompt`."""
-        drawer = worker.admit()  # before an upload is read
+        served = worker.admit()  # before an upload is read
+        _name_version(response, served)
         asked, uploads = await _read_form(request, limits)
-        samples = samples_of(asked, len(uploads), drawer, name, limits)
+        samples = samples_of(asked, len(uploads), served.drawer, name, limits)
         async with decoding:
             sources = await asyncio.to_thread(_decode, uploads, samples[0].size, limits)
-        return await _draw(request, worker, [replace(sample, sources=sources) for sample in samples])
+        return await _draw(request, worker, served, [replace(sample, sources=sources) for sample in samples])
 
     @app.get("/v1/models")
     def models() -> dict:
         """The one model that is served."""
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "danceopd"}]}
+
+
+def _name_version(response: Response, served: Served) -> None:
+    if served.version:
+        response.headers[VERSION] = served.version
 
 
 async def _read_form(request: Request, limits: Limits) -> tuple[Generation, list[bytes]]:
@@ -169,9 +178,9 @@ def _decode(uploads: list[bytes], size: tuple[int, int], limits: Limits) -> tupl
         raise RequestError(400, str(error), "image", "invalid_image") from error
 
 
-async def _draw(request: Request, worker: Worker, samples: list[Sample]) -> dict:
+async def _draw(request: Request, worker: Worker, served: Served, samples: list[Sample]) -> dict:
     """Wait for the worker; a client that went away frees its place in the queue."""
-    job = worker.submit(samples)
+    job = worker.submit(samples, served)
     waiting = asyncio.wrap_future(job.answer)
     while not waiting.done():
         await asyncio.wait({waiting}, timeout=PATIENCE)
@@ -216,9 +225,10 @@ def _add_page(app: FastAPI, worker: Worker, name: str, limits: Limits, needs_key
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
         """A page to try the model in the browser; it loads nothing from elsewhere."""
-        nonce, drawer = secrets.token_urlsafe(16), worker.drawer
+        nonce, served = secrets.token_urlsafe(16), worker.served
         facts: dict = {"edits": True, "size": "", "sources": limits.max_sources}
-        if drawer is not None:
+        if served is not None:
+            drawer = served.drawer
             most = drawer.field.backbone.most_sources
             facts = {
                 "edits": most != 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,6 +20,7 @@ class Metrics:
         self._seconds: dict[str, list[float]] = {}  # sum and count
         self._buckets: Counter[tuple[str, float]] = Counter()
         self._pictures, self._drawing = 0, 0.0
+        self._version, self._rollovers, self._failing, self._seen = "", 0, False, None
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered."""
@@ -46,6 +48,26 @@ class Metrics:
         with self._lock:
             self._ready = is_ready
 
+    def serves(self, version: str) -> None:
+        """The registered version that draws."""
+        with self._lock:
+            self._version = version
+
+    def rolled_over(self, version: str) -> None:
+        """Another version took over."""
+        with self._lock:
+            self._version, self._rollovers, self._failing = version, self._rollovers + 1, False
+
+    def rollover_failing(self, is_failing: bool) -> None:
+        """The alias names a version that cannot be served, or does not any more."""
+        with self._lock:
+            self._failing = is_failing
+
+    def alias_seen(self, now: float) -> None:
+        """The registry answered at this time of the monotonic clock."""
+        with self._lock:
+            self._seen = now
+
     def text(self) -> str:
         """All figures."""
         with self._lock:
@@ -67,9 +89,17 @@ class Metrics:
                 ("queue_waiting", "gauge", "Requests that wait for the worker.", self._waiting),
                 ("queue_places", "gauge", "Requests that may wait.", self._places),
                 ("ready", "gauge", "Whether the model is loaded and takes requests.", int(self._ready)),
+                ("rollovers_total", "counter", "Times that another version took over.", self._rollovers),
+                ("rollover_failing", "gauge", "Whether the alias names what cannot be served.", int(self._failing)),
+                ("alias_seen_seconds", "gauge", "Seconds since the registry answered; 0: no alias.", self._silence()),
             ):
                 lines += [*_family(name, kind, what), f"danceopd_{name} {value!r}"]
+            lines += _family("model_info", "gauge", "The registered version that draws; empty: a folder.")
+            lines.append(f'danceopd_model_info{{version="{self._version}"}} 1')
         return "\n".join(lines) + "\n"
+
+    def _silence(self) -> float:
+        return 0.0 if self._seen is None else round(time.monotonic() - self._seen, 1)
 
 
 def _family(name: str, kind: str, what: str) -> list[str]:

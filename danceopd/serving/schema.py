@@ -101,7 +101,7 @@ def samples_of(asked: Generation, sources: int, drawer: Drawer, name: str, limit
     if asked.model not in (None, name):
         raise RequestError(404, f"the model {asked.model!r} is not here; this is {name!r}", "model", "model_not_found")
     if asked.n > limits.max_n:
-        raise RequestError(400, f"n is {asked.n}; at most {limits.max_n} pictures a request", "n", "too_many")
+        raise RequestError(400, f"n is {asked.n}; at most {limits.max_n} pictures per request", "n", "too_many")
     steps = limits.steps if asked.steps is None else asked.steps
     if steps > limits.max_steps:
         raise RequestError(400, f"steps is {steps}; at most {limits.max_steps}", "steps", "too_many")

@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import uvicorn
 
-from danceopd.inference.generate import Drawer
 from danceopd.serving.app import build_app
 from danceopd.serving.metrics import Metrics
 from danceopd.serving.schema import Limits
-from danceopd.serving.worker import Worker
+from danceopd.serving.worker import Served, Worker
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    load: Callable[[], Drawer],
+    load: Callable[[Metrics], Served],
     listener: socket.socket,
     name: str,
     limits: Limits,
@@ -43,11 +42,12 @@ def run_server(
     grace: int,
     hosts: list[str] | None,
     tell: Callable[[], None],
+    follow: Callable[[Worker, threading.Event], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        load: opens the student, while the server answers that it is not ready.
+        load: opens the student, while the server answers that it is not ready; it is given the server's figures.
         listener: the bound socket.
         name: of the model.
         limits: of a request.
@@ -56,12 +56,14 @@ def run_server(
         grace: seconds for the request in work at the end.
         hosts: names the server answers to; None: any.
         tell: called once the model is there.
+        follow: keeps the worker at a registered model's alias until the event is set; called on a thread of its own.
 
     Raises:
         Exception: what `load` raised.
     """
     metrics = Metrics(places)
-    worker = Worker(load, places, metrics)
+    worker = Worker(lambda: load(metrics), places, metrics)
+    over = threading.Event()
     app = build_app(worker, metrics, name, limits, key, hosts)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=grace, lifespan="off"
@@ -74,11 +76,14 @@ def run_server(
         worker.settled.wait()
         if worker.failure is None:
             tell()
+            if follow is not None:
+                threading.Thread(target=follow, args=(worker, over), daemon=True, name="following the alias").start()
         server.should_exit = server.should_exit or worker.failure is not None
 
     worker.start()
     threading.Thread(target=watch, daemon=True).start()
     server.run(sockets=[listener])
+    over.set()
     worker.close()
     worker.join(grace)
     if worker.failure is not None:

@@ -17,10 +17,24 @@ from danceopd.serving.metrics import Metrics
 
 
 @dataclass(frozen=True, eq=False)
+class Served:
+    """What draws.
+
+    Attributes:
+        drawer: the student.
+        version: of the registered model; empty: a folder.
+    """
+
+    drawer: Drawer
+    version: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One request's pictures to draw, and where its answer is awaited."""
+    """One request's pictures to draw, all by one student, and where its answer is awaited."""
 
     samples: list[Sample]
+    served: Served
     answer: Future[list[Image.Image]] = field(default_factory=Future)
 
 
@@ -28,12 +42,12 @@ class Worker:
     """Draws on a thread of its own.
 
     Args:
-        load: opens the student; called once, on the thread.
+        load: opens the first student; called once, on the thread.
         places: jobs that may wait beside the one in work.
         metrics: told what happens.
     """
 
-    def __init__(self, load: Callable[[], Drawer], places: int, metrics: Metrics):
+    def __init__(self, load: Callable[[], Served], places: int, metrics: Metrics):
         self._load, self._places, self._metrics = load, places, metrics
         self._jobs: deque[Job] = deque()
         self._change = threading.Condition(threading.RLock())  # of the queue, or of whether it is open
@@ -41,20 +55,30 @@ class Worker:
         self._in_work = 0  # pictures
         self._pace = 1.0  # seconds a picture takes, as the last job took
         self._thread = threading.Thread(target=self._run, name="drawing", daemon=True)
-        self.drawer: Drawer | None = None
+        self.served: Served | None = None
         self.failure: Exception | None = None
         self.settled = threading.Event()  # loaded, or failed to
 
     @property
     def ready(self) -> bool:
         """Whether the model is there and requests are taken."""
-        return self.drawer is not None and not self._closed
+        return self.served is not None and not self._closed
+
+    @property
+    def version(self) -> str:
+        """Of the student that new requests are drawn by; empty: a folder, or none yet."""
+        return self.served.version if self.served is not None else ""
+
+    def replace(self, served: Served) -> None:
+        """Let another student draw what is asked from now on; jobs that were taken keep the one they were taken for."""
+        with self._change:
+            self.served = served
 
     def start(self) -> None:
         """Begin to load."""
         self._thread.start()
 
-    def admit(self) -> Drawer:
+    def admit(self) -> Served:
         """The student, if a job would be taken now.
 
         Raises:
@@ -63,21 +87,25 @@ class Worker:
         with self._change:
             if self._closed:
                 raise _closing()
-            if self.drawer is None:
+            if self.served is None:
                 raise RequestError(503, "the model is being loaded; come again", None, "model_not_ready", 5)
             if len(self._jobs) >= self._places:
                 pictures = self._in_work + sum(len(job.samples) for job in self._jobs)
                 told = f"{len(self._jobs)} requests wait already; come again later"
                 raise RequestError(429, told, None, "queue_full", max(1, min(600, round(pictures * self._pace))))
-            return self.drawer
+            return self.served
 
-    def submit(self, samples: list[Sample]) -> Job:
+    def submit(self, samples: list[Sample], served: Served) -> Job:
         """Queue samples; the job's answer holds their pictures, in order.
+
+        Args:
+            samples: what to draw.
+            served: what `admit` returned when they were asked for.
 
         Raises:
             RequestError: as `admit` does.
         """
-        job = Job(samples)
+        job = Job(samples, served)
         with self._change:
             self.admit()
             self._jobs.append(job)
@@ -112,7 +140,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self.drawer = self._load()
+            self.served = self._load()
         except Exception as error:  # told by who started the server
             self.failure = error
             return
@@ -139,7 +167,7 @@ class Worker:
         started = time.monotonic()
         try:
             # In batches of one, so that a picture is to the bit what `danceopd generate` draws.
-            pictures = self.drawer.draw_samples(job.samples)
+            pictures = job.served.drawer.draw_samples(job.samples)
         except Exception as error:
             job.answer.set_exception(error)
             return

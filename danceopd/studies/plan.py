@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from danceopd.config.load import apply_overrides, load_recipe, say_invalid
+from danceopd.config.parts import Name, Part
 from danceopd.config.recipe import Recipe
 from danceopd.config.shipped import read_settings
 from danceopd.errors import UserError
 
 STUDIES = "danceopd.studies"  # the package of those that ship
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 # What the study itself decides, cell by cell.
 OWN = ("distill.steps", "distill.seed", "evaluate.split", "evaluate.per_task")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Budget(_Part):
+class Budget(Part):
     """What every cell may spend on training: as many updates, or as many transformer forwards.
 
     A backward pass counts as two forwards, a teacher's pass as one.
@@ -40,7 +36,7 @@ class Budget(_Part):
         return f"{self.steps:,} steps" if self.steps is not None else f"{self.forwards:,} forwards"
 
 
-class Variant(_Part):
+class Variant(Part):
     """One row of the table: overrides of the recipe's `distill` section."""
 
     set: tuple[str, ...] = ()
@@ -55,17 +51,17 @@ class Variant(_Part):
         return self
 
 
-class Study(_Part):
+class Study(Part):
     """A matrix of variants and seeds over one recipe, base, data and set of teachers."""
 
-    name: Label
+    name: Name
     recipe: str = Field(description="name of a shipped recipe, or a YAML file")
     set: tuple[str, ...] = Field((), description="recipe overrides for every cell")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     budget: Budget
-    variants: dict[Label, Variant] = Field(min_length=1)
+    variants: dict[Name, Variant] = Field(min_length=1)
     split: Literal["val", "test"] = Field("val", description="held-out records to score on")
-    records: int = Field(gt=0, description="of them, at most so many a task")
+    records: int = Field(gt=0, description="of them, at most this many per task")
 
     @model_validator(mode="after")
     def _nothing_twice(self):

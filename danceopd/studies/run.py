@@ -46,7 +46,7 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
         ready = opened[targets]
         forwards = expected_forwards(recipe, ready.backbone, ready.encoded, ready.fields)
         planned[variant] = steps_within(study.budget, forwards, recipe.distill.batch), forwards
-        log.info("study: %s takes %.2f forwards a sample, %d steps", variant, forwards, planned[variant][0])
+        log.info("study: %s takes %.2f forwards per sample, %d steps", variant, forwards, planned[variant][0])
     return [
         Cell(variant, study.recipe_of(variant, seed, steps), forwards)
         for seed in study.seeds

@@ -24,7 +24,7 @@ class Estimate:
     Attributes:
         mean: of the values; None if one is missing.
         half: half the width of the 95 % interval of the mean, Student's t; None for fewer than two values.
-        values: one a seed.
+        values: one per seed.
     """
 
     mean: float | None
@@ -176,7 +176,7 @@ def columns(summary: dict) -> list[str]:
     """Heads of the table; units stand in them or in the cells."""
     units = {name: f" {unit}" if unit == "dB" else "" for name, unit in summary["units"].items()}
     figures = [f"{task} {name}{units[name]}" for task, name in summary["metrics"]]
-    return ["variant", "retention", *figures, "forwards a sample", "steps", "training s", "seeds"]
+    return ["variant", "retention", *figures, "forwards per sample", "steps", "training s", "seeds"]
 
 
 def lines(summary: dict) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """What a step has to tell MLflow, written down in the workspace first: training never waits for a tracking server.
 
-A journal is a folder `tracking/<run>/<product>` with `journal.jsonl`, one JSON object a line in the order things
+A journal is a folder `tracking/<run>/<product>` with `journal.jsonl`, one JSON object per line in the order things
 happened, and `files/`. `delivery.py` takes it to the store. Only the first of several processes writes; a line that a
 kill cut off is passed over. What was written once for a name and a step is not written again, so that training that
 goes on from a checkpoint leaves no point twice.

@@ -1,4 +1,4 @@
-"""MLflow runs: one a step, with parameters, curves, pictures and files, in a store inside the workspace by default.
+"""MLflow runs: one per step, with parameters, curves, pictures and files, in a store inside the workspace by default.
 
 MLflow is slow to import, so it is imported inside the functions that need it.
 """
@@ -30,7 +30,7 @@ _SQLITE = "sqlite:///"
 _SECRET = re.compile(r"(^|[_\-])(secret|token|password|passwd|credentials?|api_?key|access_?key|private_?key)$", re.I)
 _USER_INFO = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
 _QUERY = re.compile(r"(\w[\w+.-]*://[^\s?]+)\?\S+")
-_CHUNK = 100  # MLflow takes at most 100 parameters and 1000 metrics a call
+_CHUNK = 100  # MLflow takes at most 100 parameters and 1000 metrics per call
 _METRICS = 1000
 _PATIENCE = 5.0  # seconds
 

@@ -56,7 +56,7 @@ def entry(journal: Journal, name: str, found: Mapping[str, Any]) -> None:
 
 
 def _losses(name: str, loss: float | Mapping[str, float]) -> dict[str, float | None]:
-    """One loss, or one a task."""
+    """One loss, or one per task."""
     return {f"{name}/{task}": v for task, v in loss.items()} if isinstance(loss, Mapping) else {name: loss}
 
 

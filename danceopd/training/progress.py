@@ -47,4 +47,4 @@ class StepProgress:
             self._bar.update(self._task, description=f"{self.label} {text}")
         elif (step + 1) % self.every == 0 or step + 1 == self.total:
             pace = (time.monotonic() - self._started) / (step + 1 - self._first)
-            log.info("%s step %d/%d %s (%.0f ms a step)", self.label, step + 1, self.total, text, 1000 * pace)
+            log.info("%s step %d/%d %s (%.0f ms per step)", self.label, step + 1, self.total, text, 1000 * pace)

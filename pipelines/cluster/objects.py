@@ -106,7 +106,7 @@ class JobPlan:
 
     @property
     def processes(self) -> int:
-        """Processes a node: one an accelerator."""
+        """Processes per node: one per accelerator."""
         return max(1, self.gpus) if self.step != "evaluate" else 1
 
     @property

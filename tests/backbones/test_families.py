@@ -206,7 +206,7 @@ def test_a_family_that_draws_only_says_so(load):
 
 
 def test_a_picture_with_more_places_than_the_base_has_is_refused(load):
-    with pytest.raises(UserError, match="64x272: this base has places for 256 pixels a side at most"):
+    with pytest.raises(UserError, match="64x272: this base takes at most 256 pixels per side"):
         load(SD3).latent_shape(64, 272)
 
 

@@ -277,7 +277,7 @@ def test_a_checkout_that_breaks_off_is_one_line(capsys, tmp_path):
 
 
 def test_figures_of_one_update_are_the_engines(setting):
-    """The contest's update is the method's: as many forwards a sample as its formula."""
+    """The contest's update is the method's: as many forwards per sample as its formula."""
     groups = setting.groups("semantic", 6, seed=2)
     figures = UpdateFigures()
     for group in groups:

@@ -73,7 +73,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(monkeypatch):
     from danceopd.serving.schema import Limits
     from danceopd.serving.server import run_server
 
-    def load():
+    def load(_):
         raise UserError("these weights do not fit")
 
     monkeypatch.setattr(signal, "signal", lambda *_: signal.SIG_DFL)  # the test's own handlers stay

@@ -1,8 +1,8 @@
 """What an API server that validates strictly says of an object: the first field it does not know.
 
 Fields are those of the kubernetes client's own models, which are made from the API's schemas. A custom resource's are
-told here for what the manifests use (the definitions of Trainer 2.2 and Kueue 0.15); a JobSet's and a Workflow's pod
-templates end in the core's models again.
+told here for what the manifests use (the definitions of Trainer 2.2, Kueue 0.15, the Prometheus operator and Katib);
+their pod templates end in the core's models again.
 """
 
 from __future__ import annotations
@@ -54,6 +54,33 @@ CUSTOM: dict[str, dict[str, Any]] = {
         ],
     },
     "LocalQueue": {"clusterQueue": OPEN},
+    "ServiceMonitor": {
+        "selector": "V1LabelSelector",
+        "endpoints": [{"port": OPEN, "path": OPEN, "interval": OPEN}],
+    },
+    "PrometheusRule": {
+        "groups": [
+            {
+                "name": OPEN,
+                "rules": [{"alert": OPEN, "expr": OPEN, "for": OPEN, "labels": OPEN, "annotations": OPEN}],
+            }
+        ]
+    },
+    "Experiment": {
+        "objective": {"type": OPEN, "objectiveMetricName": OPEN, "additionalMetricNames": OPEN},
+        "algorithm": {"algorithmName": OPEN},
+        "parallelTrialCount": OPEN,
+        "maxTrialCount": OPEN,
+        "maxFailedTrialCount": OPEN,
+        "parameters": [
+            {"name": OPEN, "parameterType": OPEN, "feasibleSpace": {"min": OPEN, "max": OPEN, "list": OPEN}}
+        ],
+        "trialTemplate": {
+            "primaryContainerName": OPEN,
+            "trialParameters": [{"name": OPEN, "description": OPEN, "reference": OPEN}],
+            "trialSpec": {"apiVersion": OPEN, "kind": OPEN, "spec": "V1JobSpec"},
+        },
+    },
 }
 
 

@@ -29,7 +29,7 @@ KUBERNETES = "1.31"
 TOOL = next(([t, *a] for t, a in (("kustomize", ["build"]), ("kubectl", ["kustomize"])) if shutil.which(t)), None)
 needs_kustomize = pytest.mark.skipif(TOOL is None, reason="needs kustomize or kubectl")
 BIN = str(Path(sys.executable).parent)
-FOREIGN = ("trainer.kubeflow.org/", "kueue.x-k8s.io/")
+FOREIGN = ("trainer.kubeflow.org/", "kueue.x-k8s.io/", "monitoring.coreos.com/", "kubeflow.org/")
 
 
 @functools.cache
@@ -251,7 +251,7 @@ def test_the_namespace_the_claim_and_the_names_fit():
 
 def test_the_readme_names_every_folder():
     text = (MANIFESTS / "README.md").read_text()
-    parts = ("/jobs", "/trainer", "/trainjobs", "/common")  # of an overlay, or of Kubeflow's two
+    parts = ("/jobs", "/trainer", "/trainjobs", "/serving", "/common")  # of an overlay, or of Kubeflow's two
     shown = {f for f in FOLDERS if f.split("/")[0] != "jobs" and not f.endswith(parts)}
     assert not [folder for folder in shown if f"`{folder}" not in text]
 
@@ -270,7 +270,8 @@ def test_the_command_a_folder_begins_with_selects_something(folder):
 )
 def test_only_the_overlay_made_for_trainer_and_kueue_needs_them(folder):
     foreign = {d["apiVersion"].split("/")[0] for d in built(folder) if d["apiVersion"].startswith(FOREIGN)}
-    assert foreign == ({f.rstrip("/") for f in FOREIGN} if folder == "overlays/gpu-multinode" else set())
+    wanted = {"trainer.kubeflow.org", "kueue.x-k8s.io"}
+    assert foreign == (wanted if folder == "overlays/gpu-multinode" else set())
 
 
 @needs_kustomize

@@ -38,10 +38,13 @@ def test_one_at_a_time_and_nothing_is_started_twice():
 
 
 @needs_kustomize
-def test_the_steps_get_the_image_that_asks_for_them():
+def test_the_steps_get_the_image_of_the_revision_that_asks_for_them():
     [container] = pod()["containers"]
-    values = {variable["name"]: variable["value"] for variable in container["env"]}
-    assert values["DANCEOPD_IMAGE"] == container["image"] == "registry.example.com/danceopd:0.1.0"
+    [variable] = [v for v in container["env"] if v["name"] == "DANCEOPD_IMAGE"]
+    reference = variable["valueFrom"]["configMapKeyRef"]
+    [steps] = [d["data"] for d in of_kind(FOLDER, "ConfigMap") if d["metadata"]["name"] == reference["name"]]
+    assert steps[reference["key"]] == "registry.example.com/danceopd:0.1.0"
+    assert container["image"] == "registry.example.com/danceopd-client:0.1.0", "no torch to compare a few hashes"
     assert container["args"][-2:] == ["--image", "$(DANCEOPD_IMAGE)"]
 
 

@@ -322,7 +322,7 @@ def test_worst_cases_are_those_where_the_student_loses_most(tmp_path):
 def test_plots_are_embedded_and_written(tmp_path):
     evaluation = make_evaluation()
     page = write(tmp_path, dataclasses.replace(evaluation, metrics=evaluation.metrics | {"drift": {TASK: DRIFT}}))
-    assert "4 records a task, from the same noise" in page.text
+    assert "4 records per task, from the same noise" in page.text
     assert f"{TASK}: 0.25 from its teacher at the end, velocity error 0.3 at most" in page.text
     names = {p.name for p in (tmp_path / "plots").iterdir()}
     assert {"drift.png", "velocity_error.png"} < names and len(names) == 3

@@ -47,7 +47,7 @@ def test_every_method_trains_a_lora_in_low_precision_with_activations_computed_a
     assert all(math.isfinite(loss) for entry in history for loss in entry["loss"].values())
     assert history[0]["grad_norm"] > 0
     assert student.adapter == "student"
-    if name in ("joint", "diffusion_opd", "flow_opd"):  # whose cost hangs on no draw
+    if name in ("joint", "diffusion_opd", "flow_opd"):  # whose cost depends on no draw
         passes = len(plain.losses["t2i"]) // 2
         assert history[0]["forwards_per_sample"] == plain.forwards_per_sample + passes
     assert all(torch.equal(a, b) for a, b in zip(before, bench.teachers["editor"].network.parameters(), strict=True))

@@ -45,7 +45,7 @@ def test_the_pin_is_in_the_declared_range(requirement):
     assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
 
 
-def test_no_pin_hangs_on_one_machine():
+def test_no_pin_depends_on_one_machine():
     assert not [name for name, version in pins().items() if version.local], "local version tags, such as +cpu"
     text = (ROOT / "constraints.txt").read_text()
     assert not re.search(r"(@|file:|https?:|--)", "\n".join(x for x in text.splitlines() if not x.startswith("#")))

@@ -114,7 +114,7 @@ def test_no_modules_import_each_other_in_a_circle():
     while free := [name for name, names in left.items() if not names & set(left)]:
         for name in free:
             del left[name]
-    assert not left, "these hang together in a circle"
+    assert not left, "these import each other in a circle"
 
 
 @pytest.mark.parametrize(

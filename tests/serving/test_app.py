@@ -20,7 +20,7 @@ from danceopd.serving import app as app_module
 from danceopd.serving.app import build_app
 from danceopd.serving.metrics import Metrics
 from danceopd.serving.schema import Limits
-from danceopd.serving.worker import Worker
+from danceopd.serving.worker import Served, Worker
 
 LIMITS = Limits(steps=2, max_steps=4, max_n=3, max_sources=2, max_bytes=200_000, max_source_pixels=100_000)
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -38,7 +38,7 @@ def drawer(student_pipeline) -> Drawer:
 
 def client_of(load, places: int = 2, **settings) -> tuple[TestClient, Worker]:
     metrics = Metrics(places)
-    worker = Worker(load, places, metrics)
+    worker = Worker(lambda: Served(load()), places, metrics)
     settings = {"name": "tiny", "limits": LIMITS, "key": None} | settings
     return TestClient(build_app(worker, metrics, **settings)), worker
 
@@ -267,9 +267,9 @@ def test_closing_finishes_what_is_in_work_and_refuses_the_rest(gated):
 
 def test_a_job_that_is_withdrawn_is_not_drawn(gated):
     gate, _, worker = gated
-    first = worker.submit([Sample("a", steps=1)])
+    first = worker.submit([Sample("a", steps=1)], worker.admit())
     assert gate.begun.wait(10)
-    second = worker.submit([Sample("b", steps=1)])
+    second = worker.submit([Sample("b", steps=1)], worker.admit())
     assert worker.withdraw(second) and not worker.withdraw(second) and not worker.withdraw(first)
     gate.let.set()
     assert len(first.answer.result(10)) == 1 and not second.answer.done()
@@ -278,7 +278,7 @@ def test_a_job_that_is_withdrawn_is_not_drawn(gated):
 def test_a_client_that_goes_away_frees_its_place(gated, monkeypatch):
     gate, client, worker = gated
     monkeypatch.setattr(app_module, "PATIENCE", 0.02)
-    first = worker.submit([Sample("a", steps=1)])
+    first = worker.submit([Sample("a", steps=1)], worker.admit())
     assert gate.begun.wait(10)
     body = b'{"prompt": "b"}'
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

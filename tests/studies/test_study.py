@@ -249,7 +249,7 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
     assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
 
 
-# Where a method's count does not hang on drawn stops it is known: 8 grid steps, 3 teachers of the world.
+# Where a method's count does not depend on drawn stops it is known: 8 grid steps, 3 teachers of the world.
 EXACT = {"off_policy": 4, "joint": 3, "diffusion_opd": 8 * 4, "flow_opd": 7 * 4} | dict.fromkeys(MERGES, 0)
 
 

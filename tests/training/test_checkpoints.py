@@ -256,11 +256,11 @@ def test_outside_the_main_thread_signals_are_left_alone():
 def test_the_command_line_ends_with_the_code_to_retry(monkeypatch, capsys):
     from danceopd.cli import main as cli
 
-    def interrupted(**_):
-        raise Interrupted("interrupted after step 3 of 8")
+    class Stopped:
+        def main(self, **_):
+            raise Interrupted("interrupted after step 3 of 8")
 
-    monkeypatch.setattr(cli, "app", interrupted)
-    monkeypatch.setattr(cli, "_mount_commands", lambda: None)
+    monkeypatch.setattr(cli, "root_command", Stopped)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 75

@@ -38,4 +38,4 @@ def test_a_resumed_loop_goes_on_counting_and_paces_its_own_steps_only(caplog, mo
     with caplog.at_level(logging.INFO, "danceopd"):
         for step in progress.steps(5):
             progress.show(step, loss=1.0)
-    assert caplog.messages == ["distill step 7/7 loss 1 (1000 ms a step)"]
+    assert caplog.messages == ["distill step 7/7 loss 1 (1000 ms per step)"]

@@ -337,7 +337,7 @@ def _remembered(spec: ImportSpec, journal: Journal) -> tuple[DuplicateFinder | N
 
 
 def _converted(spec: ImportSpec, files: list[InputFile], start: tuple[int, int], workers: int) -> Iterator[Outcome]:
-    """Outcomes in the order of the rows; a few rows a worker are on their way at once."""
+    """Outcomes in the order of the rows; a few rows per worker are on their way at once."""
     rows = read_rows(spec, files, start)
     if workers == 1:
         for row in rows:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from danceopd.config.load import apply_overrides, say_invalid
+from danceopd.config.parts import Part
 from danceopd.data.importers.layouts import LAYOUTS, Layout
 from danceopd.data.pictures import MAX_PIXELS, WHITE
 from danceopd.errors import UserError, unknown_name
@@ -18,11 +19,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 ANY = "*"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Buckets(_Part):
+class Buckets(Part):
     """Every picture is resized to the bucket nearest its own ratio (see `danceopd.data.buckets`)."""
 
     area: int = Field(1024 * 1024, gt=0, description="pixels of a picture")
@@ -30,14 +27,14 @@ class Buckets(_Part):
     max_ratio: float = Field(2.0, ge=1, description="of the longest bucket's sides")
 
 
-class FixedSize(_Part):
+class FixedSize(Part):
     """Every picture is cropped and resized to one size."""
 
     height: int = Field(gt=0)
     width: int = Field(gt=0)
 
 
-class ImportSpec(_Part):
+class ImportSpec(Part):
     """One import: what is read, which task each kind of edit is, and what is done to the pictures."""
 
     layout: str

@@ -41,7 +41,7 @@ class Metric:
 
     Attributes:
         name: as recipes write it.
-        unit: `rate` (0 or 1 a sample, a share as a mean), `dB`, `index` (at most 1), `score` (0 to 10), or `distance`
+        unit: `rate` (0 or 1 per sample, a share as a mean), `dB`, `index` (at most 1), `score` (0 to 10), or `distance`
             (minus a distance: at most 0).
         meaning: one line for the report.
         needs: what a record must have: `source`, `target`, `mask`, or facts of its provenance.
@@ -74,7 +74,7 @@ class Metric:
             raise UserError(f"metric '{self.name}' compares sets of pictures and there is one record; give more")
 
     def score(self, pictures: np.ndarray, records: list[Record], tools: Tools | None = None) -> list[float]:
-        """One value a sample; of a set metric, one value in all.
+        """One value per sample; of a set metric, one value in all.
 
         Args:
             pictures: (B, H, W, 3) uint8.
