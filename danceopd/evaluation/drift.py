@@ -22,7 +22,11 @@ from danceopd.flow.fields import Field
 from danceopd.flow.sampling import seeded_noise
 
 STUDENT, TEACHER = "student", "teacher"
-_SIDES = {STUDENT: {"linestyle": "-", "marker": "o"}, TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"}}
+_SIDES = {
+    STUDENT: {"linestyle": "-", "marker": "o"},
+    TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"},
+    "base": {"linestyle": ":", "marker": "^", "color": "0.7"},  # where it is not the teacher itself
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ def plot_paths(drift: dict[str, dict]) -> dict[str, bytes]:
     for task, facts in drift.items():
         figure, axes = _sheet()
         for side, style in _SIDES.items():
-            points = [(int(n), facts["by_steps"][n][side]) for n in facts["by_steps"]]
+            points = [(int(n), figures.get(side)) for n, figures in facts["by_steps"].items()]
+            if all(value is None for _, value in points):
+                continue
             known = sorted((n, value) for n, value in points if value is not None)
             axes.plot([n for n, _ in known], [v for _, v in known], label=side, markersize=4, **style)
         counts = sorted(map(int, facts["by_steps"]))

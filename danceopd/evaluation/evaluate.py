@@ -238,15 +238,15 @@ def _drift(
     rows = spread([record.id for record in records], spec.drift.records)
     records, encoded = [records[row] for row in rows], encoded.subset(rows)
     ids = [record.id for record in records]
-    first = next((name for name in known if not paid(name)), known[0])
-    records = records[: spec.drift.records]
-    encoded, ids = encoded.subset(list(range(len(records)))), [record.id for record in records]
     seeds = [record_seed(spec.seed, name) for name in ids]
     found = path_drift(fields[STUDENT], fields[taught], encoded, seeds, spec.steps, spec.batch)
     forwards, by_steps = found.forwards, {}
+    sides = {"student": STUDENT, "teacher": taught}
+    if fields[BASE].identity != fields[taught].identity:
+        sides["base"] = BASE
     for steps in sorted(set(spec.drift.steps)):
         figures = {}
-        for side, name in (("student", STUDENT), ("teacher", taught)):
+        for side, name in sides.items():
             if steps == spec.steps:  # these were drawn to be scored
                 values = [scored[name].values[first][row] for row in rows]
             else:

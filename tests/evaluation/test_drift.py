@@ -67,7 +67,7 @@ def test_batches_change_nothing(backbone, encoded):
 
 
 def test_plots_are_pictures_for_every_task():
-    by_steps = {"1": {"student": 10.0, "teacher": None}, "8": {"student": 20.0, "teacher": 21.0}}
+    by_steps = {"1": {"student": 10.0, "teacher": None}, "8": {"student": 20.0, "teacher": 21.0, "base": 9.0}}
     facts = {
         "sigmas": [1.0, 0.5, 0.0],
         "drift": [0.0, 0.1, 0.2],

@@ -232,6 +232,18 @@ def test_fewer_steps_are_drawn_and_the_evaluations_own_are_not_drawn_again(backb
     assert drift["by_steps"][str(steps)]["student"] == pytest.approx(sum(values[:3]) / 3)
 
 
+def test_the_base_is_shown_by_sampling_steps_where_it_is_not_the_teacher(backbone, small_data):
+    recipe = make_recipe()
+    few = recipe.evaluate.model_copy(update={"drift": DriftRecipe(records=2, steps=(1,))})
+    recipe = recipe.model_copy(update={"tasks": {"local_edit": recipe.tasks["local_edit"]}, "evaluate": few})
+    names = ("base", "local", "student")
+    fields = {n: CountingField(n, backbone, other_network(backbone, k)) for k, n in enumerate(names)}
+    result = ev.evaluate(recipe, backbone, fields, open_dataset(small_data), None, "key")
+    figures = result.metrics["drift"]["local_edit"]["by_steps"]["1"]
+    assert set(figures) == {"base", "teacher", "student"}
+    assert result.metrics["forwards"] == sum(sum(field.asked) for field in fields.values())
+
+
 def test_a_missing_field_is_refused(backbone, fields, small_data):
     with pytest.raises(ValueError, match=r"needs the field\(s\) student, style"):
         part = {name: fields[name] for name in ("base", "local")}
