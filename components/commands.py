@@ -10,10 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from components.running import BAD_INPUT
-from danceopd.errors import Interrupted, UserError
+from danceopd.errors import ExitCode, Interrupted, UserError
 
-AGAIN = 75
 PYTHON = (sys.executable, "-m")
 
 
@@ -37,9 +35,9 @@ def hand_over(what: str, arguments: Sequence[str], variables: Mapping[str, str] 
         _passing_signals(child),
     ):
         code = child.wait()
-    if code == BAD_INPUT:
+    if code == ExitCode.BAD_INPUT:
         raise UserError(f"{what}: bad input; the line above says what and how to mend it")
-    if code == AGAIN:
+    if code == ExitCode.INTERRUPTED:
         raise Interrupted(f"{what}: stopped; tried again, it goes on from where it was")
     if code != 0:
         raise RuntimeError(f"{what}: ended with code {code}; its last lines above say why")

@@ -16,7 +16,6 @@ from typing import Any
 from components.tracked import tracked
 from danceopd.config.load import apply_overrides, load_recipe, parse_recipe
 from danceopd.config.recipe import Recipe
-from danceopd.errors import BAD_INPUT as BAD_INPUT
 from danceopd.errors import Interrupted, UserError, mendable
 from danceopd.files import write_json
 from danceopd.text import parse_json, parse_yaml, read_json

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import errno
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ends; the README's table says what each means."""
+
+    OK = 0
+    FAILED = 1  # a step, a job or a server failed; what may pass by itself is among it
+    BAD_INPUT = 2  # something to mend first: the same again ends in the same way
+    UNCHANGED = 3  # nothing to train
+    NOT_REGISTERED = 4  # the student fails a gate
+    INTERRUPTED = 75  # the same again goes on from here (EX_TEMPFAIL)
+    CTRL_C = 130  # as shells have it: 128 and the signal's number
+    PIPE_CLOSED = 141
 
 
 class UserError(ValueError):
@@ -21,7 +35,7 @@ class Interrupted(SystemExit):
     """The work was asked to end and can be gone on with: the process ends with code 75 (EX_TEMPFAIL, try again)."""
 
     def __init__(self, message: str):
-        super().__init__(75)
+        super().__init__(int(ExitCode.INTERRUPTED))
         self.message = message
 
     def __str__(self) -> str:
@@ -85,21 +99,20 @@ _PASSING = {
     "httpx2.TransportError",
     "aiohttp.client_exceptions.ClientConnectionError",
 }
-BAD_INPUT, MAY_PASS = 2, 1  # exit codes; a job that ends with the first is not tried again
 
 
-def mendable(error: BaseException) -> tuple[str, int] | None:
+def mendable(error: BaseException) -> tuple[str, ExitCode] | None:
     """One line and an exit code for an error that a user can mend, though no check foresaw it; None for a bug.
 
     A full disk, a name that is too long, a damaged archive, a locked database, a server that does not answer. What may
-    pass by itself gets `MAY_PASS`, everything else `BAD_INPUT`.
+    pass by itself gets `FAILED`, everything else `BAD_INPUT`.
     """
     names = _names(error)
     if isinstance(error, UserError):
-        return " ".join(str(error).split()), BAD_INPUT
+        return " ".join(str(error).split()), ExitCode.BAD_INPUT
     if not names & _MENDABLE:
         return None
-    return _one_line(error, names), MAY_PASS if names & _PASSING else BAD_INPUT
+    return _one_line(error, names), ExitCode.FAILED if names & _PASSING else ExitCode.BAD_INPUT
 
 
 def _names(error: BaseException) -> set[str]:

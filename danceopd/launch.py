@@ -19,7 +19,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-BAD_INPUT, INTERRUPTED, SIGNALLED = 2, 75, 128
+from danceopd.errors import ExitCode
+
+SIGNALLED = 128  # and the number of the signal that killed a worker
 GRACE = 270  # seconds to write a checkpoint after a SIGTERM, within a pod's 300
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def launch(arguments: Sequence[str]) -> int:
         return exit_code([first.exitcode, *(failure.exitcode for failure in error.failures.values())])
     except SignalException as stop:
         log.warning("stopped by %s; started again, it goes on from its last checkpoint", stop.sigval.name)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     return 0
 
 
@@ -52,7 +54,7 @@ def exit_code(codes: Sequence[int]) -> int:
     A worker whose peer is gone fails too, over the lost connection; so a code that means something goes before one
     that does not.
     """
-    meant = [code for code in (BAD_INPUT, INTERRUPTED) if code in codes]
+    meant = [code for code in (ExitCode.BAD_INPUT, ExitCode.INTERRUPTED) if code in codes]
     first = meant[0] if meant else codes[0]
     return first if first >= 0 else SIGNALLED - first
 

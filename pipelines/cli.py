@@ -13,11 +13,11 @@ from rich.console import Console
 from components.image import IMAGE
 from danceopd.cli.options import RecipeOption, SetOption, WorkspaceOption
 from danceopd.config.load import load_recipe
-from danceopd.errors import UserError
+from danceopd.errors import ExitCode, UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
-from pipelines.one_line import NOT_REGISTERED, one_line_errors
+from pipelines.one_line import one_line_errors
 
 PLAIN_WIDTH = 110  # of a table that goes to a file
 
@@ -90,7 +90,7 @@ def run(
     if not outcome.registration["registered"]:
         for line in outcome.shortfalls:
             typer.echo(f"danceopd: {line}", err=True)
-        raise typer.Exit(NOT_REGISTERED)
+        raise typer.Exit(ExitCode.NOT_REGISTERED)
 
 
 @app.command("compile")

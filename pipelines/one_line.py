@@ -12,11 +12,9 @@ from contextlib import contextmanager
 
 import typer
 
-from danceopd.errors import BAD_INPUT as BAD_INPUT
-from danceopd.errors import UserError, mendable
+from danceopd.errors import ExitCode, UserError, mendable
 
 log = logging.getLogger("danceopd.command")
-STEP_FAILED, NOT_REGISTERED, AGAIN = 1, 4, 75  # 3: nothing changed
 
 
 class Away(UserError):
@@ -34,10 +32,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         typer.echo(f"danceopd: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(AGAIN if isinstance(error, Away) else BAD_INPUT) from error
+        raise typer.Exit(ExitCode.INTERRUPTED if isinstance(error, Away) else ExitCode.BAD_INPUT) from error
     except StepFailed as error:
         typer.echo("\n".join(f"danceopd: {line}" for line in str(error).splitlines()), err=True)
-        raise typer.Exit(STEP_FAILED) from error
+        raise typer.Exit(ExitCode.FAILED) from error
     except Exception as error:
         if (told := mendable(error)) is None:
             raise

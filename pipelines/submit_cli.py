@@ -20,11 +20,10 @@ from components.image import IMAGE
 from danceopd.cli.options import RecipeOption, SetOption
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import Recipe
-from danceopd.errors import UserError
+from danceopd.errors import ExitCode, UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
-from pipelines.one_line import AGAIN, Away, one_line_errors
+from pipelines.one_line import Away, one_line_errors
 
-FAILED, UNCHANGED = 1, 3
 NAME = "danceopd"  # of pipeline and experiment
 
 HostOption = Annotated[
@@ -174,7 +173,7 @@ def _follow(server, run: str, recipe: Recipe, inputs, uri: str | None, before) -
     for reason in outcome.reasons:
         typer.echo(f"danceopd: {reason}", err=True)
     if outcome.state != submit.SUCCEEDED:
-        return AGAIN if outcome.state == submit.LOST else FAILED
+        return ExitCode.INTERRUPTED if outcome.state == submit.LOST else ExitCode.FAILED
     if before is None:
         typer.echo(f"what was registered stands in the run's summary; with --tracking-uri or {ENVIRONMENT} also here")
         return 0
@@ -221,7 +220,7 @@ def changed(
         uri = tracking_uri or default_tracking_uri(workspace or Path("runs") / loaded.name)
         found = compare(loaded, read_inputs(loaded, data), uri)
     _say_lines([found.to_json()] if as_json else found.lines())
-    raise typer.Exit(0 if found.changed else UNCHANGED)
+    raise typer.Exit(0 if found.changed else ExitCode.UNCHANGED)
 
 
 # --------------------------------------------------------------------------------------------------------------- upload

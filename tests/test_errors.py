@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from danceopd.errors import BAD_INPUT, MAY_PASS, UserError, mendable
+from danceopd.errors import ExitCode, UserError, mendable
 
 
 def raised(action, *arguments):
@@ -91,17 +91,17 @@ def test_a_librarys_error_is_one_line(tmp_path, name):
     told, code = mendable(raised(action, tmp_path))
     assert message in told
     assert "\n" not in told
-    assert code == BAD_INPUT
+    assert code == ExitCode.BAD_INPUT
 
 
 def test_what_may_pass_has_another_code():
     told, code = mendable(raised(refused_connection))
-    assert code == MAY_PASS
+    assert code == ExitCode.FAILED
     assert "127.0.0.1" in told
-    assert mendable(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))[1] == MAY_PASS
+    assert mendable(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))[1] == ExitCode.FAILED
 
 
 def test_our_own_line_is_kept_and_a_bug_stays_a_bug():
-    assert mendable(UserError("a:\n  b")) == ("a: b", BAD_INPUT)
+    assert mendable(UserError("a:\n  b")) == ("a: b", ExitCode.BAD_INPUT)
     for bug in (KeyError("x"), ValueError("x"), TypeError("x"), AssertionError(), RuntimeError("x"), RecursionError()):
         assert mendable(bug) is None

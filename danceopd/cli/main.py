@@ -25,7 +25,7 @@ from danceopd.cli.steps import distill, evaluate, finetune, register
 from danceopd.cli.study import study
 from danceopd.cli.tracking import add_tracking
 from danceopd.cli.world import world_app
-from danceopd.errors import BAD_INPUT, Interrupted, mendable
+from danceopd.errors import ExitCode, Interrupted, mendable
 
 log = logging.getLogger(__name__)
 # typer brings its own copy of click, whose error base it does not export.
@@ -84,14 +84,14 @@ def main() -> None:
         code = root_command().main(standalone_mode=False)
     except UsageError as error:
         where = f" ({error.ctx.command_path} --help)" if error.ctx else ""
-        sys.exit(_say(error.format_message() + where, BAD_INPUT))
+        sys.exit(_say(error.format_message() + where, ExitCode.BAD_INPUT))
     except Interrupted as stop:
         sys.exit(_say(str(stop), stop.code))
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(_say("interrupted", 130))
+        sys.exit(_say("interrupted", ExitCode.CTRL_C))
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        sys.exit(ExitCode.PIPE_CLOSED)
     except Exception as error:
         if (told := mendable(error)) is None:
             raise

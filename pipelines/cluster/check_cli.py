@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from danceopd.errors import ExitCode
 from pipelines.cluster.cli import ContextOption, unreachable_is_again
-from pipelines.one_line import BAD_INPUT, one_line_errors
+from pipelines.one_line import one_line_errors
 
 app = typer.Typer(no_args_is_help=True, help="The cluster that runs and jobs go to.")
 
@@ -42,4 +43,4 @@ def check(
         missing = sum(line.state == MISSING for line in lines)
         typer.echo(f"{missing} missing" if missing else "nothing is missing")
         if missing:
-            raise typer.Exit(BAD_INPUT)
+            raise typer.Exit(ExitCode.BAD_INPUT)

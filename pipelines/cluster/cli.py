@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from components.image import IMAGE
-from danceopd.errors import UserError
+from danceopd.errors import ExitCode, UserError
 from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking.journal import RUN
-from pipelines.one_line import BAD_INPUT, one_line_errors
+from pipelines.one_line import one_line_errors
 
-FAILED, AGAIN = 1, 75
 LAST_PATIENCE = 30.0  # seconds for an API call after a signal: whoever sent it waits
 WORKFLOW = "ARGO_WORKFLOW"  # set in a pipeline's step: the run it belongs to
 
@@ -268,7 +267,7 @@ def _wait(cluster, handle, minutes: int) -> int:
     if last.state == jobs.SUCCEEDED:
         return 0
     _say(f"danceopd: {handle}: {last}")
-    return BAD_INPUT if last.user_error else FAILED
+    return ExitCode.BAD_INPUT if last.user_error else ExitCode.FAILED
 
 
 def _say(line: str) -> None:
@@ -288,7 +287,7 @@ def _stopped(cluster, name: str) -> Iterator[None]:
     """SIGTERM or SIGINT within the block ends the command, and the job too if its run was cancelled."""
 
     def stop(number: int, frame: object) -> None:
-        raise Stopped(130 if number == signal.SIGINT else AGAIN)
+        raise Stopped(ExitCode.CTRL_C if number == signal.SIGINT else ExitCode.INTERRUPTED)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -330,4 +329,4 @@ def unreachable_is_again() -> Iterator[None]:
         yield
     except Unreachable as error:
         typer.echo(f"danceopd: {error}; what runs there runs on: try again", err=True)
-        raise typer.Exit(AGAIN) from error
+        raise typer.Exit(ExitCode.INTERRUPTED) from error

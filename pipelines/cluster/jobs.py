@@ -16,11 +16,11 @@ import urllib3
 from kubernetes import watch
 from kubernetes.client import ApiException
 
-from danceopd.errors import UserError
+from danceopd.errors import ExitCode, UserError
 from danceopd.files import content_key
 from pipelines.cluster.connect import TIMEOUT, Cluster, one_line, persist
 from pipelines.cluster.queues import why_queued
-from pipelines.cluster.reasons import USER_ERROR, being_ended, ended_badly, exit_codes, pattern, refused, trouble
+from pipelines.cluster.reasons import being_ended, ended_badly, exit_codes, pattern, refused, trouble
 from pipelines.cluster.sameness import SPEC, same_spec
 
 PART_OF = {"app.kubernetes.io/part-of": "danceopd"}
@@ -290,7 +290,7 @@ def _status(cluster: Cluster, handle: Handle, there: dict) -> Status:
     if "Failed" in held or "FailureTarget" in held:
         condition = held.get("Failed") or held["FailureTarget"]
         reason = _failure(condition, trouble(pods, _events(cluster, handle)))
-        return Status(FAILED, reason, bool(exit_codes(pods)) and exit_codes(pods)[-1] == USER_ERROR, at=at)
+        return Status(FAILED, reason, bool(exit_codes(pods)) and exit_codes(pods)[-1] == ExitCode.BAD_INPUT, at=at)
     if spec.get("suspend"):
         return Status(QUEUED, one_line(why_queued(cluster, handle.kind.name, there, _warnings(cluster))), at=at)
     live = frozenset(pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Running")

@@ -8,10 +8,9 @@ from typing import Any
 
 from kubernetes.client import ApiException
 
-from danceopd.errors import UserError
+from danceopd.errors import ExitCode, UserError
 from pipelines.cluster.connect import message_of, one_line
 
-USER_ERROR, INTERRUPTED = 2, 75  # what `danceopd` ends with
 ACCELERATORS = ("gpu", "gaudi", "tpu")
 IMAGE_TROUBLE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 VOLUME_TROUBLE = {"FailedMount", "FailedAttachVolume", "FailedMapVolume"}
@@ -96,7 +95,7 @@ def interrupted(pod: dict) -> bool:
     if _outgrew(pod):
         return False
     taken = any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in status.get("conditions") or [])
-    return taken or status.get("reason") in ("Evicted", "Preempting") or INTERRUPTED in exit_codes([pod])
+    return taken or status.get("reason") in ("Evicted", "Preempting") or ExitCode.INTERRUPTED in exit_codes([pod])
 
 
 def ended_badly(pods: list[dict]) -> dict[str, str]:

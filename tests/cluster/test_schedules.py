@@ -9,9 +9,9 @@ import typer
 import yaml
 from test_manifests import MANIFESTS, built, needs_kustomize, of_kind
 
+from danceopd.errors import ExitCode
 from pipelines import submit, submit_cli
 from pipelines.cli import app
-from pipelines.submit_cli import AGAIN, FAILED
 
 sys.path.append(str(Path(__file__).parents[1] / "pipelines"))
 from kfp_server import KfpServer, serve
@@ -34,7 +34,7 @@ def test_one_at_a_time_and_nothing_is_started_twice():
     assert spec["concurrencyPolicy"] == "Forbid" and len(spec["schedule"].split()) == 5
     rules = spec["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
     codes = {r["action"]: r["onExitCodes"]["values"] for r in rules if "onExitCodes" in r}
-    assert codes == {"Ignore": [AGAIN], "FailJob": [FAILED, 2]}
+    assert codes == {"Ignore": [ExitCode.INTERRUPTED], "FailJob": [ExitCode.FAILED, ExitCode.BAD_INPUT]}
 
 
 @needs_kustomize
