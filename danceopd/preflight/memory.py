@@ -128,16 +128,37 @@ def activation_bytes(field: VelocityField, condition: Condition, autocast: bool)
     return sum(sizes)
 
 
+def samples_at_once(spec: DistillRecipe, processes: int) -> int:
+    """Samples that one process passes through the student together."""
+    return -(-spec.batch // (processes * spec.accumulate))
+
+
+def training_memory(spec: DistillRecipe, parameters: int, activations: int, processes: int) -> MemoryEstimate:
+    """What training adds on each process, whoever counted the activations: a measured pass or a configuration.
+
+    Args:
+        spec: the recipe's section.
+        parameters: weights that train.
+        activations: bytes that the largest forward pass keeps for its backward pass.
+        processes: how many train together.
+    """
+    share = processes if spec.parallel == "shard" else 1
+    held = parameters * 4 // share
+    return MemoryEstimate(
+        parameters=parameters,
+        weights=held,
+        gradients=held,
+        optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
+        averages=held * ((spec.ema is not None) + (spec.select is not None)),
+        activations=activations,
+    )
+
+
 def estimate_memory(
     recipe: Recipe, backbone: Backbone, student: VelocityField, encoded: EncodedRecords, processes: int
 ) -> MemoryEstimate:
     """Estimate what training adds, with measured forward passes of one and two samples of each sequence length."""
     spec = recipe.distill
-    parameters = trained_parameters(student.network, spec, backbone.lora_targets)
-    share = processes if spec.parallel == "shard" else 1
-    held = parameters * 4 // share
-    copies = (spec.ema is not None) + (spec.select is not None)
-    samples = -(-spec.batch // (processes * spec.accumulate))
     device = next(backbone.transformer.parameters()).device
     low = spec.precision == "bfloat16"
     # Two measurements: what grows with the samples, and what does not (weights that autocast turned to 16 bits).
@@ -150,14 +171,8 @@ def estimate_memory(
         # and one block in full.
         blocks = max(len(repeated_blocks(student.network)), 1)
         once, one = once // blocks, one // blocks + one * 2 // 34
-    return MemoryEstimate(
-        parameters=parameters,
-        weights=held,
-        gradients=held,
-        optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
-        averages=held * copies,
-        activations=once + one * samples,
-    )
+    parameters = trained_parameters(student.network, spec, backbone.lora_targets)
+    return training_memory(spec, parameters, once + one * samples_at_once(spec, processes), processes)
 
 
 def _largest_groups(encoded: EncodedRecords) -> list[list[int]]:

@@ -21,7 +21,7 @@ from danceopd.config.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeac
 from danceopd.data.encoded import EncodedRecords
 from danceopd.flow.fields import VelocityField
 from danceopd.preflight.forwards import CountedField, expected_forwards
-from danceopd.preflight.memory import STATE_BYTES, MemoryEstimate, trained_parameters
+from danceopd.preflight.memory import MemoryEstimate, samples_at_once, trained_parameters, training_memory
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
 # A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
@@ -167,21 +167,11 @@ def _attentions(network: nn.Module) -> list[tuple[str, int]]:
 
 def _training(recipe: Recipe, backbone: Backbone, tokens: int, processes: int) -> MemoryEstimate:
     spec, network = recipe.distill, backbone.transformer
-    parameters = trained_parameters(network, spec, backbone.lora_targets)
-    share = processes if spec.parallel == "shard" else 1
-    samples = -(-spec.batch // (processes * spec.accumulate))
     blocks, (_, width) = len(repeated_blocks(network)), _attentions(network)[0]
-    numbers = samples * tokens * width * (1 if spec.precision == "bfloat16" else 2)
+    numbers = samples_at_once(spec, processes) * tokens * width * (1 if spec.precision == "bfloat16" else 2)
     kept = blocks * INPUT_BYTES + BLOCK_BYTES if spec.activation_checkpointing else blocks * BLOCK_BYTES
-    weights = parameters * 4 // share
-    return MemoryEstimate(
-        parameters=parameters,
-        weights=weights,
-        gradients=weights,
-        optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
-        averages=weights * ((spec.ema is not None) + (spec.select is not None)),
-        activations=numbers * kept,
-    )
+    parameters = trained_parameters(network, spec, backbone.lora_targets)
+    return training_memory(spec, parameters, numbers * kept, processes)
 
 
 def what_is_there(recipe: Recipe) -> list[tuple[str, str, str | None]]:
