@@ -124,12 +124,8 @@ class Drawer:
             raise UserError(f"batch is {batch}; use 1 or more")
         for row, sample in enumerate(samples):
             self.check(sample, f"sample {row}")
-<<<<<<< HEAD
-        groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance per batch
-=======
         tell_cut(self.field.backbone, [(sample.prompt, len(sample.sources)) for sample in samples])
-        groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance a batch
->>>>>>> ba4cfb6 (Generate and data commands: outputs checked first, formats by name, cut prompts, ignored files and two-sided splits told; batch files by the one reader)
+        groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance per batch
         for row, sample in enumerate(samples):
             key = len(sample.sources), sample.steps, sample.guidance, self._size(sample)
             groups.setdefault(key, []).append(row)
