@@ -15,6 +15,7 @@ from danceopd.files import atomic_folder, content_key, hash_file, hash_folder, r
 
 SHIPPED = {"world": "world_base"}
 INDEX = "model_index.json"
+TOKENIZERS = ("tokenizer", "processor")  # what the folders of them are called
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.gguf", "*.msgpack", "*.onnx", "*.onnx_data", "*.pt", "*.pth"]
 
 
@@ -146,7 +147,8 @@ def _download(uri: str, workspace: Path, what: str, only: str = "") -> Path:
                     filesystem.get_file(path, str(scratch / file.name))
                 elif only:
                     for name in filesystem.find(path):
-                        if name.endswith(only):
+                        part = name[len(path) :].strip("/").partition("/")[0]
+                        if name.endswith(only) or part.startswith(TOKENIZERS):
                             place = scratch / name[len(path) :].lstrip("/")
                             place.parent.mkdir(parents=True, exist_ok=True)
                             filesystem.get_file(name, str(place))
@@ -171,7 +173,9 @@ def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:
     what, which = f"model.base {repo!r}", f" --revision {revision}" if revision else ""
     try:
         index = Path(hf_hub_download(repo, INDEX, revision=revision))
-        wanted = [INDEX, *(f"{name}/{only}" for name in components(index))]
+        parts = components(index)
+        # A tokenizer is small, and whole it can count.
+        wanted = [INDEX, *(f"{name}/*" if name.startswith(TOKENIZERS) else f"{name}/{only}" for name in parts)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_FORMATS))
     except RevisionNotFoundError as error:
         raise UserError(f"{what}: the hub has no revision {revision!r} of it") from error

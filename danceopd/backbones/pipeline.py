@@ -83,7 +83,7 @@ class PipelineBackbone:
             scheduler = getattr(diffusers, str(index["scheduler"][1]))
             parts["scheduler"] = scheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
             for name in parts:
-                if name.startswith("tokenizer") and (folder / name).is_dir():
+                if name.startswith("tokenizer") and (folder / name / "tokenizer.json").is_file():
                     parts[name] = AutoTokenizer.from_pretrained(str(folder / name), local_files_only=True)
             return cls(kind(**parts), settings)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:

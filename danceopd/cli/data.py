@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,7 +14,12 @@ from rich.table import Table
 
 from danceopd.cli.options import RecipeOption, SetOption, WorkspaceOption, open_recipe
 from danceopd.config.load import load_recipe
+from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
+
+if TYPE_CHECKING:  # torch is slow to import, and most of these commands do without
+    from danceopd.data.encoded import CutPrompts
+    from danceopd.data.records import Record
 
 data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
 
@@ -47,27 +53,55 @@ def data_track(recipe: RecipeOption = "world", overrides: SetOption = []) -> Non
 
 @data_app.command("validate")
 def data_validate(folder: Path) -> None:
-    """Check every shard, record and picture of a dataset folder."""
-    from danceopd.data.assemble import verify_dataset
+    """Check every shard, record and picture of a dataset folder; count what lies on two sides of a split."""
+    from danceopd.data.assemble import count_two_sides, verify_dataset
 
     manifest = verify_dataset(folder)
+    sides = count_two_sides(folder)
     rows = sum(facts["rows"] for facts in manifest["files"].values())
     typer.echo(f"{folder}: {rows} records in {len(manifest['files'])} shards, all valid; content {manifest['content']}")
+    typer.echo(str(sides) if sides else "no picture lies, or looks like one, on two sides of a split")
 
 
 @data_app.command("stats")
-def data_stats(folder: Path) -> None:
-    """Records by task and split, distinct prompts, bytes of pictures."""
+def data_stats(
+    folder: Path,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="count the prompts that its text encoder would cut")
+    ] = None,
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Records by task and split, distinct prompts, bytes of pictures; with a recipe, prompts that are cut."""
     from danceopd.data.assemble import open_dataset
     from danceopd.data.records import SPLITS
 
     dataset = open_dataset(folder)
+    cut = None if recipe is None else _cutter(*open_recipe(recipe, overrides, workspace))
     _print_counts(dataset.manifest["counts"], str(folder))
     for split in SPLITS:
         records = dataset.records(split)
         prompts = Counter(r.prompt for r in records)
         size = sum(len(picture) for r in records for picture in (r.source, r.target) if picture)
         typer.echo(f"{split}: {len(records)} records, {len(prompts)} distinct prompts, {size / 1e6:.1f} MB of pictures")
+        if cut is not None and (found := cut(records)):
+            typer.echo(f"{split}: {found}")
+
+
+def _cutter(recipe: Recipe, workspace: Path) -> Callable[[list[Record]], CutPrompts | None]:
+    """What counts the prompts that a recipe's base would cut, from its tokenizer alone."""
+    from danceopd.backbones import open_outline
+    from danceopd.backbones.bases import fetch_configs
+    from danceopd.data.encoded import cut_prompts
+
+    folder = fetch_configs(recipe.model.base, recipe.model.revision, workspace)
+    backbone = open_outline(folder, recipe.model)
+
+    def count(records: list[Record]) -> CutPrompts | None:
+        prompts = {(r.prompt, int(r.source is not None and backbone.prompt_sees_source)) for r in records}
+        return cut_prompts(backbone, sorted(prompts))
+
+    return count
 
 
 def _print_counts(counts: dict, title: str) -> None:
@@ -106,6 +140,11 @@ def _tell_import(report: dict, out: Path) -> None:
             for label, entry in sorted(entries.items()):
                 lost.add_row(fate, label, str(entry["count"]), entry["examples"][0])
         console.print(lost)
+    if report["ignored"]:
+        unread = Table("ignored", "how many", "first")
+        for what, entry in sorted(report["ignored"].items()):
+            unread.add_row(what, str(entry["count"]), entry["examples"][0])
+        console.print(unread)
 
 
 @data_app.command("cache")
@@ -120,10 +159,13 @@ def data_cache(
 ) -> None:
     """Encode what the recipe's training reads, shard by shard; run it again after an interruption and it goes on."""
     from danceopd import steps
+    from danceopd.data.cache import strangers
+    from danceopd.files import check_output
 
     loaded = load_recipe(recipe, overrides)
     place = workspace or Path("runs") / loaded.name
     share = _share(worker)
+    check_output(out, strangers)
     rows = steps.cache_encodings(steps.open_run(loaded, place), out, share)
     if os.environ.get("RANK", "0") == "0":
         for group, count in rows.items():

@@ -23,7 +23,8 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="caption or instruction")] = None,
     image: Annotated[list[Path], typer.Option("--image", "--source", help="picture to edit; repeatable")] = [],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write; for several pictures, a new folder  [default: out.png, or out]")
+        Path | None,
+        typer.Option(help="PNG, JPEG or WebP to write; for several pictures, a new folder  [default: out.png, or out]"),
     ] = None,
     seed: Annotated[list[int], typer.Option(min=0, help="repeatable: a picture each")] = [0],  # noqa: B006
     steps: Annotated[int, typer.Option(min=1, help="Euler steps")] = STEPS,
@@ -43,8 +44,9 @@ def generate(
     dtype: Annotated[Precision, typer.Option(help="of the weights")] = "float32",
 ) -> None:
     """Draw or edit pictures with a student: one, or a batch; `--grid` lays its teachers' beside them."""
-    from danceopd.inference.draw_batch import check_folder, plan
-    from danceopd.inference.generate import Sample, read_settings, read_size
+    from danceopd.files import check_output, check_output_file
+    from danceopd.inference.draw_batch import plan
+    from danceopd.inference.generate import FORMATS, Sample, is_drawn, read_settings, read_size
 
     if (teacher or base) and not grid:
         raise UserError("--teacher and --base are for --grid; add it")
@@ -53,12 +55,14 @@ def generate(
     wanted = None if size is None else read_size(size, "--size")
     items = plan(rows, Sample("", (), 0, steps, guidance, wanted), seed)
     if len(items) == 1 and prompts is None and not grid:
-        typer.echo(_draw_one(model, items[0], out or Path("out.png"), dtype))
+        file = out or Path("out.png")
+        check_output_file(file, tuple(FORMATS), is_drawn)
+        typer.echo(_draw_one(model, items[0], file, dtype))
         return
     folder = out or Path("out")
-    if folder.suffix.lower() == ".png":
+    if folder.suffix.lower() in FORMATS:
         raise UserError(f"--out {folder}: several pictures and a grid go to a folder; name one")
-    check_folder(folder)
+    check_output(folder)
     origins = _origins(model, base, teacher) if grid else None
     typer.echo(_draw_many(model, items, folder, origins, batch, dtype))
 
@@ -81,12 +85,12 @@ def _rows(prompt: str | None, images: list[Path], prompts: Path | None) -> list[
 def _draw_one(model: Path, item: Item, out: Path, dtype: Precision) -> Path:
     from danceopd.files import write_atomic
     from danceopd.inference.draw_batch import check_items, with_sources
-    from danceopd.inference.generate import encode_picture, open_student
+    from danceopd.inference.generate import encode_file, open_student
 
     drawer = open_student(model, dtype)
     check_items(drawer, [item])
     [picture] = drawer.draw_samples([with_sources(item)])
-    return write_atomic(out, encode_picture(picture))
+    return write_atomic(out, encode_file(picture, out.suffix.lower()))
 
 
 def _draw_many(

@@ -87,8 +87,10 @@ def main() -> None:
         sys.exit(_say(error.format_message() + where, ExitCode.BAD_INPUT))
     except Interrupted as stop:
         sys.exit(_say(str(stop), stop.code))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(_say("interrupted", ExitCode.CTRL_C))
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        cause = stop.__cause__  # typer takes a file that ends too early for Ctrl-D
+        cut_short = mendable(cause) if isinstance(cause, EOFError) else None
+        sys.exit(_say(*(cut_short or ("interrupted", ExitCode.CTRL_C))))
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(ExitCode.PIPE_CLOSED)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from danceopd.errors import UserError
+
 world_app = typer.Typer(no_args_is_help=True, help="The small world that ships with the project.")
 
 
@@ -19,8 +21,13 @@ def world_build_base(
     """Make the small world's base from nothing; the shipped one took 34 minutes of training."""
     from dataclasses import replace
 
+    from danceopd.files import check_output
     from danceopd.pretraining.world_base import BuildPlan, build_base
 
+    check_output(out)
+    for beside in (out.with_suffix(".sha256"), out.with_suffix(".json")):
+        if beside.exists():
+            raise UserError(f"{beside}: is there already, and would be written beside {out}; name another --out")
     given = {"vae_steps": vae_steps, "steps": steps}
     figures = build_base(out, replace(BuildPlan(), **{k: v for k, v in given.items() if v is not None}))
     typer.echo(figures)

@@ -32,7 +32,7 @@ from danceopd.data.records import (
     unknown_fields,
     write_shard,
 )
-from danceopd.data.splits import Pictures, on_two_sides, settle_splits
+from danceopd.data.splits import Pictures, TwoSides, count_alike, on_two_sides, settle_splits
 from danceopd.data.world import world_records
 from danceopd.errors import UserError
 from danceopd.files import hash_file, output_folder, read_json, write_json
@@ -371,6 +371,18 @@ def open_dataset(folder: Path) -> DatasetFolder:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: shard {name} is missing; build the dataset again or 'dvc checkout'")
     return DatasetFolder(folder, manifest)
+
+
+def count_two_sides(folder: Path) -> TwoSides:
+    """What of a dataset lies on two sides of a split, by its pictures' bytes and by what they look like."""
+    dataset = open_dataset(folder)
+    splits, pictures = [], []
+    for split in SPLITS:
+        for record in dataset.records(split):
+            splits.append(split)
+            pictures.append((_name_of(record.source), _name_of(record.target)))
+    alike = count_alike((split, record) for split in SPLITS for record in dataset.records(split))
+    return replace(on_two_sides(splits, pictures), alike=alike)
 
 
 def verify_dataset(folder: Path) -> dict:

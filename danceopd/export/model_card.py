@@ -6,7 +6,6 @@ and registered.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
-from danceopd.files import write_atomic
+from danceopd.files import read_json, write_atomic
 
 CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
@@ -47,7 +46,7 @@ def render_card(recipe: Recipe, pipeline: Path, lora: bool, origins: Mapping[str
     index = Path(pipeline) / _INDEX
     if not index.is_file():
         raise UserError(f"{pipeline}: no {_INDEX}; a model card describes an exported pipeline folder")
-    loader = json.loads(index.read_text())["_class_name"]
+    loader = read_json(index)["_class_name"]
     rows = [] if metrics is None else _rows(recipe, metrics)
     view = {
         "front": _front(recipe, metrics).to_yaml(),

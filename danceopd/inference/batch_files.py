@@ -5,9 +5,7 @@ Every row is read, and every wrong field of every row is found, before the file 
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from danceopd.errors import UserError
 from danceopd.inference.generate import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, check_prompt, open_image, read_size
+from danceopd.text import decode, json_lines, parse_csv, read_bytes
 
 SHOWN = 5  # problems told of a file; the others are counted
 LISTED = ";"  # between the source images of one CSV cell
@@ -59,13 +58,9 @@ def read_rows(path: Path) -> list[Row]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a batch file is one of {', '.join(readers)}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from error
+    data = read_bytes(path)
     problems: list[str] = []
-    rows = [row for line, found in reader(text, path, problems) if (row := _row(path, line, found, problems))]
+    rows = [row for line, found in reader(data, path, problems) if (row := _row(path, line, found, problems))]
     problems += _repeated_names(rows)
     refuse(problems)
     if not rows:
@@ -80,44 +75,29 @@ def refuse(problems: list[str]) -> None:
         raise UserError("; ".join(problems[:SHOWN]) + (f"; and {more} more" if more > 0 else ""))
 
 
-def _json_lines(text: str, path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: JSON text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}, line {number}: not JSON ({error})")
-            continue
-        if isinstance(found, dict):
-            yield number, found
+def _json_lines(data: bytes, path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
+    for line, found in json_lines(io.BytesIO(data), str(path)):
+        if isinstance(found, UserError):
+            problems.append(str(found))
         else:
-            problems.append(f'{path}, line {number}: not a JSON object; write {{"prompt": ...}}')
+            yield line, found
 
 
-def _csv_rows(text: str, path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for name in reader.fieldnames or []:
-            if name not in _READERS:
-                problems.append(f"{path}, line 1: column {name!r} is not known; columns are: {', '.join(_READERS)}")
-        if problems:
-            return
-        for found in reader:
-            if None in found or None in found.values():
-                given = len(reader.fieldnames) + (
-                    len(found[None]) if None in found else -list(found.values()).count(None)
-                )
-                problems.append(
-                    f"{path}, line {reader.line_num}: {given} cells, the first line names {len(reader.fieldnames)}"
-                )
-                continue
-            cells = {name: cell for name, cell in found.items() if cell.strip()}
-            if "source" in cells:
-                cells["source"] = [part.strip() for part in cells["source"].split(LISTED)]
-            yield reader.line_num, cells
-    except csv.Error as error:
-        problems.append(f"{path}, line {reader.line_num}: not CSV ({error})")
+def _csv_rows(data: bytes, path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
+    names, rows = parse_csv(decode(data, str(path)), str(path))
+    for name in names:
+        if name not in _READERS:
+            problems.append(f"{path}, line 1: column {name!r} is not known; columns are: {', '.join(_READERS)}")
+    if problems:
+        return
+    for line, found in rows:
+        if isinstance(found, UserError):
+            problems.append(str(found))
+            continue
+        cells: dict[str, Any] = {name: cell for name, cell in found.items() if cell.strip()}
+        if "source" in cells:
+            cells["source"] = [part.strip() for part in cells["source"].split(LISTED)]
+        yield line, cells
 
 
 def _row(path: Path, line: int, found: dict[str, Any], problems: list[str]) -> Row | None:

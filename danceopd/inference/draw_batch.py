@@ -14,7 +14,7 @@ from PIL import Image
 from danceopd import __version__
 from danceopd.errors import UserError
 from danceopd.evaluation.grids import fit_scale, picture_grid, resize
-from danceopd.files import atomic_folder, hash_file, write_json
+from danceopd.files import hash_file, output_folder, write_json
 from danceopd.flow.fields import Field
 from danceopd.inference.batch_files import Row, refuse
 from danceopd.inference.generate import Drawer, Sample, encode_picture, open_image, to_fitted
@@ -93,12 +93,6 @@ def check_items(drawer: Drawer, items: list[Item]) -> None:
     refuse(list(problems))
 
 
-def check_folder(out: Path) -> None:
-    """Refuse an output folder in which something lies already."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out}: exists already; several pictures and a grid go to a folder that is new or empty")
-
-
 def draw_batch(
     drawer: Drawer, fields: Mapping[str, Field], items: list[Item], out: Path, grid: bool, batch: int, about: dict
 ) -> Path:
@@ -119,10 +113,9 @@ def draw_batch(
     Raises:
         UserError: if `out` holds something, or the student cannot draw an item.
     """
-    check_folder(out)
     check_items(drawer, items)
     entries = []
-    with atomic_folder(Path(out).resolve()) as scratch:
+    with output_folder(out) as scratch:
         for name in fields:
             (scratch / name).mkdir()
         pages = _Pages(scratch, list(fields), items) if grid else None

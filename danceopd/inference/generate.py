@@ -21,6 +21,7 @@ from torch import Tensor
 from danceopd.backbones import Condition, load_backbone
 from danceopd.backbones.base import SETTINGS
 from danceopd.config.recipe import ModelRecipe
+from danceopd.data.encoded import tell_cut
 from danceopd.data.pictures import MAX_PIXELS, read_picture
 from danceopd.devices import best_device
 from danceopd.errors import UserError
@@ -32,6 +33,8 @@ from danceopd.flow.sampling import sample_pixels, to_uint8
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAKER, _SOFTWARE = "danceopd", 0x0131
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Drawer:
             raise UserError(f"batch is {batch}; use 1 or more")
         for row, sample in enumerate(samples):
             self.check(sample, f"sample {row}")
+        tell_cut(self.field.backbone, [(sample.prompt, len(sample.sources)) for sample in samples])
         groups: dict[tuple, list[int]] = {}  # one shape, one grid and one guidance per batch
         for row, sample in enumerate(samples):
             key = len(sample.sources), sample.steps, sample.guidance, self._size(sample)
@@ -199,7 +203,9 @@ def check_prompt(prompt: object, where: str) -> None:
     Raises:
         UserError: naming `where`.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: the prompt is {type(prompt).__name__}, not text; say what to draw or to change")
+    if not prompt.strip():
         raise UserError(f"{where}: the prompt is empty; say what to draw or to change")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # JSON can write them, UTF-8 cannot
         raise UserError(f"{where}: the prompt holds half a character (a lone surrogate); write it anew")
@@ -257,6 +263,23 @@ def encode_picture(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def encode_file(image: Image.Image, ending: str) -> bytes:
+    """A picture's bytes in the format of a file's ending, marked as drawn here (EXIF's `Software`)."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[_SOFTWARE] = MAKER
+    image.save(buffer, FORMATS[ending], exif=exif, quality=95)
+    return buffer.getvalue()
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a picture that `encode_file` wrote, so that another may take its place."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(_SOFTWARE) == MAKER
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def read_settings(folder: Path) -> ModelRecipe:

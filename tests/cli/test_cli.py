@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 
 from danceopd import __version__
 from danceopd.cli import main as cli
+from danceopd.data.assemble import assemble
+from danceopd.data.world import world_records
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -33,6 +37,72 @@ def test_a_dataset_is_built_validated_and_counted(monkeypatch, capsys, tmp_path)
     assert (code, "4 records in 2 shards, all valid" in text) == (0, True)
     code, text, _ = run(monkeypatch, capsys, "data", "stats", out)
     assert (code, "train: 3 records, 3 distinct prompts" in text) == (0, True)
+    assert "cut" not in text
+    limit = ["--recipe", "world", "--set", "model.max_sequence_length=8", "--workspace", tmp_path / "ws"]
+    code, text, _ = run(monkeypatch, capsys, "data", "stats", out, *limit)
+    assert (code, "train: 3 of 3 prompts are cut at 8 tokens" in " ".join(text.split())) == (0, True)
+
+
+def test_what_lies_on_two_sides_and_what_is_ignored_is_told(monkeypatch, capsys, tmp_path):
+    records = list(world_records({"t2i": {"train": 2, "test": 1}}))
+    assemble([*records, replace(records[0], id="again", split="test")], tmp_path / "data")
+    code, text, _ = run(monkeypatch, capsys, "data", "validate", tmp_path / "data")
+    assert code == 0
+    assert "on two sides of a split: 0 source(s), 1 target(s)" in text
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(records[0].target)
+    (tmp_path / "in" / "a.txt").write_text("a sea")
+    (tmp_path / "in" / "notes.md").write_text("x")
+    settings = ["--set", "min_side=32", "--out", tmp_path / "import"]
+    code, text, _ = run(monkeypatch, capsys, "data", "import", "folder", tmp_path / "in", *settings)
+    assert (code, "ignored" in text, "file .md" in text) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["data", "build"], ["data", "cache"], ["world", "build-base"], ["data", "import-benchmark", "geneval", "g"]],
+)
+def test_every_command_leaves_other_peoples_files(monkeypatch, capsys, tmp_path, command):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    line = {"tag": "x", "include": [], "prompt": "p"}
+    (tmp_path / "g").write_text(json.dumps(line))
+    monkeypatch.chdir(tmp_path)
+    more = ["--task", "t2i"] if "geneval" in command else []
+    code, _, err = run(monkeypatch, capsys, *command, "--out", "out", *more)
+    assert code == 2
+    assert "out: holds notes.txt, and no older output of this command" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    if command[0] == "world":
+        (tmp_path / "base.json").write_text("mine")
+        code, _, err = run(monkeypatch, capsys, *command, "--out", "base")
+        assert (code, "base.json: is there already" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device", "x"), UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), EOFError("cut")],
+)
+def test_an_error_that_can_be_mended_is_one_line(monkeypatch, capsys, error):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("danceopd.data.assemble.verify_dataset", failing)
+    code, _, err = run(monkeypatch, capsys, "data", "validate", "x")
+    assert (code, err.strip().count("\n")) == (2, 0)
+    assert err.strip().startswith("danceopd: ")
+    code, _, err = run(monkeypatch, capsys, "-v", "data", "validate", "x")
+    assert "Traceback" in err  # for who asks
+
+
+def test_a_bug_stays_a_bug(monkeypatch, capsys):
+    def failing(*_, **__):
+        raise KeyError("x")
+
+    monkeypatch.setattr("danceopd.data.assemble.verify_dataset", failing)
+    monkeypatch.setattr(sys, "argv", ["danceopd", "data", "validate", "x"])
+    with pytest.raises(KeyError):
+        cli.main()
 
 
 @pytest.mark.parametrize(

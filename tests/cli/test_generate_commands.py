@@ -20,7 +20,7 @@ from danceopd.config.recipe import LoraRecipe
 from danceopd.files import write_json
 from danceopd.flow.field_io import load_field, save_field
 from danceopd.flow.fields import VelocityField
-from danceopd.inference.generate import Sample, encode_picture, open_image, open_student
+from danceopd.inference.generate import FORMATS, Sample, encode_file, encode_picture, open_image, open_student
 from danceopd.inference.side_by_side import find_origins, named_origins, open_side_by_side
 from danceopd.pretraining.world_base import SHAPE
 
@@ -77,7 +77,7 @@ def test_a_lone_prompt_is_one_file(run, student, tmp_path):
     assert (code, out) == (0, "out.png\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.png"]
     [drawn] = open_student(student).draw_samples([Sample("red ring", (), 5, 2)])
-    assert (tmp_path / "out.png").read_bytes() == encode_picture(drawn)
+    assert (tmp_path / "out.png").read_bytes() == encode_file(drawn, ".png")
     assert (
         run(
             student,
@@ -185,7 +185,7 @@ def test_many_rows_make_several_grids(student, tmp_path, monkeypatch):
         (["a", "--guidance", "0"], "the prompt: guidance is 0.0; use 1 (none)"),
         (["a", "--seed", "1", "--seed", "1"], "has the name of one of the prompt; name them apart"),
         (["a", "--seed", "1", "--seed", "2", "--out", "x.png"], "several pictures and a grid go to a folder"),
-        (["a", "--seed", "1", "--seed", "2", "--out", "full"], "full: exists already"),
+        (["a", "--seed", "1", "--seed", "2", "--out", "full"], "full: holds kept, and no older output of this command"),
         (["a", "--teacher", "x=y"], "--teacher and --base are for --grid"),
         (["a", "--grid", "--teacher", "x"], "--teacher 'x': write NAME=WEIGHTS"),
         (["a", "--grid", "--teacher", "a/b=y"], "'a/b'; use letters"),
@@ -236,3 +236,44 @@ def test_a_failure_while_drawing_leaves_nothing(run, student, tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="no space left"):
         cli.main()
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ outputs
+
+
+@pytest.mark.parametrize("ending", [*FORMATS, ".JPG"])
+def test_a_file_has_the_format_its_name_says_and_is_drawn_over(run, student, tmp_path, ending):
+    for seed in (1, 2):
+        assert run(student, "red ring", "--seed", seed, "--steps", 1, "--out", f"p{ending}")[0] == 0
+        with Image.open(tmp_path / f"p{ending}") as picture:
+            assert (picture.format, picture.size) == (FORMATS[ending.lower()], (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("p.bmp", "p.bmp: ends in none of .png, .jpg, .jpeg, .webp"),
+        ("p", "p: ends in none of"),
+        ("photo.png", "photo.png: is there already, and no older output of this command"),
+        ("notes.png", "notes.png: is there already"),
+        ("folder.png", "folder.png: a folder, and a file is to be written"),
+        ("photo.png/p.png", "photo.png is a file"),
+        ("x" * 300 + ".png", "no place for an output"),
+    ],
+)
+def test_a_place_that_is_none_is_said_before_drawing(run, student, tmp_path, monkeypatch, out, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / "notes.png").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    monkeypatch.setattr("danceopd.inference.generate.load_backbone", None)  # nothing is loaded
+    code, _, err = run(student, "red ring", "--out", out)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_a_prompt_that_is_cut_is_told(run, student):
+    code, _, err = run(student, "a small green square " * 300, "--steps", 1)
+    assert code == 0
+    assert "1 of 1 prompts are cut at" in err

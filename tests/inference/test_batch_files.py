@@ -58,9 +58,9 @@ def test_jsonl_and_csv_say_the_same(folder):
     ("change", "words"),
     [
         ({"prompt": " "}, "field 'prompt': the prompt is empty"),
-        ({"prompt": "a \ud800"}, "field 'prompt': the prompt holds half a character"),
+        ({"prompt": "a \ud800"}, "holds half a character"),
         ({"prompt": None}, "field 'prompt': missing"),
-        ({"prompt": 5}, "field 'prompt': the prompt is empty"),
+        ({"prompt": 5}, "field 'prompt': the prompt is int, not text"),
         ({"source": "in/gone.png"}, "field 'source': .*gone.png: no such image file"),
         ({"source": "in/broken.png"}, "field 'source': .*broken.png: not a readable image"),
         ({"source": [1]}, "field 'source': .*give the path of a picture"),
@@ -98,7 +98,7 @@ def test_all_bad_rows_are_told_at_once_and_many_are_counted(folder):
         "line 1, field 'seed'",
         "line 1, field 'steps'",
         "line 2, field 'prompt'",
-        "line 5: not JSON",
+        "line 5: not valid JSON",
         "line 6: not a JSON object",
         "; and 2 more",
     ):
