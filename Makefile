@@ -4,6 +4,7 @@
 #   make test                     everything a change must pass
 #   make unit                     the inner loop: what takes no more than a few seconds a test
 #   make bench                    the CPU benchmarks, as a Markdown block for benchmarks/RESULTS.md
+#   make docs                     the pages and the API as a site in site/, every link checked
 #   make image                    the container image; TARGET=compile: with a compiler, for recipes that say `compile`
 #   make client-image             the one for commands that only speak to servers, without torch
 #   make image-jobs               the Jobs of manifests/overlays/local in it, as their pods say; ENGINE=docker
@@ -29,7 +30,7 @@ READY := .venv/.ready
 # compile 22,000 files of which a run imports 6,000, so the first run does, and only the first.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test unit bench image client-image image-jobs
+.PHONY: run test unit bench docs image client-image image-jobs
 .DELETE_ON_ERROR:
 
 run: $(READY)
@@ -46,6 +47,13 @@ unit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# In an environment of its own: the site is built from the sources as text.
+docs:
+	"$(PYTHON)" -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$$(.venv-docs/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	.venv-docs/bin/mkdocs build --strict --quiet
 
 image:
 	$(BUILDER) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \

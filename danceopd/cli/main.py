@@ -88,18 +88,22 @@ def main() -> None:
     except Interrupted as stop:
         sys.exit(_say(str(stop), stop.code))
     except (typer.Abort, KeyboardInterrupt) as stop:
-        cause = stop.__cause__  # typer takes a file that ends too early for Ctrl-D
-        cut_short = mendable(cause) if isinstance(cause, EOFError) else None
-        sys.exit(_say(*(cut_short or ("interrupted", ExitCode.CTRL_C))))
+        if isinstance(stop.__cause__, EOFError):  # typer takes a file that ends too early for Ctrl-D
+            sys.exit(_say_mendable(stop.__cause__))
+        sys.exit(_say("interrupted", ExitCode.CTRL_C))
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(ExitCode.PIPE_CLOSED)
     except Exception as error:
-        if (told := mendable(error)) is None:
-            raise
-        log.debug("what led to it", exc_info=error)
-        sys.exit(_say(*told))
+        sys.exit(_say_mendable(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_mendable(error: Exception) -> int:
+    if (told := mendable(error)) is None:
+        raise error
+    log.debug("what led to it", exc_info=error)
+    return _say(*told)
 
 
 def _say(message: str, code: int) -> int:

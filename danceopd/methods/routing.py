@@ -1,4 +1,4 @@
-"""Velocity fields: a network, perhaps with one adapter switched on, as a function of state, noise level, condition."""
+"""Routing: which teacher each sample asks, and what each task weighs in a batch and in the loss."""
 
 from __future__ import annotations
 

@@ -217,7 +217,12 @@ def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> d
     journal = Journal(out.with_name(out.name + ".partial"), header)
     if journal.shards:
         log.info("going on after %d shards, %d rows read", len(journal.shards), journal.tally.rows)
-    _write_shards(spec, files, journal, workers)
+    try:
+        _write_shards(spec, files, journal, workers)
+    except BaseException:
+        if not journal.shards:  # nothing to go on from
+            shutil.rmtree(journal.folder)
+        raise
     if not journal.tally.total:
         reasons = {f"{fate} {label}": e["count"] for fate, d in journal.tally.dropped.items() for label, e in d.items()}
         said = _first_message(journal.tally)
