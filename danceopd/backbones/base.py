@@ -64,6 +64,14 @@ class Backbone(Protocol):
         """(N, C) of a picture of this size."""
         ...
 
+    def prompt_shape(self, edits: bool) -> tuple[int, int]:
+        """(L, D): the most rows that the transformer takes of a prompt's embedding, told from configurations alone.
+
+        Args:
+            edits: whether a source image comes with it.
+        """
+        ...
+
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         """Prompt embeddings (B, L, D), float32, without gradient; L is the same in every call.
 

@@ -32,6 +32,9 @@ class Flux2Klein(PipelineBackbone):
         rows, columns = self._token_grid(height, width)
         return rows * columns, self.transformer.config.in_channels
 
+    def prompt_shape(self, edits: bool) -> tuple[int, int]:
+        return self.settings.max_sequence_length, self.transformer.config.joint_attention_dim
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()

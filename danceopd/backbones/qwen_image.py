@@ -76,6 +76,10 @@ class QwenImage(PipelineBackbone):
         rows, columns = self._token_grid(height, width)
         return rows * columns, self.transformer.config.in_channels
 
+    def prompt_shape(self, edits: bool) -> tuple[int, int]:
+        # The last one marks parts.
+        return self.settings.max_sequence_length, self.transformer.config.joint_attention_dim + 1
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()

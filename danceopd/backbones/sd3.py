@@ -34,6 +34,12 @@ class SD3(ShiftedLatentsBackbone):
             )
         return rows * columns, 4 * self.transformer.config.in_channels
 
+    def prompt_shape(self, edits: bool) -> tuple[int, int]:
+        known = self.transformer.config
+        pooled = -(-known.pooled_projection_dim // known.joint_attention_dim)
+        tokens = self.pipeline.tokenizer_max_length + self.settings.max_sequence_length  # CLIP's, then T5's
+        return pooled + tokens, known.joint_attention_dim
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()

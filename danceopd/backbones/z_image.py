@@ -42,6 +42,9 @@ class ZImage(ShiftedLatentsBackbone):
         rows, columns = self._token_grid(height, width)
         return rows * columns, 4 * self.transformer.config.in_channels
 
+    def prompt_shape(self, edits: bool) -> tuple[int, int]:
+        return self.settings.max_sequence_length, self.transformer.config.cap_feat_dim + 1  # the last one marks parts
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()

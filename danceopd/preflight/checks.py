@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danceopd.backbones import open_outline
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.config.recipe import MERGES, BaseTeacher, ChampionTeacher, Recipe
 from danceopd.data.encoded import EncodedRecords
@@ -20,7 +21,7 @@ from danceopd.flow.fields import Field, VelocityField
 from danceopd.flow.guidance import GuidedField
 from danceopd.preflight.compatibility import check_pipeline
 from danceopd.preflight.findings import Finding
-from danceopd.preflight.memory import available_memory, check_memory, estimate_memory
+from danceopd.preflight.memory import available_memory, check_memory, estimate_memory, largest_shapes, samples_at_once
 
 SAME = 1e-3  # two fields are one where their velocities differ by less, relative to the velocity (root mean square)
 
@@ -209,6 +210,6 @@ def preflight(
     found += check_teachers_differ(recipe, backbone, fields, encoded)
     if recipe.distill.method in MERGES:
         return found
-    student = _starting_field(recipe, backbone, fields)
-    estimate = estimate_memory(recipe, backbone, student, encoded, processes)
+    shapes = largest_shapes(encoded, samples_at_once(recipe.distill, processes))
+    estimate = estimate_memory(recipe, open_outline(base, recipe.model), shapes, processes)
     return found + check_memory(estimate, available_memory(next(backbone.transformer.parameters()).device))

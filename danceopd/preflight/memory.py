@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # quantized weights have no storage
+from torch import nn
 
-from danceopd.backbones.base import Backbone, Condition, repeated_blocks
+from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import DistillRecipe, Recipe
 from danceopd.data.encoded import EncodedRecords
-from danceopd.flow.fields import VelocityField
+from danceopd.preflight.fake_pass import Samples, kept_bytes
 from danceopd.preflight.findings import Finding
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -94,54 +92,22 @@ def _is_target(name: str, targets: str | list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def activation_bytes(field: VelocityField, condition: Condition, autocast: bool) -> int:
-    """What a forward pass of these samples keeps for a backward pass through all weights: counted, and not kept."""
-    network, own = field.network, set()
-    seen: dict[int, StorageWeakRef] = {}
-    sizes: list[int] = []
-
-    def note(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        # A place that was freed and taken again is another tensor, which training would keep beside the first.
-        if place not in own and (place not in seen or seen[place].expired()):
-            seen[place] = StorageWeakRef(storage)
-            sizes.append(storage.nbytes())
-
-    shape = field.backbone.latent_shape(condition.height, condition.width)
-    state = torch.zeros(len(condition), *shape).to(condition.prompt)
-    sigma = torch.full((len(condition),), 0.5).to(state)
-    flags = [p.requires_grad for p in network.parameters()]
-    with ExitStack() as stack:
-        stack.enter_context(field.resident())
-        held = [t for t in [*network.parameters(), *network.buffers()] if not is_traceable_wrapper_subclass(t)]
-        own |= {t.untyped_storage().data_ptr() for t in held}
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda _: None))
-        stack.enter_context(torch.autocast(state.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False))
-        try:
-            network.requires_grad_(True)
-            field(state, sigma, condition)
-        finally:
-            for parameter, flag in zip(network.parameters(), flags, strict=True):
-                parameter.requires_grad_(flag)
-    return sum(sizes)
-
-
 def samples_at_once(spec: DistillRecipe, processes: int) -> int:
     """Samples that one process passes through the student together."""
     return -(-spec.batch // (processes * spec.accumulate))
 
 
-def training_memory(spec: DistillRecipe, parameters: int, activations: int, processes: int) -> MemoryEstimate:
-    """What training adds on each process, whoever counted the activations: a measured pass or a configuration.
+def estimate_memory(recipe: Recipe, outline: Backbone, shapes: Iterable[Samples], processes: int) -> MemoryEstimate:
+    """What training adds on each process, told from shapes alone.
 
     Args:
-        spec: the recipe's section.
-        parameters: weights that train.
-        activations: bytes that the largest forward pass keeps for its backward pass.
+        recipe: its `distill` section decides.
+        outline: the base's back end without weights.
+        shapes: of what passes the student together, each as many as one process takes at once.
         processes: how many train together.
     """
+    spec = recipe.distill
+    parameters = trained_parameters(outline.transformer, spec, outline.lora_targets)
     share = processes if spec.parallel == "shard" else 1
     held = parameters * 4 // share
     return MemoryEstimate(
@@ -150,39 +116,18 @@ def training_memory(spec: DistillRecipe, parameters: int, activations: int, proc
         gradients=held,
         optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
         averages=held * ((spec.ema is not None) + (spec.select is not None)),
-        activations=activations,
+        activations=max(kept_bytes(outline, spec, samples) for samples in shapes),
     )
 
 
-def estimate_memory(
-    recipe: Recipe, backbone: Backbone, student: VelocityField, encoded: EncodedRecords, processes: int
-) -> MemoryEstimate:
-    """Estimate what training adds, with measured forward passes of one and two samples of each sequence length."""
-    spec = recipe.distill
-    device = next(backbone.transformer.parameters()).device
-    low = spec.precision == "bfloat16"
-    # Two measurements: what grows with the samples, and what does not (weights that autocast turned to 16 bits).
-    once, one = 0, 0
-    for rows in _largest_groups(encoded):
-        single, double = (activation_bytes(student, encoded.condition(rows[:1] * n, device), low) for n in (1, 2))
-        once, one = max(once, 2 * single - double), max(one, double - single)
-    if spec.activation_checkpointing:
-        # Each block's input (2 of the about 34 bytes a number that a block keeps, Korthikanti et al. 2022, section 4)
-        # and one block in full.
-        blocks = max(len(repeated_blocks(student.network)), 1)
-        once, one = once // blocks, one // blocks + one * 2 // 34
-    parameters = trained_parameters(student.network, spec, backbone.lora_targets)
-    return training_memory(spec, parameters, once + one * samples_at_once(spec, processes), processes)
-
-
-def _largest_groups(encoded: EncodedRecords) -> list[list[int]]:
-    """Rows of the largest pictures that have no source, and of those that have one."""
-    largest: dict[bool, list[int]] = {}
+def largest_shapes(encoded: EncodedRecords, count: int) -> list[Samples]:
+    """`count` samples of the largest pictures that have no source, and of those that have one."""
+    largest: dict[bool, tuple[int, int]] = {}
     for rows in encoded.shape_groups(list(range(len(encoded.tasks)))):
-        edits = int(encoded.source_row[rows[0]]) >= 0
-        if edits not in largest or math.prod(encoded.size(rows[0])) > math.prod(encoded.size(largest[edits][0])):
-            largest[edits] = rows
-    return list(largest.values())
+        edits, size = int(encoded.source_row[rows[0]]) >= 0, encoded.size(rows[0])
+        if edits not in largest or math.prod(size) > math.prod(largest[edits]):
+            largest[edits] = size
+    return [Samples(count, *size, edits) for edits, size in largest.items()]
 
 
 def available_memory(device: torch.device) -> int:

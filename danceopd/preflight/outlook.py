@@ -6,32 +6,23 @@ Sizes are exact where they are counts of weights; activations, operations and wi
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from danceopd.backbones import open_outline
-from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.base import Backbone
 from danceopd.backbones.bases import SHIPPED, fetch_configs
 from danceopd.backbones.weights import file_shapes, weight_files
 from danceopd.config.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.flow.fields import VelocityField
+from danceopd.preflight.fake_pass import Samples, forward_operations
 from danceopd.preflight.forwards import CountedField, expected_forwards
-from danceopd.preflight.memory import MemoryEstimate, samples_at_once, trained_parameters, training_memory
+from danceopd.preflight.memory import MemoryEstimate, estimate_memory, samples_at_once, trained_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
-# A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
-BLOCK_BYTES, INPUT_BYTES = 34, 2
-# What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector per sample.
-_PROMPT = re.compile(
-    r"add_[qkv]_proj|to_add_out|ff_context|txt_mlp|txt_in|context_embedder|context_refiner|cap_embedder"
-)
-_PICTURE = re.compile(r"noise_refiner|\.attn2\.")
-_VECTOR = re.compile(r"norm\w*\.linear|adaLN|_mod\.|modulation|time_|(^|\.)t_embedder")
 
 
 @dataclass(frozen=True)
@@ -75,13 +66,16 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
     whole = [t for t in recipe.teachers.values() if _holds_all(t)]
     waiting = 1 if model.offload else len(whole)
     tokens = _tokens(recipe, backbone)
+    count = samples_at_once(recipe.distill, processes)
+    edits = {task.needs_source for task in recipe.tasks.values()}
+    shapes = [Samples(count, model.height, model.width, one) for one in sorted(edits)]
     return Outlook(
         parameters=parameters,
         tokens=tokens,
         forwards=expected_forwards(recipe, backbone, _stand_ins(recipe), _fields(recipe, backbone)),
-        operations=forward_operations(network, *tokens),
+        operations=max(forward_operations(backbone, replace(shape, count=1)) for shape in shapes),
         held=frozen + min(waiting, len(whole)) * parameters * BYTES[model.dtype] + _adapters(recipe, backbone),
-        training=_training(recipe, backbone, sum(tokens), processes),
+        training=estimate_memory(recipe, backbone, shapes, processes),
     )
 
 
@@ -132,46 +126,6 @@ def _fields(recipe: Recipe, backbone: Backbone) -> dict[str, VelocityField]:
         name: replace(plain, name=name, passes=1 if teacher.guidance is None else 2)
         for name, teacher in recipe.teachers.items()
     }
-
-
-def forward_operations(network: nn.Module, pictures: int, prompt: int) -> float:
-    """Floating-point operations of one sample's forward pass: matrix products and attention.
-
-    Args:
-        network: a transformer, with or without memory for its weights.
-        pictures: tokens of picture and source images.
-        prompt: tokens of the prompt.
-    """
-    total = 0.0
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear):
-            tokens = 1 if _VECTOR.search(name) else prompt if _PROMPT.search(name) else _stream(name, pictures, prompt)
-            total += 2 * tokens * module.in_features * module.out_features
-    for name, width in _attentions(network):
-        tokens = prompt if _PROMPT.search(name) else pictures if _PICTURE.search(name) else pictures + prompt
-        total += 4 * tokens**2 * width
-    return total
-
-
-def _stream(name: str, pictures: int, prompt: int) -> int:
-    """Tokens that a module sees which is not the prompt's own: of both, where a block has no two streams."""
-    joint = name.startswith(("single_", "layers."))
-    return pictures + (prompt if joint else 0)
-
-
-def _attentions(network: nn.Module) -> list[tuple[str, int]]:
-    """The attention layers: the name of what makes the queries, and how wide they are."""
-    made_by = (".to_q", ".to_qkv_mlp_proj")
-    return [(name, module.in_features) for name, module in network.named_modules() if name.endswith(made_by)]
-
-
-def _training(recipe: Recipe, backbone: Backbone, tokens: int, processes: int) -> MemoryEstimate:
-    spec, network = recipe.distill, backbone.transformer
-    blocks, (_, width) = len(repeated_blocks(network)), _attentions(network)[0]
-    numbers = samples_at_once(spec, processes) * tokens * width * (1 if spec.precision == "bfloat16" else 2)
-    kept = blocks * INPUT_BYTES + BLOCK_BYTES if spec.activation_checkpointing else blocks * BLOCK_BYTES
-    parameters = trained_parameters(network, spec, backbone.lora_targets)
-    return training_memory(spec, parameters, numbers * kept, processes)
 
 
 def what_is_there(recipe: Recipe) -> list[tuple[str, str, str | None]]:

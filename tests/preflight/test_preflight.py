@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import load_backbone
+from danceopd.backbones import load_backbone, open_outline
+from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import add_lora
 from danceopd.config.load import load_recipe
 from danceopd.data.assemble import open_dataset
@@ -21,12 +22,14 @@ from danceopd.flow.guidance import GuidedField
 from danceopd.preflight import memory
 from danceopd.preflight.checks import check_proofs, check_records, check_teachers_differ, preflight
 from danceopd.preflight.compatibility import check_pipeline
+from danceopd.preflight.fake_pass import Samples, kept_bytes
 from danceopd.preflight.findings import Finding, settle
 from danceopd.preflight.memory import (
-    activation_bytes,
     available_memory,
     check_memory,
     estimate_memory,
+    largest_shapes,
+    samples_at_once,
     trained_parameters,
 )
 from danceopd.pretraining.world_base import SHAPE
@@ -233,48 +236,66 @@ def test_suffixes_are_targets_as_in_peft(base):
     assert expected == sum(p.numel() for p in learner.parameters) > 0
 
 
-def test_the_activations_are_what_autograd_keeps(base, encoded):
-    field = VelocityField("base", base, base.transformer)
-    condition = encoded.condition([0, 0], "cpu")
-    counted = activation_bytes(field, condition, autocast=False)
-    assert counted == activation_bytes(field, condition, autocast=False)
-
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in base.transformer.parameters()}
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_activations_are_what_autograd_keeps(base, outline, trainable):
+    recipe = recipe_with(f"distill.trainable={trainable}", "distill.lora={rank: 3, alpha: 3}")
+    told = kept_bytes(outline, recipe.distill, Samples(2, 64, 64, True))
+    learner = new_learner(base, "student", recipe.distill)
+    network = learner.field.network
+    kept, own = {}, {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
 
     def keep(tensor):
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
         return tensor
 
-    base.transformer.requires_grad_(True)
     state = torch.zeros(2, *base.latent_shape(64, 64))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        held = field(state, torch.full((2,), 0.5), condition)
+    condition = Condition(torch.zeros(2, *outline.prompt_shape(True)), state, 64, 64)
+    with learner.field.active(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        held = base.velocity(network, state, torch.full((2,), 0.5), condition)
     real = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
     assert held.requires_grad
-    assert counted == pytest.approx(real, rel=0.1)
+    assert told == pytest.approx(real, rel=0.05)
 
 
-def estimate(base, encoded, *settings, processes=1):
-    field = VelocityField("base", base, base.transformer)
-    return estimate_memory(recipe_with(*settings), base, field, encoded, processes)
+def test_what_is_kept_grows_with_samples_and_shrinks_by_precision_and_checkpointing(outline):
+    def kept(*settings, count=4):
+        return kept_bytes(outline, recipe_with(*settings).distill, Samples(count, 64, 64, True))
+
+    assert kept(count=8) == pytest.approx(2 * kept(), rel=0.05)
+    assert kept("distill.precision=bfloat16") < kept()
+    assert kept("distill.activation_checkpointing=true") < 0.7 * kept()
+    assert kept("distill.trainable=lora") < kept()
 
 
-def test_the_estimate_follows_the_recipe(base, encoded):
-    plain = estimate(base, encoded, "distill.optimizer=adamw")
+def estimate(outline, encoded, *settings, processes=1):
+    recipe = recipe_with(*settings)
+    shapes = largest_shapes(encoded, samples_at_once(recipe.distill, processes))
+    return estimate_memory(recipe, outline, shapes, processes)
+
+
+@pytest.fixture(scope="module")
+def outline(tiny_base):
+    return open_outline(tiny_base, SHAPE)
+
+
+def test_the_estimate_follows_the_recipe(outline, encoded):
+    plain = estimate(outline, encoded, "distill.optimizer=adamw")
     count = plain.parameters
     assert (plain.weights, plain.gradients, plain.optimizer, plain.averages) == (4 * count, 4 * count, 8 * count, 0)
-    assert estimate(base, encoded, "distill.optimizer=adamw8bit").optimizer == 2 * count
-    assert estimate(base, encoded, "distill.ema=0.9", "distill.select={every: 1}").averages == 8 * count
-    assert estimate(base, encoded, "distill.trainable=lora").sure < plain.sure
-    assert estimate(base, encoded, "distill.accumulate=6").activations == pytest.approx(plain.activations / 6, rel=0.01)
-    assert estimate(base, encoded, processes=2).activations == pytest.approx(plain.activations / 2, rel=0.01)
-    assert estimate(base, encoded, "distill.activation_checkpointing=true").activations < 0.7 * plain.activations
-    sharded = estimate(base, encoded, "distill.optimizer=adamw", "distill.parallel=shard", processes=2)
+    assert estimate(outline, encoded, "distill.optimizer=adamw8bit").optimizer == 2 * count
+    assert estimate(outline, encoded, "distill.ema=0.9", "distill.select={every: 1}").averages == 8 * count
+    assert estimate(outline, encoded, "distill.trainable=lora").sure < plain.sure
+    assert estimate(outline, encoded, "distill.accumulate=6").activations == pytest.approx(
+        plain.activations / 6, rel=0.01
+    )
+    assert estimate(outline, encoded, processes=2).activations == pytest.approx(plain.activations / 2, rel=0.01)
+    assert estimate(outline, encoded, "distill.activation_checkpointing=true").activations < 0.7 * plain.activations
+    sharded = estimate(outline, encoded, "distill.optimizer=adamw", "distill.parallel=shard", processes=2)
     assert sharded.sure == plain.sure // 2
 
 
-def test_memory_is_an_error_only_where_it_is_sure(base, encoded):
-    need = estimate(base, encoded)
+def test_memory_is_an_error_only_where_it_is_sure(outline, encoded):
+    need = estimate(outline, encoded)
     for available, level, text in (
         (10 * need.total, "note", "memory: training needs about"),
         (need.total, "warning", "memory may not suffice"),
