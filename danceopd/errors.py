@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: object, known) -> UserError:
 
 
 class Interrupted(SystemExit):
-    """The work was asked to end and can be gone on with: the process ends with code 75 (EX_TEMPFAIL, try again)."""
+    """The work was asked to end and can be resumed: the process ends with code 75 (EX_TEMPFAIL, try again)."""
 
     def __init__(self, message: str):
         super().__init__(int(ExitCode.INTERRUPTED))

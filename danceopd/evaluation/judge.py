@@ -153,7 +153,7 @@ class _Pace:
         self._next, self._lock = 0.0, threading.Lock()
 
     def wait(self, stop: threading.Event) -> None:
-        """Until the next request may start, or all are to stop."""
+        """Wait until the next request may start, or all are to stop."""
         while not stop.is_set():
             with self._lock:
                 now = self._clock()
@@ -164,7 +164,7 @@ class _Pace:
             self._sleep(left)
 
     def hold(self, seconds: float) -> None:
-        """Let none start for so long."""
+        """Let none start for this long."""
         with self._lock:
             self._next = max(self._next, self._clock() + seconds)
 

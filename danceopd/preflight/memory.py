@@ -70,7 +70,7 @@ def say_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
-# Bytes of optimizer state a trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
+# Bytes of optimizer state per trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
 
@@ -167,7 +167,7 @@ def estimate_memory(
         single, double = (activation_bytes(student, encoded.condition(rows[:1] * n, device), low) for n in (1, 2))
         once, one = max(once, 2 * single - double), max(one, double - single)
     if spec.activation_checkpointing:
-        # Each block's input (2 of the about 34 bytes a number that a block keeps, Korthikanti et al. 2022, section 4)
+        # Each block's input (2 of the about 34 bytes per number that a block keeps, Korthikanti et al. 2022, section 4)
         # and one block in full.
         blocks = max(len(repeated_blocks(student.network)), 1)
         once, one = once // blocks, one // blocks + one * 2 // 34

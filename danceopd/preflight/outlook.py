@@ -24,7 +24,7 @@ from danceopd.preflight.forwards import CountedField, expected_forwards
 from danceopd.preflight.memory import MemoryEstimate, samples_at_once, trained_parameters, training_memory
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
-# A block keeps about 34 bytes a number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
+# A block keeps about 34 bytes per number of its tokens in 16 bits (Korthikanti et al. 2022, section 4); its input is 2.
 BLOCK_BYTES, INPUT_BYTES = 34, 2
 # What works on the prompt's tokens alone, attention among the pictures' alone, and what sees one vector per sample.
 _PROMPT = re.compile(
@@ -154,7 +154,7 @@ def forward_operations(network: nn.Module, pictures: int, prompt: int) -> float:
 
 
 def _stream(name: str, pictures: int, prompt: int) -> int:
-    """Tokens that a module sees which is not the prompt's own: of both, where a block has no two streams."""
+    """Tokens that a module for pictures sees: the prompt's as well, where a block has one stream for both."""
     joint = name.startswith(("single_", "layers."))
     return pictures + (prompt if joint else 0)
 

@@ -39,7 +39,7 @@ def distill_student(run: Run, teachers: dict[str, Product]) -> Product:
 
 
 def student_folder(run: Run, teachers: dict[str, Product]) -> Path:
-    """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
+    """Where `distill_student` writes, or wrote, the student: for whoever lets other processes or pods train it.
 
     Raises:
         UserError: if a teacher's product is missing.
