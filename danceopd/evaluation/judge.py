@@ -101,6 +101,9 @@ QUALITY = Rubric(
 )
 
 
+JUDGED = content_key(*(rubric.ask("") for rubric in (EDIT, DRAWING, QUALITY)))  # a name for the questions
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the judge said of one picture, from 0 to 10; what it was not asked is NaN.
