@@ -24,7 +24,7 @@ BATCH = 16
 ROUNDS = 3
 HOW = (
     f"One rollout of {BATCH} samples with a source image from noise on the 16-step grid by the LoRA student, without "
-    "gradient, in milliseconds a sample, and how many times faster than the whole grid for the whole batch (median "
+    "gradient, in milliseconds per sample, and how many times faster than the whole grid for the whole batch (median "
     "over rounds in turns). `to the furthest`: all walk together until the last query. `leaving`: who has arrived "
     "leaves the batch, the engine's way. `4 groups`: sorted by query, each group of 4 walks until its own last query. "
     "`one by one`: each alone to its query."

@@ -25,7 +25,7 @@ def hand_over(what: str, arguments: Sequence[str], variables: Mapping[str, str] 
 
     Raises:
         UserError: if it ended with 2: it has said why.
-        Interrupted: if it ended with 75, and can be gone on with.
+        Interrupted: if it ended with 75, and can be resumed.
         RuntimeError: if it ended in any other way but well.
     """
     # A session of its own: whoever signals the whole group of this process is heard once, through us.

@@ -104,7 +104,7 @@ def train_student(
 
     Raises:
         UserError: for bad input.
-        Interrupted: if the training was stopped, and can be gone on with.
+        Interrupted: if the training was stopped, and can be resumed.
         RuntimeError: if it failed.
     """
     run = steps.Run(step.recipe, step.workspace, base, data)

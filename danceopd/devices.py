@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it is slow to import, and who counts cores does not need it
+if TYPE_CHECKING:  # it is slow to import, and counting cores does not need it
     import torch
 
 
@@ -27,7 +27,7 @@ def usable_cores() -> int:
 
 
 def hardware(device: torch.device, processes: int = 1) -> dict[str, str | int]:
-    """What processes compute on, alike each: the accelerator's `device` name, or `cpu`, and `count`, of devices or of
+    """What each of some processes computes on: the accelerator's `device` name, or `cpu`, and `count`, of devices or of
     the CPU's cores."""
     import torch
 

@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: object, known) -> UserError:
 
 
 class Interrupted(SystemExit):
-    """The work was asked to end and can be gone on with: the process ends with code 75 (EX_TEMPFAIL, try again)."""
+    """The work was asked to end and can be resumed: the process ends with code 75 (EX_TEMPFAIL, try again)."""
 
     def __init__(self, message: str):
         super().__init__(int(ExitCode.INTERRUPTED))
@@ -107,7 +107,11 @@ def mendable(error: BaseException) -> tuple[str, ExitCode] | None:
     A full disk, a name that is too long, a damaged archive, a locked database, a server that does not answer. What may
     pass by itself gets `FAILED`, everything else `BAD_INPUT`.
     """
+    if "Symlink loop" in str(error) and isinstance(error.__context__, OSError):  # pathlib's, a RuntimeError
+        error = error.__context__
     names = _names(error)
+    if type(error) is ValueError and "embedded null" in str(error):
+        return "a name holds a NUL character; write it without", ExitCode.BAD_INPUT
     if isinstance(error, UserError):
         return " ".join(str(error).split()), ExitCode.BAD_INPUT
     if not names & _MENDABLE:

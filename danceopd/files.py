@@ -19,7 +19,7 @@ from danceopd.errors import UserError
 from danceopd.text import parse_json, read_text
 from danceopd.text import read_json as read_json
 
-FIELD = "field.json"  # in a field's folder (see `checkpoint.py`): its kind and name
+FIELD = "field.json"  # in a field's folder (see `flow/field_io.py`): its kind and name
 
 
 def hash_file(path: Path) -> str:

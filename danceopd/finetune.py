@@ -87,7 +87,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Part:
-    """Samples of one shape worked off at once: rows, whose prompt is dropped, noise eps, noise level sigma."""
+    """Samples of one shape processed at once: rows, whose prompt is dropped, noise eps, noise level sigma."""
 
     rows: list[int]
     dropped: Tensor

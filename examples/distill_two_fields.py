@@ -1,4 +1,4 @@
-"""Two velocity fields into one student, in less than a minute on a CPU: python examples/distill_two_fields.py
+"""Two velocity fields into one student, in less than a minute of CPU time: python examples/distill_two_fields.py
 
 One teacher is the base that ships with the package: it draws captions. The other is fine-tuned here: it turns a
 picture into night, and has lost the drawing. The student learns both from them, and sees no target picture.

@@ -88,9 +88,9 @@ def build_pipeline(options: PipelineOptions) -> Callable:
             wanted = {"job": _job(own, options), "tracking_uri": tracking_uri, **way}
             training = place(distill(teachers=dsl.Collected(field), **wanted, **start))
             _size(training, check, own)
-            made = {"student": training.outputs["student"], **start}
+            made = {"student": training.outputs["student"], "tracking_uri": tracking_uri, **start}
             evaluation = place(evaluate(teachers=dsl.Collected(field), **made)).outputs["evaluation"]
-            judged = {"evaluation": evaluation, "tracking_uri": tracking_uri, **made}
+            judged = {"evaluation": evaluation, **made}
             place(register(teachers=dsl.Collected(field), **judged))
 
     return danceopd_pipeline

@@ -30,6 +30,11 @@ def open_file(folder, name):
     return open(folder / name, "rb")
 
 
+def linked(folder):
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop"
+
+
 def refused_connection():
     import requests
 
@@ -67,6 +72,8 @@ CASES = {
     "missing": (lambda f: open_file(f, "gone"), "gone: No such file or directory"),
     "folder": (lambda f: open_file(f, "."), "Is a directory"),
     "too long": (lambda f: open_file(f, "x" * 300), "File name too long; give a shorter name"),
+    "a link to itself": (lambda f: linked(f).resolve(), "loop: Too many levels of symbolic links; remove the link"),
+    "a NUL": (lambda f: open_file(f, "a\0b"), "a name holds a NUL character"),
     "disk full": (lambda f: Path("/dev/full").write_text("x" * 100_000), "No space left on device"),
     "encoding": (lambda f: b"\xe9".decode("utf-8"), "UnicodeDecodeError: 'utf-8' codec"),
     "surrogate": (lambda f: "\ud800".encode(), "UnicodeEncodeError: 'utf-8' codec"),

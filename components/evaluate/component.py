@@ -17,6 +17,7 @@ def evaluate(
     teachers: dsl.Input[list[dsl.Model]],
     student: dsl.Input[dsl.Model],
     workspace: str,
+    tracking_uri: str,
     data_revision: str,
     code_revision: str,
     evaluation: dsl.Output[dsl.Artifact],
@@ -33,6 +34,7 @@ def evaluate(
         teachers: cards of the teachers.
         student: card of the student.
         workspace: folder all steps share.
+        tracking_uri: MLflow tracking server with the champion, for comparison; empty: a store in the workspace.
         data_revision: identity of the data, for the cache.
         code_revision: identity of the code, for the cache.
         evaluation: card of the evaluation.
@@ -44,8 +46,10 @@ def evaluate(
     from components.running import running
     from danceopd import steps
 
-    with running("evaluate", recipe, workspace) as step:
-        run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data))
-        product = steps.evaluate_student(run, read_cards(teachers), read_card(student))
+    with running("evaluate", recipe, workspace, tracking_uri=tracking_uri) as step:
+        run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data), tracking_uri or None)
+        drawn = read_card(student)
+        product = steps.evaluate_student(run, read_cards(teachers), drawn)
+        steps.measure_champion(run, drawn, product)  # where the accelerator is; the registration finds it made
         write_card(evaluation, product)
         publish_evaluation(product, report, notes, figures)

@@ -43,7 +43,7 @@ class Condition:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """A transformer's blocks: what diffusers says repeats, or is never split; none of a network that says neither."""
+    """A transformer's blocks: the modules diffusers lists as repeated, or as never split; none if it lists neither."""
     kinds = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
     return [module for module in network.modules() if type(module).__name__ in set(kinds)]
 

@@ -174,7 +174,7 @@ def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:
     try:
         index = Path(hf_hub_download(repo, INDEX, revision=revision))
         parts = components(index)
-        # A tokenizer is small, and whole it can count.
+        # A tokenizer is small, and only a whole one can count tokens.
         wanted = [INDEX, *(f"{name}/*" if name.startswith(TOKENIZERS) else f"{name}/{only}" for name in parts)]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_FORMATS))
     except RevisionNotFoundError as error:

@@ -10,7 +10,7 @@ from danceopd.errors import UserError
 
 
 def set_attention(network: nn.Module, backend: str) -> None:
-    """Let a diffusers transformer use this attention backend; diffusers makes it the process's, teachers included.
+    """Let a diffusers transformer use this attention backend; diffusers sets it for the whole process.
 
     Raises:
         UserError: for a name diffusers does not know, or a backend whose packages are not here.
@@ -29,7 +29,7 @@ def set_attention(network: nn.Module, backend: str) -> None:
 
 
 def quantize_frozen(network: nn.Module, kind: str) -> None:
-    """Keep a frozen network's matrices in 8 bits, one scale a row (torchao); sums are taken in the input's dtype.
+    """Keep a frozen network's matrices in 8 bits, one scale per row (torchao); sums are taken in the input's dtype.
 
     Args:
         network: without adapters.

@@ -161,7 +161,7 @@ def freeze_adapter(network: nn.Module, name: str) -> None:
 
 
 def plain_copy(network: nn.Module, merge: str | None = None) -> nn.Module:
-    """A copy of the network that holds no adapter, with adapter `merge` worked into its weights if one is named.
+    """A copy of the network that holds no adapter, with the change of adapter `merge`, if one is named, in its weights.
 
     The merged weights are float32: a 16-bit base would swallow the adapter's small changes.
     """

@@ -1,4 +1,4 @@
-"""What original releases call the matrices of a transformer that diffusers calls otherwise.
+"""What original releases call a transformer's matrices where diffusers has other names.
 
 ComfyUI and kohya's trainer write LoRAs under these names: `diffusion_model.double_blocks.0.img_attn.qkv` and
 `lora_unet_double_blocks_0_img_attn_qkv`. Query, key and value are one matrix there.

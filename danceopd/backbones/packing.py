@@ -19,7 +19,7 @@ def to_latents(tokens: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def pack_parts(prompts: list[list[Tensor]], length: int) -> Tensor:
-    """Prompts that are several embedded parts each, as one tensor that tells them apart again.
+    """Prompts of several embedded parts each, as one tensor that keeps the parts apart.
 
     Args:
         prompts: one list per prompt; each of its parts (L_i, D), any lengths.

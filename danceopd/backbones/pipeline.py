@@ -119,7 +119,7 @@ class PipelineBackbone:
         return self.pipeline.vae_scale_factor * 2
 
     def _shift(self, tokens: int, most: float = 1.15) -> float:
-        """How far the grid is pushed towards noise for so many tokens: the stock pipelines' `calculate_shift`.
+        """How far the grid is pushed towards noise for a number of tokens: the stock pipelines' `calculate_shift`.
 
         Args:
             tokens: of the picture.
@@ -132,7 +132,7 @@ class PipelineBackbone:
         return tokens * slope + (low - slope * few)
 
     def _scheduled(self, **how: Any) -> Tensor:
-        """The noise levels (steps + 1,) that the scheduler sets when its pipeline asks it so."""
+        """The noise levels (steps + 1,) that the scheduler sets when its pipeline calls it this way."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(device="cpu", **how)
         return scheduler.sigmas.clone()
@@ -156,7 +156,7 @@ class PipelineBackbone:
 
     def tokens_lost(self, prompts: list[str], sources: int = 0) -> list[int]:
         longest, template = self.settings.max_sequence_length, self._length("", sources)
-        # A token stands for a byte at least: only a long prompt need be read.
+        # A token stands for at least one byte, so only a long prompt needs to be read.
         return [
             max(0, self._length(prompt, sources) - longest) if template + len(prompt.encode()) > longest else 0
             for prompt in prompts

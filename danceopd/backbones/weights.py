@@ -92,12 +92,12 @@ def _under_diffusers_names(
     wanted: Mapping[str, Shape],
     config: Mapping[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """The checkpoint converted, if that brings more of the wanted names to light."""
+    """The checkpoint converted, if that gives more of the wanted names."""
     known = len(wanted.keys() & state.keys())
     try:
         converted = _converted(kind, file, dict(state), dict(config))
     except UserError:
-        if 2 * known < len(wanted):  # hardly a name of diffusers'
+        if 2 * known < len(wanted):  # few of its names are diffusers'
             raise
         return state
     return converted if len(wanted.keys() & converted.keys()) > known else state

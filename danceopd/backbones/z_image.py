@@ -4,6 +4,8 @@ Particular to it: the transformer takes lists of latents and patchifies them its
 output is -v; prompts keep their own lengths. Editing is the transformer's omni call, as in `ZImageOmniPipeline`: the
 source's latents are a second, clean picture, and the prompt comes in three parts around the place of the source. The
 base has no SigLIP tower, so the source enters by its latents alone. The pipelines' own functions encode the prompts.
+Its pipelines guide by v_cond + g (v_cond - v_empty), so their `guidance_scale` g is `guidance` g + 1 here, where for
+every family 1 is the plain field and the scale multiplies the whole difference.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def registry_compare(
         table.add_row(task, name, *values, *more)
     Console().print(table)
     if found.unlike:
-        typer.echo(f"measured on other {', '.join(found.unlike)}: the figures cannot be compared")
+        typer.echo(f"measured otherwise ({', '.join(found.unlike)}): the figures cannot be compared")
 
 
 @registry_app.command("promote")

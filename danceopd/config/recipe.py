@@ -20,13 +20,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
 
 
-# Where weights wait, and what is worked off at once.
+# Where weights wait, and how much is processed at once.
 PLACING = {"offload": True}
 
 
 class _Part(Part):
     def decisive(self) -> dict[str, Any]:
-        """The part as plain data, without the knobs that leave what comes out as it is: what a product is named by."""
+        """The part as plain data, without the knobs that do not change the result: what a product is named by."""
         return self.model_dump(mode="json", exclude={"train": KEEPING, **KEEPING, **PLACING})
 
 
@@ -104,7 +104,7 @@ class TrainRecipe(_Part):
     weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(gt=0)
     batch: int = Field(gt=0, description="samples per optimizer step, over all processes")
-    accumulate: int = Field(1, gt=0, description="parts a batch is worked off in: less memory, the same update")
+    accumulate: int = Field(1, gt=0, description="parts a batch is processed in: less memory, the same update")
     warmup: int = Field(20, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")

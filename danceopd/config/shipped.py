@@ -10,7 +10,7 @@ from danceopd.text import parse_yaml, read_text
 
 
 def shipped_names(package: str) -> list[str]:
-    """Names of the YAML files in a package, without their endings."""
+    """Names of the YAML files in a package, without `.yaml`."""
     return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
 
 

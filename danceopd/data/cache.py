@@ -270,7 +270,7 @@ def encode_cached(
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] = lambda: None,
 ) -> EncodedRecords:
-    """Encode records through a cache: what it lacks is encoded and added, by several workers together if there are.
+    """Encode records through a cache: what it lacks is encoded and added, by all workers together.
 
     The result equals `encode_records` of the same records to the bit; rows stay on disk until they are asked for.
 

@@ -1,6 +1,6 @@
 """Picture bytes of any kind a data set holds, as upright 8-bit RGB; what cannot be shown is refused by name.
 
-Handled: EXIF orientation, transparency (composited over a colour), palettes, gray, 16 bits a channel, CMYK and
+Handled: EXIF orientation, transparency (composited over a colour), palettes, gray, 16 bits per channel, CMYK and
 wide-gamut RGB with an ICC profile. Refused, each with its own reason: empty, truncated, damaged, animated, oversized
 (decompression bombs), wholly transparent pictures, and formats outside `FORMATS`.
 """
@@ -125,10 +125,10 @@ def _decode(image: Image.Image, where: str, matte: tuple[int, int, int], max_pix
 def _to_rgb(image: Image.Image, where: str, matte: tuple[int, int, int], profile: bytes | None) -> Image.Image:
     if image.mode == "F":
         raise Refused("picture-float", f"{where}: holds floating-point values without a range; re-export it as 8 bit")
-    if image.mode.startswith("I"):  # 16 bits a channel, in whichever byte order Pillow found
+    if image.mode.startswith("I"):  # 16 bits per channel, in whichever byte order Pillow found
         deep = np.asarray(image).astype(np.int64)
         if deep.min(initial=0) < 0 or deep.max(initial=0) > 65535:
-            raise Refused("picture-depth", f"{where}: has more than 16 bits a channel; re-export it as 8 or 16 bit")
+            raise Refused("picture-depth", f"{where}: has more than 16 bits per channel; re-export it as 8 or 16 bit")
         return Image.fromarray(((deep + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         return _over(image.convert("RGBA"), where, matte)

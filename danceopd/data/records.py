@@ -199,7 +199,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def unknown_fields(names: Iterable[str]) -> list[str]:
-    """The names among a record's fields that are none, and none that stands for one."""
+    """Names in a mapping that are neither a record's fields nor synonyms of one."""
     known = {f.name for f in fields(Record)}
     known |= {other for others in SYNONYMS.values() for other in others}
     return sorted(set(names) - known)

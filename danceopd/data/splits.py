@@ -75,6 +75,21 @@ def settle_splits(records: Sequence[Record], pictures: Sequence[Pictures]) -> li
     return [split(record, names) for record, names in zip(records, pictures, strict=True)]
 
 
+def group_records(ids: Sequence[str], pictures: Sequence[Pictures]) -> list[str]:
+    """A name for each record's group: records that share a picture, be it source or target, have one.
+
+    Args:
+        ids: of the records; one without pictures is a group of its own.
+        pictures: of each record.
+    """
+    groups = _Groups()
+    for source, target in pictures:
+        if source is not None and target is not None:
+            groups.join(source, target)
+    named = [next((name for name in names if name is not None), None) for names in pictures]
+    return [f"record {record}" if name is None else groups.find(name) for record, name in zip(ids, named, strict=True)]
+
+
 class StreamedSplits:
     """Splits of records that come one by one, by the perceptual hashes of their pictures."""
 

@@ -107,7 +107,7 @@ def _objects(value: Any, name: str, where: str) -> list[dict]:
 def read_gedit(asked: Asked) -> Iterator[Record]:
     """GEdit-Bench (arXiv 2504.17761) as on the hub: Arrow files as `save_to_disk` writes them, or Parquet.
 
-    One row an instruction and language: `task_type`, `key`, `instruction`, `instruction_language`, `input_image`.
+    One row per instruction and language: `task_type`, `key`, `instruction`, `instruction_language`, `input_image`.
     """
     files = (
         [asked.source]

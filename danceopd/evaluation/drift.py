@@ -93,7 +93,7 @@ def path_drift(
 
 
 def plot_paths(drift: dict[str, dict]) -> dict[str, bytes]:
-    """PNGs of `metrics.json`'s drift section, by name: `drift`, `velocity_error`, and one `steps-<task>` a task."""
+    """PNGs of `metrics.json`'s drift section, by name: `drift`, `velocity_error`, and one `steps-<task>` per task."""
     plots = {}
     for key, label in (("drift", "distance from the teacher's path"), ("velocity_error", "velocity error (share)")):
         figure, axes = _sheet()

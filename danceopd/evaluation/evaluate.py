@@ -11,10 +11,12 @@ import time
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import torch
 
 from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import Recipe
@@ -22,6 +24,7 @@ from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record, spread
 from danceopd.errors import UserError
+from danceopd.evaluation.conditions import groups_of, note_conditions
 from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.gates import Scores, gate_allowance, judge, retention, score_of
 from danceopd.evaluation.metrics import metric, read_picture
@@ -72,7 +75,7 @@ class Evaluation:
 
     Attributes:
         metrics: what `metrics.json` holds; a figure that is not finite is None.
-        values: what `values.json` holds: {field: {task: {metric: [..]}}, "ids": {task: [..]}}.
+        values: what `values.json` holds: {field: {task: {metric: [..]}}, "ids": {task: [..]}, "groups": {task: [..]}}.
         examples: the records to show, per task.
         worst: those that fall furthest below the teacher's, per task; none where none does.
     """
@@ -98,6 +101,10 @@ class _TaskResult:
     drift: dict | None = None
     forwards: int = 0
     whole: dict[str, dict[str, float]] = attribute(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        return groups_of(self.records)
 
     def means(self, field: str) -> dict[str, float]:
         return Scored(np.empty(0), self.values[field], self.whole.get(field, {})).means
@@ -281,6 +288,7 @@ def evaluate(
     dataset: DatasetFolder,
     cache: Path | None,
     base_key: str,
+    judged: str = "",
 ) -> Evaluation:
     """Score every field on every task of the recipe.
 
@@ -291,6 +299,8 @@ def evaluate(
         dataset: where the held-out records lie.
         cache: folder for encoded records, or None.
         base_key: identity of the base, part of the cache's key.
+        judged: name of a folder of the cache in which the judge's answers of this evaluation are kept, so that none
+            from another day is held against one from today.
 
     Raises:
         UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
@@ -301,11 +311,11 @@ def evaluate(
     recipe = recipe.with_benchmarks()
     spec, size = recipe.evaluate, (recipe.model.height, recipe.model.width)
     device = next(backbone.transformer.parameters()).device
-    tools = Tools(spec, device, None if cache is None else Path(cache) / "judge")
+    tools = open_tools(recipe, device, cache, judged)
     skipped = skipped_metrics({n: None for task in recipe.tasks.values() for n in task.metrics}, tools)
     for name, reason in skipped.items():
         log.warning("evaluate: %s is not measured: %s", name, reason)
-    results = {}
+    results: dict[str, _TaskResult] = {}
     for task, records in _held_out(recipe, dataset, skipped).items():
         metrics = recipe.tasks[task].metrics
         encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
@@ -334,6 +344,39 @@ def evaluate(
     )
 
 
+def open_tools(recipe: Recipe, device: torch.device, cache: Path | None, judged: str) -> Tools:
+    """The tools of an evaluation; see `evaluate`."""
+    return Tools(recipe.evaluate, device, None if cache is None else Path(cache) / "judge" / judged)
+
+
+def measure_field(
+    recipe: Recipe, field: Field, dataset: DatasetFolder, cache: Path | None, base_key: str, judged: str = ""
+) -> tuple[dict, dict]:
+    """One field's figures on the held-out records, as `evaluate` gives a student's: (metrics, values).
+
+    There are no gates, intervals and comparisons among them. The arguments are those of `evaluate`.
+
+    Raises:
+        UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
+    """
+    recipe = recipe.with_benchmarks()
+    size = (recipe.model.height, recipe.model.width)
+    tools = open_tools(recipe, next(field.backbone.transformer.parameters()).device, cache, judged)
+    skipped = skipped_metrics({n: None for task in recipe.tasks.values() for n in task.metrics}, tools)
+    held_out = _held_out(recipe, dataset, skipped)
+    scored = {}
+    for task, records in held_out.items():
+        encoded = encode_records(field.backbone, records, *size, cache, base_key, targets=True)
+        scored[task] = _score_fields({STUDENT: field}, task, encoded, records, recipe, tools)[STUDENT]
+    metrics = note_conditions(recipe, held_out, skipped) | {
+        "scores": {STUDENT: {t: {n: finite(v) for n, v in found.means.items()} for t, found in scored.items()}},
+        "records": {task: len(records) for task, records in held_out.items()},
+        "judge": tools.judge_usage,
+    }
+    values: dict = {STUDENT: {t: {n: _row(part) for n, part in found.values.items()} for t, found in scored.items()}}
+    return metrics, values | {"ids": {task: [r.id for r in records] for task, records in held_out.items()}}
+
+
 def _metrics(
     recipe: Recipe,
     fields: list[str],
@@ -350,12 +393,10 @@ def _metrics(
     }
     intervals = _intervals(recipe, fields, results)
     verdicts = [g | {"interval": intervals[STUDENT][g["task"]][g["metric"]]} for g in judge(recipe, scores, skipped)]
-    return {
+    return note_conditions(recipe, {task: result.records for task, result in results.items()}, skipped) | {
         "recipe": recipe.name,
         "split": recipe.evaluate.split,
         "records": {task: len(result.records) for task, result in results.items()},
-        "steps": recipe.evaluate.steps,
-        "seed": recipe.evaluate.seed,
         "units": {name: metric(name).unit for task in recipe.tasks.values() for name in task.metrics},
         "skipped": dict(skipped),
         "judge": usage,
@@ -387,13 +428,13 @@ def _intervals(
     """The interval [low, high] of every mean; None where it is undefined."""
     spec = recipe.evaluate
 
-    def interval(values: list[float]) -> list[float] | None:
-        found = bootstrap_interval(values, spec.resamples, spec.confidence, np.random.default_rng(spec.seed))
+    def interval(values: list[float], groups: list[str]) -> list[float] | None:
+        found = bootstrap_interval(values, spec.resamples, spec.confidence, np.random.default_rng(spec.seed), groups)
         return None if found is None else list(found)
 
     return {
         name: {
-            task: {key: interval(values) for key, values in result.values[name].items()}
+            task: {key: interval(values, result.groups) for key, values in result.values[name].items()}
             for task, result in results.items()
         }
         for name in fields
@@ -417,22 +458,25 @@ def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: S
                 spec.resamples,
                 spec.confidence,
                 np.random.default_rng(spec.seed),
+                result.groups,
             )
             table.setdefault(task, {})[name] = None if found is None else asdict(found)
     return table
 
 
-def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
-    def row(values: list[float]) -> list[float | None]:
-        return [None if finite(v) is None else round(v, 4) for v in values]
+def _row(values: list[float]) -> list[float | None]:
+    return [None if finite(v) is None else round(v, 4) for v in values]
 
+
+def _values(fields: list[str], results: dict[str, _TaskResult]) -> dict:
     values: dict = {
         field: {
-            task: {name: row(part) for name, part in result.values[field].items()} for task, result in results.items()
+            task: {name: _row(part) for name, part in result.values[field].items()} for task, result in results.items()
         }
         for field in fields
     }
-    return values | {"ids": {task: [r.id for r in result.records] for task, result in results.items()}}
+    ids = {task: [r.id for r in result.records] for task, result in results.items()}
+    return values | {"ids": ids, "groups": {task: result.groups for task, result in results.items()}}
 
 
 def _by_novelty(result: _TaskResult) -> dict[str, dict[str, float | None]]:

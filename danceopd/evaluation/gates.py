@@ -38,11 +38,14 @@ def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, f
 
 def gate_limit(gate: Gate, teacher: float) -> float:
     """The least value, in the metric's unit, with which a student holds a gate."""
-    return teacher * gate.retain if gate.retain is not None else teacher - gate.max_drop
+    return teacher - gate_allowance(gate, teacher)
 
 
 def gate_allowance(gate: Gate, teacher: float) -> float:
-    """How far below its teacher a student may lie and hold the gate, in the metric's unit."""
+    """How far below its teacher a student may lie and hold the gate, in the metric's unit.
+
+    A share is one of the value's size: of a teacher at -2, `retain: 0.9` allows -2.2, as of one at 2 it allows 1.8.
+    """
     return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
 
 

@@ -101,6 +101,9 @@ QUALITY = Rubric(
 )
 
 
+JUDGED = content_key(*(rubric.ask("") for rubric in (EDIT, DRAWING, QUALITY)))  # a name for the questions
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the judge said of one picture, from 0 to 10; what it was not asked is NaN.
@@ -153,7 +156,7 @@ class _Pace:
         self._next, self._lock = 0.0, threading.Lock()
 
     def wait(self, stop: threading.Event) -> None:
-        """Until the next request may start, or all are to stop."""
+        """Wait until the next request may start, or all are to stop."""
         while not stop.is_set():
             with self._lock:
                 now = self._clock()
@@ -164,7 +167,7 @@ class _Pace:
             self._sleep(left)
 
     def hold(self, seconds: float) -> None:
-        """Let none start for so long."""
+        """Let none start for this long."""
         with self._lock:
             self._next = max(self._next, self._clock() + seconds)
 

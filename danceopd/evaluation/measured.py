@@ -13,6 +13,7 @@ from danceopd.evaluation.names import STUDENT
 from danceopd.files import read_json
 
 METRICS, VALUES, REPORT = "metrics.json", "values.json", "report.html"
+CONDITIONS = ("held_out", "size", "steps", "seed", "tools")
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,35 @@ class Measured:
         known = self.metrics.get("statistics", {}) | {"seed": self.metrics.get("seed")}
         return plain | {name: value for name, value in known.items() if value is not None}
 
-    def conditions(self, data: str) -> dict[str, Any]:
-        """What two evaluations must share for their figures to be compared; `data` is the dataset's content hash."""
-        conditions = {name: self.metrics.get(name) for name in ("split", "steps", "seed")}
-        records = dict(self.metrics.get("records", {}))
-        benchmarks = self.metrics.get("benchmarks", {})
-        records |= {name: [records.get(name), found["content"]] for name, found in benchmarks.items()}
-        return {"data": data, "records": records, **conditions}
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What two evaluations must share for their figures to be compared; None what an older one did not note."""
+        return {name: self.metrics.get(name) for name in CONDITIONS}
+
+    @property
+    def groups(self) -> Mapping[str, list[str]] | None:
+        """The group of each record by task (those that share a picture), or None where that was not kept."""
+        return None if self.values is None else self.values.get("groups")
+
+    def beside(self, other: Measured, model: str, number: str) -> Measured:
+        """This, and a registered version as it was measured in the same way as another field of the evaluation."""
+        name = f"{model} version {number}"
+        versions = self.metrics.get("versions", {}) | {name: {"model": model, "version": number}}
+        metrics = {**self.metrics, "scores": {**self.metrics["scores"], name: other.scores}, "versions": versions}
+        values = self.values
+        if values is not None and other.by_record is not None:
+            values = {**values, name: other.in_order(values["ids"])}
+        return replace(self, metrics=metrics, values=values)
+
+    def in_order(self, ids: Mapping[str, list[str]]) -> dict[str, dict[str, list]]:
+        """This field's values in the order of these record ids, of the tasks whose records they are."""
+        ours, values = self.by_record
+        found = {}
+        for task, wanted in ids.items():
+            place = {record: row for row, record in enumerate(ours.get(task, []))}
+            if set(wanted) == set(place):
+                found[task] = {name: [row[place[i]] for i in wanted] for name, row in values[task].items()}
+        return found
 
     def version(self, model: str, number: str | None) -> Measured | None:
         """A registered version as this evaluation measured it, or None if it was no teacher in that run."""

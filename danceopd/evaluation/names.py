@@ -1,3 +1,4 @@
-"""The fields that every evaluation has, besides the teachers."""
+"""Names in every evaluation: its fields, besides the teachers, and the judge."""
 
 BASE, STUDENT = "base", "student"
+JUDGE = "judge"  # the metric tool that is asked, and not loaded

@@ -1,8 +1,10 @@
 """How sure a figure is: bootstrap intervals over records, paired where two fields drew the same ones, and verdicts.
 
 Percentile bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): records are drawn with
-replacement, the same ones for both sides of a comparison. It tells what other records of this kind would give; it
-does not tell what another training run would. Where every record scores the same, the interval has no width.
+replacement, the same ones for both sides of a comparison. Records that share a picture (edits of one source) say much
+the same, so such groups are drawn whole (Davison & Hinkley, Bootstrap Methods and their Application, 1997, section
+3.8): taken for independent, they would make an interval too narrow. It tells what other records of this kind would
+give; it does not tell what another training run would. Where every record scores the same, the interval has no width.
 """
 
 from __future__ import annotations
@@ -43,26 +45,44 @@ class Comparison:
 
 
 def bootstrap_interval(
-    values: Sequence[float | None], resamples: int, confidence: float, generator: np.random.Generator
+    values: Sequence[float | None],
+    resamples: int,
+    confidence: float,
+    generator: np.random.Generator,
+    groups: Sequence[str] | None = None,
 ) -> tuple[float, float] | None:
-    """The interval of a mean, or None if there is no value or one is missing or not finite.
+    """The interval of a mean; None if there is no value, one is missing or not finite, or all are of one group.
 
     Args:
         values: one per record; for a paired comparison the differences.
         resamples: how many times the records are drawn anew.
         confidence: share of the resampled means that lie inside, in (0, 1).
         generator: of the draws.
+        groups: the name of each record's group, drawn whole; none: every record is its own.
     """
     if not values or any(v is None or not math.isfinite(v) for v in values):
         return None
-    known, count = np.asarray(values, dtype=np.float64), len(values)
+    sums, sizes = _by_group(np.asarray(values, dtype=np.float64), groups)
+    count = len(sums)
+    if count == 1 < len(values):
+        return None
     means = np.empty(resamples)
     block = max(1, _BLOCK // count)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        means[start : start + rows] = known[generator.integers(0, count, (rows, count))].mean(axis=1)
+        drawn = generator.integers(0, count, (rows, count))
+        means[start : start + rows] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _by_group(values: np.ndarray, groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of each group, in the order in which groups come."""
+    if groups is None:
+        return values, np.ones(len(values))
+    place = {name: row for row, name in enumerate(dict.fromkeys(groups))}
+    rows = np.asarray([place[name] for name in groups])
+    return np.bincount(rows, weights=values), np.bincount(rows).astype(np.float64)
 
 
 def judge_difference(difference: float, low: float, high: float, margin: float | None) -> tuple[str, bool]:
@@ -85,6 +105,7 @@ def compare(
     resamples: int,
     confidence: float,
     generator: np.random.Generator,
+    groups: Sequence[str] | None = None,
 ) -> Comparison | None:
     """Compare two fields' values on the same records; None if a value is missing or not finite.
 
@@ -96,11 +117,12 @@ def compare(
         resamples: as for `bootstrap_interval`.
         confidence: as for `bootstrap_interval`.
         generator: of the draws.
+        groups: as for `bootstrap_interval`.
     """
     if any(v is None or not math.isfinite(v) for v in (*ours, *theirs)):
         return None
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    interval = bootstrap_interval(differences, resamples, confidence, generator)
+    interval = bootstrap_interval(differences, resamples, confidence, generator, groups)
     if interval is None:
         return None
     difference = math.fsum(differences) / len(differences)
@@ -113,6 +135,7 @@ def compare_values(
     margins: Mapping[str, Mapping[str, float]],
     reference: str,
     settings: Mapping[str, Any],
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, dict[str, dict | None]]:
     """Compare two fields of one or two evaluations, paired by record id: {task: {metric: plain data or None}}.
 
@@ -124,6 +147,7 @@ def compare_values(
         margins: {task: {metric: margin}}, where a gate sets one.
         reference: the other's name.
         settings: `seed`, `resamples` and `confidence`.
+        groups: {task: the group of each record}, in the order of our ids.
     """
     table: dict[str, dict[str, dict | None]] = {}
     (our_ids, our_values), (their_ids, their_values) = ours, theirs
@@ -139,6 +163,15 @@ def compare_values(
             paired = [other[place[record]] for record in ids]
             margin = margins.get(task, {}).get(name)
             generator = np.random.default_rng(settings["seed"])
-            found = compare(values, paired, reference, margin, settings["resamples"], settings["confidence"], generator)
+            found = compare(
+                values,
+                paired,
+                reference,
+                margin,
+                settings["resamples"],
+                settings["confidence"],
+                generator,
+                (groups or {}).get(task),
+            )
             table.setdefault(task, {})[name] = None if found is None else asdict(found)
     return table

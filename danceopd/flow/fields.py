@@ -15,7 +15,7 @@ from danceopd.backbones.offload import OffloadedWeights
 
 
 class Field(Protocol):
-    """What can be distilled, drawn with and saved: one network's velocity, or an operator on it (`operators.py`).
+    """What can be distilled, drawn with and saved: one network's velocity, or an operator on it (`guidance.py`).
 
     Attributes:
         name: for logs and errors.

@@ -27,7 +27,7 @@ class Query:
 
 
 def roll_out(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Query:
-    """Euler steps of dz/dsigma = v along `grid`, each sample until its own `stop`; who has arrived leaves the batch.
+    """Euler steps of dz/dsigma = v along `grid`, each sample until its own `stop`; what has arrived leaves the batch.
 
     Args:
         field: the student.

@@ -46,7 +46,7 @@ class Sample:
         sources: pictures to edit, any size and mode; cropped to the picture's ratio and resized. None: draw.
         seed: of the noise it starts from, in [0, 2**63 - 1].
         steps: Euler steps.
-        guidance: scale of classifier-free guidance, at the price of a second forward pass a step; 1: the plain field.
+        guidance: scale of classifier-free guidance, at the price of a second forward pass per step; 1: the plain field.
             None: the field as it is, guided if its folder says so.
         size: (height, width) in pixels; None: the student's own.
     """

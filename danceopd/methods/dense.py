@@ -17,7 +17,7 @@ class Dense(Method):
 
     It is the dense-query ablation of DanceOPD (arXiv 2606.27377, its table over K). The K noise levels are drawn from
     the query window independently. A sample costs the steps before its last query and, K times, 1 teacher and 3
-    student forwards. The queries are worked off one after the other, so K costs no memory but for the K states.
+    student forwards. The queries are processed one after the other, so K costs no memory beyond the K states.
 
     Args:
         queries: K.

@@ -79,11 +79,13 @@ class FlowOPD(Method):
     same variance, so the KL of the two is closed: (dt / 2) (s (1 - sigma) / (2 sigma) + 1 / s)^2 |v - v_teacher|^2. Its
     negative is the step's reward and, clamped, stands in for the advantage in PPO's clipped surrogate.
 
-    Where paper and release differ, the release is followed. The paper detaches the reward; but this reward
-    depends on the state alone, not on the action, so that its policy gradient by itself has mean zero and teaches
-    nothing. The release differentiates the KL within the surrogate: the gradient's mean is then that of the KL, and
-    the policy-gradient term adds variance. Also as released: log-density and KL are means over the latent's entries,
-    the last step of the grid is left out, the loss is the mean over steps, no normalisation within groups.
+    Where paper and release differ, the release is followed, but for one divisor. The paper detaches the reward; but
+    this reward depends on the state alone, not on the action, so that its policy gradient by itself has mean zero and
+    teaches nothing. The release differentiates the KL within the surrogate: the gradient's mean is then that of the
+    KL, and the policy-gradient term adds variance. Also as released: log-density and KL are means over the latent's
+    entries, the last step of the grid is left out, the loss is the mean over steps, no normalisation within groups. Not
+    as released: the KL here is the one of the two Gaussians, divided by 2 s^2 dt; the release, like Flow-GRPO's,
+    divides by 2 s^2, which weighs each step by its width once more.
 
     Not taken: the cold start (the recipe's `start` is the same for every method compared) and the anchor to an
     aesthetic teacher, an extra teacher the others lack. Each rollout makes one update, so the policy that acted is the

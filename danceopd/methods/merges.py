@@ -81,7 +81,7 @@ class Ties:
 def merge(backbone: Backbone, teachers: list[VelocityField], rule: Rule) -> VelocityField:
     """The teachers' weights, merged into one frozen field with weights in float32; nothing is trained.
 
-    Every teacher takes part once; a LoRA's change is worked into the base's weights first. The task weights, the start
+    Every teacher takes part once; a LoRA's change is merged into the base's weights first. The task weights, the start
     and all knobs of training have no say.
 
     Args:

@@ -1,4 +1,4 @@
-"""Off-policy distillation: the teacher is asked at noised data, where the student need never come."""
+"""Off-policy distillation: the teacher is asked at noised data, which the student may never visit."""
 
 from __future__ import annotations
 

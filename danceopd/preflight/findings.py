@@ -30,7 +30,7 @@ def settle(findings: list[Finding]) -> None:
     """Log notes and warnings.
 
     Raises:
-        UserError: with one line an error, if there are errors.
+        UserError: with one line per error, if there are errors.
     """
     for finding in findings:
         if finding.level != "error":

@@ -1,4 +1,4 @@
-"""What a method spends: the transformer forwards per sample of a recipe, found by running its own code for nothing.
+"""What a method spends: the transformer forwards per sample of a recipe, counted by running its own code.
 
 How far the student rolls out depends on the window, the grid and the method, and on no weight. So the very updates are
 run on a network of one number, and their count is what the real ones will take.

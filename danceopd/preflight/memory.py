@@ -68,7 +68,7 @@ def say_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
-# Bytes of optimizer state a trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
+# Bytes of optimizer state per trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
 

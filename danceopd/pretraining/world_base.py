@@ -147,7 +147,7 @@ def train_vae(plan: BuildPlan) -> AutoencoderKLFlux2:
     """Train the autoencoder on varied pictures; its decoder learns to forgive small errors in the latents.
 
     Latents are disturbed by noise relative to their own spread (up to 0.3 of it), which makes the decoder robust to
-    what a few Euler steps leave behind, and keeps the scale of the latents out of the bargain.
+    what a few Euler steps leave behind, and leaves nothing to gain from the scale of the latents.
     """
     torch.manual_seed(plan.seed)
     vae = new_vae()

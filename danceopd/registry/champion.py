@@ -1,16 +1,32 @@
-"""Which version serves: a student beside the champion, the decision, and moving the champion by hand."""
+"""Which version serves: a student beside the champion, the decision, and moving the champion by hand.
+
+Every champion may lie a margin below the one before. So that margins do not add up over generations, each carries how
+far it lies below the best champion before it (`below_best`), in the unit of each gate's metric, as measured beside its
+predecessor; a student has to come within its margin of that best one.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError, unknown_name
 from danceopd.evaluation.measured import Measured, figure
-from danceopd.registry.versions import BEFORE, CHALLENGER, CHAMPION, DECISION, PREVIOUS, REASONS, RegisteredModel
+from danceopd.evaluation.names import JUDGE
+from danceopd.registry.versions import (
+    BEFORE,
+    BELOW_BEST,
+    CHALLENGER,
+    CHAMPION,
+    DECISION,
+    PREVIOUS,
+    REASONS,
+    RegisteredModel,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -27,13 +43,13 @@ class Candidate:
         model: name of the registered model.
         number: of the version; None for a student that has none yet.
         measured: its figures.
-        data: content hash of the dataset it was evaluated on.
+        below_best: {"task.metric": how far it lies below the best champion before it}, where it does.
     """
 
     model: str
     number: str | None
     measured: Measured
-    data: str
+    below_best: Mapping[str, float] = field(default_factory=dict)
 
 
 def candidate(model: RegisteredModel, version: ModelVersion) -> Candidate:
@@ -42,7 +58,22 @@ def candidate(model: RegisteredModel, version: ModelVersion) -> Candidate:
     Raises:
         UserError: if its run holds none.
     """
-    return Candidate(model.name, str(version.version), model.measured(version), version.tags.get("data", "none"))
+    return Candidate(model.name, str(version.version), model.measured(version), _gaps(version))
+
+
+def _gaps(version: ModelVersion) -> dict[str, float]:
+    return json.loads(version.tags.get(BELOW_BEST, "{}"))
+
+
+def _champion_as(model: RegisteredModel, mine: Candidate, champion: ModelVersion) -> Candidate:
+    """The champion with its own figures or, if they are gone, with those that the student's run measured of it."""
+    try:
+        return candidate(model, champion)
+    except UserError:
+        again = mine.measured.version(model.name, str(champion.version))
+        if again is None:
+            raise
+        return Candidate(model.name, str(champion.version), again, _gaps(champion))
 
 
 def side_by_side(ours: Candidate, theirs: Candidate) -> tuple[Measured, Measured, list[str]]:
@@ -51,56 +82,101 @@ def side_by_side(ours: Candidate, theirs: Candidate) -> tuple[Measured, Measured
         return ours.measured, again, []
     if (again := theirs.measured.version(ours.model, ours.number)) is not None:
         return again, theirs.measured, []
-    unlike = measured_unlike(ours.measured.conditions(ours.data), theirs.measured.conditions(theirs.data))
-    return ours.measured, theirs.measured, unlike
+    return ours.measured, theirs.measured, measured_unlike(ours.measured.conditions, theirs.measured.conditions)
+
+
+_NAMES = {"size": "picture size", "steps": "sampling steps", "seed": "seed"}
 
 
 def measured_unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What differs between two measurements; their record counts are compared for the tasks both have."""
-    unlike = [name for name in ("data", "split", "steps", "seed") if ours[name] != theirs[name]]
-    shared = set(ours["records"]) & set(theirs["records"])
-    if any(ours["records"][task] != theirs["records"][task] for task in shared):
-        unlike.append("records")
-    return unlike
+    """What differs between two measurements, of what the tasks and tools that both have share."""
+    unlike = []
+    for name, told in (("held_out", "records of"), ("tools", "weights of")):
+        mine, other = ours[name], theirs[name]
+        if mine is None or other is None:
+            unlike.append(f"{told} {'any task' if name == 'held_out' else 'any network'} (one did not note them)")
+            continue
+        unlike += [f"{told} {key}" for key in mine if key in other and mine[key] != other[key] and key != JUDGE]
+        unlike += [JUDGE] if JUDGE in mine and JUDGE in other and mine[JUDGE] != other[JUDGE] else []
+    return unlike + [told for name, told in _NAMES.items() if ours[name] != theirs[name]]
 
 
-def decide(model: RegisteredModel, recipe: Recipe, version: ModelVersion, measured: Measured) -> ModelVersion:
-    """Compare with the champion, move the aliases, and note the decision on the version."""
+def decide(
+    model: RegisteredModel, recipe: Recipe, version: ModelVersion, measured: Measured, unmeasured: str = ""
+) -> ModelVersion:
+    """Compare with the champion, move the aliases, and note the decision on the version.
+
+    Args:
+        model: the registered model.
+        recipe: names the gates and their margins.
+        version: what was registered.
+        measured: its figures, and those of the champion where it was measured beside it.
+        unmeasured: why the champion could not be measured beside it.
+    """
     number = str(version.version)
-    model.set_alias(CHALLENGER, number)
+    model.settle()
     champion = model.champion()
     if champion is not None and str(champion.version) == number:  # broke off after the alias was moved
-        champion = None
-    mine = Candidate(model.name, number, measured, version.tags.get("data", "none"))
-    reasons = [] if champion is None else against(model, recipe, mine, champion)
-    if not reasons:
+        before, reasons = model.replaced(champion) or "", []
         model.promote(number)
+    else:
+        model.set_alias(CHALLENGER, number)
+        before = "" if champion is None else str(champion.version)
+        mine, reasons, below = Candidate(model.name, number, measured), [], {}
+        if champion is not None:
+            reasons, below = against(model, recipe, mine, champion, unmeasured)
+        if not reasons:
+            model.promote(number, below)
     decision = CHALLENGER if reasons else CHAMPION
-    before = "" if champion is None else str(champion.version)
     for name, value in ((BEFORE, before), (REASONS, json.dumps(reasons)), (DECISION, decision)):
         model.client.set_model_version_tag(model.name, number, name, value)
     return model.version(number)
 
 
-def against(model: RegisteredModel, recipe: Recipe, mine: Candidate, champion: ModelVersion) -> list[str]:
-    """Why a version may not take over from the champion; empty if it may."""
+def against(
+    model: RegisteredModel, recipe: Recipe, mine: Candidate, champion: ModelVersion, unmeasured: str = ""
+) -> tuple[list[str], dict[str, float]]:
+    """Why a version may not take over from the champion (empty if it may), and how far it lies below the best one."""
     who = f"champion (version {champion.version})"
     by_hand = (
         f"compare both reports, and if version {mine.number} shall serve, set the alias '{CHAMPION}' on it "
         f"(danceopd registry promote {mine.number} --force keeps the old one as '{PREVIOUS}')"
     )
     try:
-        found = candidate(model, champion)
+        found = _champion_as(model, mine, champion)
     except UserError as error:
-        return [f"the {who} cannot be compared with: {error}; {by_hand}"]
+        told = f" ({unmeasured})" if unmeasured else ""
+        return [f"the {who} cannot be compared with: {error}{told}; {by_hand}"], {}
     ours, theirs, unlike = side_by_side(mine, found)
     if unlike:
+        told = f", and it could not be measured anew: {unmeasured}" if unmeasured else ""
         return [
-            f"the {who} of {model.name} was measured on other {', '.join(unlike)}, so its figures cannot be compared; "
-            f"{by_hand}"
-        ]
+            f"the {who} of {model.name} was measured otherwise ({', '.join(unlike)}), so its figures cannot be "
+            f"compared{told}; {by_hand}"
+        ], {}
     table = paired(recipe, ours, theirs, found.number)
-    return below_champion(recipe, ours, theirs, who, found.measured.own_tasks, table)
+    reasons = below_champion(recipe, ours, theirs, who, found.measured.own_tasks, table, found.below_best)
+    return reasons, below_best(recipe, ours, theirs, found.below_best)
+
+
+def below_best(recipe: Recipe, ours: Measured, theirs: Measured, before: Mapping[str, float]) -> dict[str, float]:
+    """How far a student lies below the best champion so far: {"task.metric": gap}, of the gates where it does.
+
+    Args:
+        recipe: names the gates.
+        ours: the student's figures.
+        theirs: the champion's.
+        before: how far that champion lies below the best one.
+    """
+    gaps = {}
+    for task, spec in recipe.with_benchmarks().tasks.items():
+        for gate in spec.gates:
+            name = f"{task}.{gate.metric}"
+            value, bar = (of.scores.get(task, {}).get(gate.metric) for of in (ours, theirs))
+            gap = before.get(name, 0.0) + (bar - value if value is not None and bar is not None else 0.0)
+            if gap > _ROUNDING:
+                gaps[name] = gap
+    return gaps
 
 
 def paired(recipe: Recipe, ours: Measured, theirs: Measured, number: str | None) -> dict:
@@ -111,7 +187,7 @@ def paired(recipe: Recipe, ours: Measured, theirs: Measured, number: str | None)
         return {}
     tasks = recipe.with_benchmarks().tasks
     margins = {task: {gate.metric: gate.champion_margin for gate in spec.gates} for task, spec in tasks.items()}
-    return compare_values(ours.by_record, theirs.by_record, margins, f"version {number}", ours.statistics)
+    return compare_values(ours.by_record, theirs.by_record, margins, f"version {number}", ours.statistics, ours.groups)
 
 
 def compare_with_champion(model: RegisteredModel, recipe: Recipe, mine: Candidate) -> dict[str, Any]:
@@ -120,7 +196,7 @@ def compare_with_champion(model: RegisteredModel, recipe: Recipe, mine: Candidat
     if champion is None:
         return {}
     try:
-        found = candidate(model, champion)
+        found = _champion_as(model, mine, champion)
     except UserError:
         return {}
     ours, theirs, unlike = side_by_side(mine, found)
@@ -135,8 +211,9 @@ def below_champion(
     who: str,
     tasks: set[str],
     table: Mapping[str, Mapping[str, dict | None]] | None = None,
+    gaps: Mapping[str, float] = MappingProxyType({}),
 ) -> list[str]:
-    """One line per gate metric on which the student falls more than its margin below the champion, or lacks it.
+    """One line per gate metric on which the student falls more than its margin below the best champion, or lacks it.
 
     Args:
         recipe: names the gates and their margins.
@@ -145,15 +222,20 @@ def below_champion(
         who: the champion, for the reader.
         tasks: those whose gates the champion was registered with.
         table: the comparison record by record, where there is one: then a line shows the difference's interval.
+        gaps: how far the champion lies below the best one before it, {"task.metric": gap}.
     """
     mine, other = ours.scores, theirs.scores
     lines = []
     for task, spec in recipe.with_benchmarks().tasks.items():
         for gate in spec.gates:
             value, bar = mine.get(task, {}).get(gate.metric), other.get(task, {}).get(gate.metric)
-            if bar is not None and (value is None or not value >= bar - gate.champion_margin - _ROUNDING):
+            if bar is None:
+                continue
+            best = bar + gaps.get(f"{task}.{gate.metric}", 0.0)
+            if value is None or not value >= best - gate.champion_margin - _ROUNDING:
+                told = "" if best == bar else f", which lies below the best one so far, at {figure(best)}"
                 lines.append(
-                    f"{task}.{gate.metric} is {figure(value)}, the {who} has {figure(bar)} "
+                    f"{task}.{gate.metric} is {figure(value)}, the {who} has {figure(bar)}{told} "
                     f"(margin {gate.champion_margin:g})"
                     + _difference((table or {}).get(task, {}).get(gate.metric), ours)
                 )
@@ -175,6 +257,7 @@ def promote_checked(model: RegisteredModel, recipe: Recipe, name: str, force: bo
         recipe: names the gates and their margins.
         name: the version's number or alias.
         force: promote it although it is worse than the champion, or cannot be compared; never although a gate fails.
+            The best champion is from then on sought among it and those after it.
 
     Returns:
         The champion's number now and before (None: there was none).
@@ -182,6 +265,7 @@ def promote_checked(model: RegisteredModel, recipe: Recipe, name: str, force: bo
     Raises:
         UserError: with task, figures and interval, if it may not be promoted.
     """
+    model.settle()
     mine = candidate(model, model.find(name))
     champion = model.champion()
     before = None if champion is None else str(champion.version)
@@ -190,12 +274,13 @@ def promote_checked(model: RegisteredModel, recipe: Recipe, name: str, force: bo
     failed = mine.measured.failed_gates()
     if failed:
         raise UserError(f"{model.name} version {mine.number} fails its gates and is not promoted: {'; '.join(failed)}")
+    below: dict[str, float] = {}
     if champion is not None and not force:
-        reasons = against(model, recipe, mine, champion)
+        reasons, below = against(model, recipe, mine, champion)
         if reasons:
             told = "; ".join(reasons)
             raise UserError(f"{model.name} version {mine.number} is not promoted: {told}; --force does it anyway")
-    model.promote(mine.number)
+    model.promote(mine.number, below)
     return mine.number, before
 
 

@@ -2,10 +2,11 @@
 
 A student that holds its gates becomes a version with alias `challenger`; if no gate metric falls more than its margin
 below the version called `champion`, it takes that alias over, and the old champion is called `previous`. The figures of
-two versions are compared only if they were measured alike: the same data, split, records, steps and seed. Otherwise the
-student stays challenger, and a person who has looked at both reports may move the alias (`danceopd registry promote`).
-Where the other version was a teacher in the student's own run (a capability added to a champion), that run measured
-both alike, and its figures of the other version are the ones that count.
+two versions are compared if they were measured alike: the same held-out records, picture size, steps, seed, metric
+networks and judge, whatever they were trained on. Where they were not, the champion is measured anew in the student's
+run (`measure_anew`); where that cannot be done, the student stays challenger, and a person who has looked at both
+reports may move the alias (`danceopd registry promote`). Where the other version was a teacher in the student's own run
+(a capability added to a champion), that run measured both alike, and its figures of the other version count.
 Limits are held against means; the bootstrap intervals beside them say how sure those are.
 """
 
@@ -26,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
-from danceopd.evaluation.measured import METRICS, REPORT, Measured, figure, read_evaluation
+from danceopd.evaluation.measured import METRICS, REPORT, VALUES, Measured, figure, read_evaluation
 from danceopd.export.model_card import write_card
 from danceopd.export.student import PIPELINE, PROBE, verify_export
 from danceopd.files import hash_file, hash_folder, write_atomic, write_json
 from danceopd.registry.champion import Candidate, compare_with_champion, decide
+from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.versions import BEFORE, DECISION, EVALUATION, REASONS, RegisteredModel
 from danceopd.tracking import delivery, journal, mlflow_store
 
@@ -81,7 +83,13 @@ class Registration:
 
 
 def register_student(
-    recipe: Recipe, student: Path, evaluation: Path, lineage: Mapping[str, Any], tracking_uri: str, workspace: Path
+    recipe: Recipe,
+    student: Path,
+    evaluation: Path,
+    lineage: Mapping[str, Any],
+    tracking_uri: str,
+    workspace: Path,
+    champion: MeasuredAnew | None = None,
 ) -> Registration:
     """Register a student that holds its gates, and make it champion if it may be.
 
@@ -95,6 +103,7 @@ def register_student(
             `added_to` for a capability added to a champion.
         tracking_uri: of the MLflow store.
         workspace: folder for scratch files.
+        champion: the champion as this run measured it, where its own figures cannot be compared.
 
     Raises:
         UserError: if a file or a part of the lineage is missing, the evaluation measured other gates, the export does
@@ -108,16 +117,18 @@ def register_student(
         log.warning("not registered: %s", "; ".join(reasons))
         return Registration(False, None, [], reasons, None, None)
     model = RegisteredModel(mlflow_store.open_client(tracking_uri), recipe.register_as.model)
+    if champion is not None and champion.measured is not None:
+        measured = measured.beside(champion.measured, champion.model, champion.version)
     tags = version_tags(recipe, measured, lineage, hash_file(evaluation / METRICS))
     tags[WEIGHTS] = hash_folder(student / PIPELINE, WEIGHT_FILES)
     version = model.find_same(tags)
     if version is None:
         verify_export(student / PIPELINE, recipe, student / PROBE)
-        champion = compare_with_champion(model, recipe, Candidate(model.name, None, measured, tags["data"]))
-        entry = _Entry(recipe, student, evaluation, measured, champion, _origins(lineage), tags)
+        compared = compare_with_champion(model, recipe, Candidate(model.name, None, measured))
+        entry = _Entry(recipe, student, evaluation, measured, compared, _origins(lineage), tags)
         version = _create_version(model, entry, tracking_uri, Path(workspace))
     if DECISION not in version.tags:  # new, or a registration that broke off here
-        version = decide(model, recipe, version, measured)
+        version = decide(model, recipe, version, measured, "" if champion is None else champion.reason)
     return _said(model, version)
 
 
@@ -161,7 +172,7 @@ def version_tags(recipe: Recipe, measured: Measured, lineage: Mapping[str, Any],
     tags |= {f"teacher.{name}": str(digest) for name, digest in lineage["teachers"].items()}
     tags |= {ADDED_TO: str(lineage[ADDED_TO])} if ADDED_TO in lineage else {}
     tags |= {"recipe_name": recipe.name, EVALUATION: evaluation}
-    tags["measured"] = json.dumps(measured.conditions(tags["data"]), sort_keys=True)
+    tags["measured"] = json.dumps(measured.conditions, sort_keys=True)
     for gate in measured.gates:
         tags[_tag(f"gate.{gate['task']}.{gate['metric']}")] = f"{figure(gate['value'])} ({gate['rule']})"
     return {_tag(name): value for name, value in tags.items()}
@@ -227,6 +238,7 @@ def _with_champion(entry: _Entry, folder: Path) -> Path:
         metrics, champion = entry.measured.metrics, entry.champion
         compared = metrics.get("comparisons", {}) | {"champion": champion["table"]}
         write_json(folder / METRICS, {**metrics, "comparisons": compared, "champion": champion["version"]})
+        write_json(folder / VALUES, entry.measured.values)  # with the champion's, if it was measured anew
         if (folder / REPORT).is_file():
             write_atomic(folder / REPORT, add_champion((folder / REPORT).read_text(), champion, metrics))
     return folder

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from danceopd.errors import UserError, unknown_name
@@ -17,10 +19,13 @@ from danceopd.tracking import mlflow_store
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 EVALUATION = "evaluation"  # folder of a version's run that holds its evaluation; and the tag with the figures' hash
 DECISION, REASONS, BEFORE = "decision", "reasons", "champion_before"
+REPLACED = "replaced"  # tag of a champion: whom it took the alias from, which is who `previous` is
+BELOW_BEST = "below_best"  # tag of a champion: how far it lies below the best one before it, JSON
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,7 @@ class RegisteredModel:
 
     def _all(self, condition: str = "") -> list[ModelVersion]:
         wanted = f"name = '{self.name}'" + (f" and {condition}" if condition else "")
-        found: list[ModelVersion] = []
-        token = None
-        while token != "":
-            page = self.client.search_model_versions(wanted, page_token=token)
-            found, token = found + list(page), page.token or ""
-        return found
+        return all_pages(partial(self.client.search_model_versions, wanted))
 
     def lines(self) -> list[VersionLine]:
         """All versions, the newest first."""
@@ -162,15 +162,39 @@ class RegisteredModel:
         """Give an alias to a version; no other version has it then."""
         self.client.set_registered_model_alias(self.name, alias, number)
 
-    def promote(self, number: str) -> None:
-        """Make a version the champion; the champion before it is called `previous`."""
+    def promote(self, number: str, below_best: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Make a version the champion; the champion before it is called `previous`.
+
+        Whom it replaces is noted on it first, so that `settle` finishes a move that broke off between two aliases.
+
+        Args:
+            number: the version's.
+            below_best: how far it lies below the best champion so far, {"task.metric": gap}.
+        """
         aliases = self.aliases()
         old = aliases.get(CHAMPION)
-        if old is not None and old != number:
-            self.set_alias(PREVIOUS, old)
-        self.set_alias(CHAMPION, number)
+        if old != number:
+            self._tag(number, REPLACED, old or "")
+            self._tag(number, BELOW_BEST, json.dumps(dict(below_best), sort_keys=True))
+            self.set_alias(CHAMPION, number)
+        self.settle()
         if aliases.get(CHALLENGER) == number:
             self.client.delete_registered_model_alias(self.name, CHALLENGER)
+
+    def settle(self) -> None:
+        """Let `previous` be whom the champion replaced, which it is not after a move that broke off."""
+        champion = self.champion()
+        replaced = None if champion is None else self.replaced(champion)
+        if replaced and self.aliases().get(PREVIOUS) != replaced:
+            self.set_alias(PREVIOUS, replaced)
+
+    @staticmethod
+    def replaced(champion: ModelVersion) -> str | None:
+        """Whom a champion took the alias from; empty: nobody; None: it became champion before that was noted."""
+        return champion.tags.get(REPLACED)
+
+    def _tag(self, number: str, name: str, value: str) -> None:
+        self.client.set_model_version_tag(self.name, number, name, value)
 
     def rollback(self) -> tuple[str, str | None]:
         """Make the version called `previous` champion again; the champion is called `previous` then.
@@ -181,6 +205,7 @@ class RegisteredModel:
         Raises:
             UserError: if no version is called `previous`.
         """
+        self.settle()
         aliases = self.aliases()
         if PREVIOUS not in aliases:
             raise UserError(
@@ -188,11 +213,12 @@ class RegisteredModel:
                 "promote one by its number"
             )
         old, back = aliases.get(CHAMPION), aliases[PREVIOUS]
-        self.set_alias(CHAMPION, back)
         if old:
-            self.set_alias(PREVIOUS, old)
-        else:
-            self.client.delete_registered_model_alias(self.name, PREVIOUS)
+            self._tag(old, REPLACED, back)  # for `settle`, should this break off before the champion has moved
+        self._tag(back, REPLACED, old or "")
+        self.client.delete_registered_model_alias(self.name, PREVIOUS)
+        self.set_alias(CHAMPION, back)
+        self.settle()
         return back, old
 
 
@@ -205,6 +231,15 @@ def open_model(tracking_uri: str, name: str) -> RegisteredModel:
     mlflow_store.require_store(tracking_uri)
     model = RegisteredModel(mlflow_store.open_client(tracking_uri), name)
     if not model.exists():
-        known = [found.name for found in model.client.search_registered_models()]
+        known = sorted(found.name for found in all_pages(model.client.search_registered_models))
         raise unknown_name("registered model (register_as.model)", name, known or ["(none yet)"])
     return model
+
+
+def all_pages(search: Callable[..., PagedList]) -> list:
+    """Everything a search of the store's client finds, page by page."""
+    found, token = [], None
+    while token != "":
+        page = search(page_token=token)
+        found, token = found + list(page), page.token or ""
+    return found

@@ -39,7 +39,7 @@ class Metrics:
             self._drawing += seconds
 
     def waiting(self, jobs: int) -> None:
-        """So many jobs wait now."""
+        """How many jobs wait now."""
         with self._lock:
             self._waiting = jobs
 

@@ -131,7 +131,7 @@ class Worker:
             job.answer.set_exception(_closing())
 
     def join(self, seconds: float) -> None:
-        """Wait for the job in work, so long."""
+        """Wait for the job in work, at most this long."""
         self._thread.join(seconds)
 
     def _changed(self) -> None:

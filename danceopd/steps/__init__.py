@@ -4,6 +4,7 @@ Command line, Kubeflow components and GPU jobs all call these functions; each st
 """
 
 from danceopd.steps.base import resolve_base
+from danceopd.steps.champion import measure_champion
 from danceopd.steps.data import build_data, data_revision, track_data
 from danceopd.steps.encodings import cache_encodings
 from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate_student",
     "finetune_teacher",
     "lineage",
+    "measure_champion",
     "move_champion",
     "open_product",
     "open_run",

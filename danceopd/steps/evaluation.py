@@ -81,7 +81,8 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     trained = backbone.new_transformer(student.pipeline, torch.float32)
     fields["student"] = VelocityField("student", backbone, trained)
     started = time.monotonic()
-    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), run.cache, encoder.key)
+    place = (run.cache, encoder.key, judged_in(student))
+    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place)
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
     spent = spent_on(teachers, student)
     machine = hardware(next(backbone.transformer.parameters()).device)
@@ -96,6 +97,11 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")
     return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
+
+
+def judged_in(student: Product) -> str:
+    """The folder of the cache that keeps the judge's answers of a student's evaluation."""
+    return student.digest[:16]
 
 
 def _software() -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danceopd.config.recipe import Recipe
+from danceopd.steps.champion import measure_champion
 from danceopd.steps.evaluation import lineage
 from danceopd.steps.run import Run
 from danceopd.tracking import recording
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 def register_student(run: Run, teachers: dict[str, Product], student: Product, evaluation: Product) -> Registration:
     """Register the student in MLflow if its gates hold; the default store lies in the workspace.
 
+    Where the champion's figures cannot be compared with the student's, it is measured anew (`measure_champion`).
+
     Raises:
         UserError: as `registry.register_student` does.
     """
@@ -31,7 +34,10 @@ def register_student(run: Run, teachers: dict[str, Product], student: Product, e
 
     uri, workspace, comes_from = run.store, Path(run.workspace), lineage(run, teachers, student)
     delivery.deliver(workspace, uri)  # so that the version can name what it comes from
-    done = register.register_student(run.recipe, student.folder, evaluation.folder, comes_from, uri, workspace)
+    champion = measure_champion(run, student, evaluation)
+    done = register.register_student(
+        run.recipe, student.folder, evaluation.folder, comes_from, uri, workspace, champion
+    )
     end_run(workspace, FINISHED, recording.by_task(evaluation.facts["scores"]))
     delivery.deliver(workspace, uri)
     return done

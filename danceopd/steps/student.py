@@ -39,7 +39,7 @@ def distill_student(run: Run, teachers: dict[str, Product]) -> Product:
 
 
 def student_folder(run: Run, teachers: dict[str, Product]) -> Path:
-    """Where `distill_student` writes, or wrote, the student: for who lets other processes or pods train it.
+    """Where `distill_student` writes, or wrote, the student: for whoever lets other processes or pods train it.
 
     Raises:
         UserError: if a teacher's product is missing.
@@ -59,7 +59,7 @@ def _student_inputs(run: Run, teachers: dict[str, Product]) -> tuple[dict[str, P
         raise UserError(f"distillation lacks the teacher(s) {', '.join(missing)}; finetune them first")
     used = {name: teachers[name] for name in sorted(needed)}
     tasks = {task: spec.model_dump(mode="json") for task, spec in recipe.tasks.items()}
-    judged = {"tasks": tasks, "steps": recipe.evaluate.steps} if recipe.distill.select else {}
+    judged = {"tasks": tasks, **_judged_by(run)} if recipe.distill.select else {}
     inputs = [
         run.base.digest,
         run.data.facts["content"],
@@ -71,6 +71,15 @@ def _student_inputs(run: Run, teachers: dict[str, Product]) -> tuple[dict[str, P
         recipe.distill.decisive(),
     ]
     return used, inputs
+
+
+def _judged_by(run: Run) -> dict[str, Any]:
+    """What decides the figures by which a state is selected, besides the fields and the records."""
+    from danceopd.evaluation.conditions import tools_of
+
+    spec, tasks = run.recipe.evaluate, run.recipe.tasks.values()
+    tools = tools_of(spec, [name for task in tasks for name in task.metrics])
+    return {"steps": spec.steps, "seed": spec.seed, "tools": tools}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ OFF = 0.02  # share by which what a cell spent may differ from its plan before i
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cells of a study stand on.
+    """What all cells of a study share.
 
     Attributes:
         workspace: where products and caches lie.

@@ -1,4 +1,4 @@
-"""When a result on disk is the one that is asked for: all that decides it is equal, whatever became of the code.
+"""When a result on disk is the one asked for: everything that decides it is equal, however the code has changed.
 
 A name is made of the settings that differ from their defaults: a knob that the code gains later renames nothing.
 The full settings lie beside the result and must hold too, so that a default that changes does not pass for the same.

@@ -113,10 +113,10 @@ def load_study(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def steps_within(budget: Budget, forwards_per_sample: float, batch: int) -> int:
-    """The updates that a budget pays.
+    """The updates that a budget pays for.
 
     Raises:
-        UserError: if it pays not even one.
+        UserError: if it does not pay for one.
     """
     if budget.steps is not None:
         return budget.steps

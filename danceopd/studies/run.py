@@ -24,7 +24,7 @@ def plan_cells(study: Study, shared: Shared) -> list[Cell]:
     """Every cell of a study, seed by seed, so that one that is stopped holds every variant at the first seeds.
 
     Raises:
-        UserError: if the budget does not pay one update, or the preflight finds an error.
+        UserError: if the budget does not pay for one update, or the preflight finds an error.
     """
     from danceopd.methods.table import needs_targets
     from danceopd.preflight.checks import preflight

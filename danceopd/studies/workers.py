@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def work_off(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Do `work` on every item, in order, in so many processes; 1 is this one.
+    """Do `work` on every item, in order, in this many processes; 1: in this one.
 
     Args:
         work: a function that another process can import.

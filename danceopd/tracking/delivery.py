@@ -350,7 +350,7 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 class Courier:
-    """Delivers every `every` seconds from a thread of its own, for who watches a long step on a server."""
+    """Delivers every `every` seconds from a thread of its own, for whoever watches a long step on a server."""
 
     def __init__(self, workspace: Path, tracking_uri: str, every: float = 60.0):
         self._workspace, self._uri, self._every = Path(workspace), tracking_uri, every

@@ -185,7 +185,7 @@ class Journal:
 
 @contextmanager
 def ending(journal: Journal) -> Iterator[None]:
-    """Note how a block ended; a stop that can be gone on with is no failure."""
+    """Note how a block ended; a stop that can be resumed is no failure."""
     try:
         yield
     except Interrupted as stop:

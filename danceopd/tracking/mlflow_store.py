@@ -111,7 +111,7 @@ def has_store(tracking_uri: str) -> bool:
 
 
 def require_store(tracking_uri: str) -> None:
-    """Check that a SQLite store is there already, for who only reads or changes what others registered.
+    """Check that a SQLite store is there already, for whoever only reads or changes what others registered.
 
     Raises:
         UserError: if its file is missing.

@@ -243,7 +243,7 @@ def resumable(
     sampler: TaskSampler,
     generator: torch.Generator,
 ) -> Iterator[Keeper]:
-    """Run a training loop in the block so that it can be stopped and gone on with.
+    """Run a training loop in the block so that it can be stopped and resumed.
 
     Without `checkpoints`, or with the recipe's `checkpoint_every` at 0, nothing is saved and SIGTERM ends the process
     as it always does.

@@ -11,10 +11,10 @@ from danceopd.training.processes import Processes
 
 
 def shard_network(network: nn.Module, processes: Processes) -> None:
-    """Shard in place: one unit a transformer block, one for the rest.
+    """Shard in place: one unit per transformer block, one for the rest.
 
     Gathered weights are kept from a process's first forward pass of an update to its last backward pass (ZeRO-2):
-    rollouts of different length on different processes then need no further word between them.
+    rollouts of different length on different processes then need no further communication.
     """
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for block in repeated_blocks(network):

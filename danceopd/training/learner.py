@@ -55,7 +55,7 @@ class Learner:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of every weight only."""
+        """Whether each process holds only a part of every weight."""
         return self.processes.count > 1 and self.spec.parallel == "shard"
 
     @contextmanager

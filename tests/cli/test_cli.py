@@ -132,3 +132,14 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, ar
     assert err.count("\n") == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workspace_that_cannot_be_one_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    world = ["--set", "data.world={t2i: {train: 1, test: 1}}"]
+    for place in ("file", "file/below", "loop", "x" * 300, "a\0b"):
+        code, _, err = run(monkeypatch, capsys, "data", "build", *world, "--workspace", tmp_path / place)
+        lines = [line for line in err.splitlines() if line.startswith("danceopd: ")]
+        assert (code, len(lines), "Traceback" in err) == (2, 1, False), place
+    assert (tmp_path / "file").read_text() == "mine"

@@ -347,3 +347,16 @@ def test_the_command_is_mounted():
 
     assert EntryPoint("job", "pipelines.cluster.cli:app", "danceopd.commands").load() is cli.app
     assert 'job = "pipelines.cluster.cli:app"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_another_yaml_file_is_not_rendered_over(tmp_path):
+    out = tmp_path / "job.yaml"
+    for text in ("name: mine\n", "kind: Job\nmetadata: {name: mine}\n"):
+        out.write_text(text)
+        done = invoke("render", "distill", "--out", str(out))
+        assert (done.exit_code, out.read_text()) == (2, text)
+        assert "job.yaml: is there already, and no older output of this command" in done.stderr
+    out.unlink()
+    for _ in range(2):
+        assert invoke("render", "distill", "--out", str(out)).exit_code == 0
+    assert invoke("render", "distill", "--out", str(tmp_path / "job.txt")).exit_code == 2

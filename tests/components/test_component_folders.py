@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
+import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
+from component_readme import MARKER, STEPS, component_of, readme
 
 import components
 from components.image import IMAGE
 
 ROOT = Path(components.__file__).parent
-STEPS = sorted(p.name for p in ROOT.iterdir() if (p / "component.py").is_file())
 WITHOUT_DATA = {"move_champion"}
 LOGIC = (ast.If, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.Raise)
 
@@ -22,10 +23,6 @@ LOGIC = (ast.If, ast.For, ast.While, ast.Try, ast.FunctionDef, ast.Lambda, ast.L
 @pytest.fixture(params=STEPS)
 def step(request) -> str:
     return request.param
-
-
-def component_of(step: str):
-    return getattr(importlib.import_module(f"components.{step}"), step)
 
 
 def test_the_chain_is_complete():
@@ -38,21 +35,68 @@ def test_folder_holds_the_same_files(step):
     assert files == {"__init__.py", "component.py", "metadata.yaml", "README.md"}
 
 
+# As kubeflow/pipelines-components validates a component's metadata.yaml.
+REQUIRED, OPTIONAL = ["name", "stability", "dependencies", "lastVerified"], {"tags", "ci", "links"}
+VERSION = re.compile(r"(==|>=|<=|~=)?(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+
+
+def wrong_with(metadata: dict) -> list[str]:
+    """What that validation would refuse."""
+    wrong = []
+    if [name for name in metadata if name not in OPTIONAL] != REQUIRED:
+        wrong.append(f"fields, in this order: {REQUIRED}")
+    if metadata.get("stability") not in ("experimental", "alpha", "beta", "stable"):
+        wrong.append("stability")
+    needs = metadata.get("dependencies", {}).get("kubeflow", [])
+    if not any(need["name"] == "Pipelines" for need in needs):
+        wrong.append("dependencies: no Pipelines")
+    wrong += [f"version of {need['name']}" for need in needs if not VERSION.fullmatch(str(need.get("version")))]
+    if not isinstance(metadata.get("lastVerified"), datetime):
+        wrong.append("lastVerified: a date and time")
+    if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+        wrong.append("tags")
+    return wrong
+
+
+def metadata_of(step: str) -> dict:
+    return yaml.safe_load((ROOT / step / "metadata.yaml").read_text())
+
+
 def test_metadata(step):
-    metadata = yaml.safe_load((ROOT / step / "metadata.yaml").read_text())
-    assert set(metadata) == {"name", "stability", "dependencies", "tags"}
-    assert metadata["name"] == step
-    assert metadata["stability"] in {"alpha", "beta", "stable"}
-    assert metadata["dependencies"]["kubeflow"][0]["name"] == "Pipelines"
-    assert metadata["tags"]
+    metadata = metadata_of(step)
+    assert wrong_with(metadata) == []
+    assert metadata["name"] == step and metadata["tags"]
+    lowest = re.search(r'"kfp>=([\d.]+),', (ROOT.parent / "pyproject.toml").read_text())[1]
+    assert metadata["dependencies"]["kubeflow"][0]["version"] == f">={lowest}.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stability": "fine"}, "stability"),
+        ({"lastVerified": "2026-11-27"}, "lastVerified: a date and time"),
+        ({"dependencies": {"kubeflow": [{"name": "Pipelines", "version": ">=2.17"}]}}, "version of Pipelines"),
+        ({"dependencies": {"kubeflow": [{"name": "Trainer", "version": "2.1.0"}]}}, "dependencies: no Pipelines"),
+        ({"owner": "me"}, f"fields, in this order: {REQUIRED}"),
+        ({"tags": [1]}, "tags"),
+    ],
+)
+def test_the_validation_sees(change, said):
+    assert wrong_with(metadata_of("distill") | change) == [said]
+
+
+def test_readme_is_the_generated_one(step):
+    text = (ROOT / step / "README.md").read_text()
+    assert text == readme(step), "run: PYTHONPATH=. python tests/components/component_readme.py"
+    assert text.partition(MARKER)[2].strip(), "say behind the marker what the step does, and what does the work"
 
 
 def test_readme_names_every_input_and_output(step):
     spec = component_of(step).component_spec
     text = (ROOT / step / "README.md").read_text()
-    assert text.startswith(f"# {step}\n")
     described = {line.split("|")[1].strip().strip("`") for line in text.splitlines() if line.startswith("| `")}
     assert described == {*(spec.inputs or {}), *(spec.outputs or {})}
+    assert not [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
 
 
 def test_every_input_is_described(step):

@@ -186,7 +186,7 @@ def finish(self, scratch, rows, position):
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, scratch, rows, position)
 run.Journal.finish_shard = finish
-from danceopd.cli import main
+from danceopd.cli.main import main
 main()
 """
 

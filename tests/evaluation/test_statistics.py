@@ -52,6 +52,41 @@ def test_many_records_are_drawn_in_blocks_of_bounded_memory(monkeypatch):
     assert bootstrap_interval(values, 500, 0.95, draw()) == whole
 
 
+def test_groups_that_share_a_picture_are_drawn_whole():
+    """Twenty sources, each edited ten times to one value: as sure as twenty records, not as two hundred."""
+    sources = draw(1).normal(size=20)
+    values, groups = np.repeat(sources, 10).tolist(), np.repeat([f"s{i}" for i in range(20)], 10).tolist()
+    alone, apart, whole = (
+        bootstrap_interval(sources.tolist(), 2000, 0.95, draw()),
+        bootstrap_interval(values, 2000, 0.95, draw()),
+        bootstrap_interval(values, 2000, 0.95, draw(), groups),
+    )
+    assert whole == pytest.approx(alone)
+    assert (whole[1] - whole[0]) / (apart[1] - apart[0]) > 2.5
+    ungrouped = [f"r{i}" for i in range(200)]
+    assert bootstrap_interval(values, 2000, 0.95, draw(), ungrouped) == pytest.approx(apart)
+
+
+def test_groups_of_unequal_size_weigh_by_their_records():
+    values, groups = [0.0] * 9 + [1.0], ["a"] * 9 + ["b"]
+    low, high = bootstrap_interval(values, 2000, 0.9, draw(), groups)
+    assert (low, high) == (0.0, 1.0)
+    found = compare(values, [0.0] * 10, "t", None, 500, 0.9, draw(), groups)
+    assert found.difference == pytest.approx(0.1)
+
+
+def test_one_group_tells_nothing_of_others():
+    assert bootstrap_interval([1.0, 2.0], 100, 0.95, draw(), ["a", "a"]) is None
+    assert compare([1.0, 2.0], [1.0, 1.0], "t", None, 100, 0.95, draw(), ["a", "a"]) is None
+
+
+def test_two_evaluations_are_compared_by_groups():
+    values = ({"t": ["a", "b", "c", "d"]}, {"t": {"m": [1.0, 1.0, 0.0, 0.0]}})
+    other = ({"t": ["d", "c", "b", "a"]}, {"t": {"m": [0.0, 0.0, 0.0, 0.0]}})
+    found = compare_values(values, other, {}, "champion", SETTINGS, {"t": ["x", "x", "y", "y"]})["t"]["m"]
+    assert (found["low"], found["high"]) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, None], [1.0, math.nan], [math.inf, 0.0]])
 def test_what_has_no_mean_has_no_interval(values):
     assert bootstrap_interval(values, 100, 0.95, draw()) is None

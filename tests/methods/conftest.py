@@ -46,7 +46,7 @@ class Bench:
         return new_learner(self.base, "student", self.spec(**changes))
 
     def groups(self, setup, method, learner, window="uniform", parts=1, tasks=tuple(TEACHER_OF), seed=0):
-        """The groups of a mixed batch of two samples a task."""
+        """The groups of a mixed batch of two samples per task."""
         by_task = self.encoded.rows_by_task()
         rows, tags = [by_task[t][i] for t in tasks for i in range(2)], [t for t in tasks for _ in range(2)]
         generator = torch.Generator().manual_seed(seed)

@@ -359,3 +359,15 @@ def test_a_file_that_is_not_named_as_yaml(tmp_path):
     with pytest.raises(UserError, match=r"pipeline\.json: ends in none of \.yaml, \.yml"):
         compile_pipeline(tmp_path / "pipeline.json", PipelineOptions())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_yaml_file_is_not_written_over(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text in ("name: mine\n", "kind: Pipeline\n", "", "a: [", "kind: Job\napiVersion: batch/v1\n"):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=r"recipe\.yaml: is there already, and no older output of this command"):
+            compile_pipeline(recipe, PipelineOptions())
+        assert recipe.read_text() == text
+    for manifests in (None, Manifests()):
+        for _ in range(2):
+            compile_pipeline(tmp_path / "p.yaml", PipelineOptions(), manifests=manifests)

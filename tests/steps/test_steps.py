@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -504,3 +505,56 @@ def test_a_teacher_that_nothing_here_can_measure_is_refused(base_folder, workspa
     guided = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
     with pytest.raises(UserError, match=r"none of its metrics can be measured here \(clip_score: evaluate.networks"):
         steps.finetune_teacher(steps.Run(guided, workspace, *made[:2]), "strong")
+
+
+@pytest.mark.slow
+def test_a_champion_measured_otherwise_is_measured_anew(base_folder, workspace, made, recipe, tmp_path, caplog):
+    base, data, teachers, student = made
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    settings = [f"model.base={base_folder}", *SMALL, "distill.window=semantic"]
+    alike, otherwise = (load_recipe("world", [*settings, f"evaluate.seed={seed}"]) for seed in (0, 3))
+    first, second, third = (steps.Run(of, workspace, base, data, store) for of in (recipe, alike, otherwise))
+
+    def measure(run, student, place=workspace):
+        evaluation = steps.evaluate_student(run, teachers, student)
+        return steps.measure_champion(replace(run, workspace=place), student, evaluation)
+
+    def register(run, student):
+        return steps.register_student(run, teachers, student, steps.evaluate_student(run, teachers, student))
+
+    assert measure(first, student) is None  # no store yet
+    assert register(first, student).alias == ["champion"]
+    other = steps.distill_student(second, teachers)
+    assert other.digest != student.digest
+    assert measure(first, student) is None  # the champion itself
+    assert measure(second, other) is None  # its own figures do
+    found = measure(third, other)
+    assert (found.version, found.reason) == ("1", "")
+    assert found.measured.scores == steps.evaluate_student(third, teachers, student).facts["scores"]
+    with caplog.at_level(logging.INFO, "danceopd"):
+        assert measure(third, other) == found
+    assert any("champions version-1: reused" in line for line in caplog.messages)
+    shutil.rmtree(tmp_path / "mlflow-artifacts")
+    lost = measure(third, other, tmp_path / "elsewhere")
+    assert lost.measured is None and "its files cannot be fetched" in lost.reason
+    shutil.rmtree(workspace / "champions")
+    refused = register(third, other)
+    assert refused.alias == ["challenger"] and "its files cannot be fetched" in refused.reasons[0]
+
+
+def test_what_selects_a_state_names_the_student(base_folder, made, workspace, tmp_path):
+    base, data, teachers, _ = made
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"1")
+    select = ["distill.select={every: 1}", "tasks.global_style.metrics=[psnr, clip_score]"]
+
+    def name(*settings: str) -> str:
+        recipe = load_recipe("world", [f"model.base={base_folder}", *SMALL, *settings])
+        return steps.student_folder(steps.Run(recipe, workspace, base, data), teachers).name
+
+    assert name() == name("evaluate.seed=1")
+    changes = ([], ["evaluate.seed=1"], ["evaluate.steps=3"], [f"evaluate.networks.clip={tmp_path / 'clip'}"])
+    assert len({name(*select, *more) for more in changes}) == 4
+    judged = [*select, "tasks.global_style.metrics=[psnr, judge_overall]"]
+    judges = [f"evaluate.judge={{url: http://{host}/v1, model: {model}}}" for host, model in ("am", "bm", "an")]
+    assert len({name(*judged, judge) for judge in judges}) == 2

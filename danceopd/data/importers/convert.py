@@ -58,7 +58,7 @@ REASONS = {
     "picture-animated": "more than one frame",
     "picture-invisible": "transparent everywhere",
     "picture-float": "floating-point pixels without a range",
-    "picture-depth": "more than 16 bits a channel",
+    "picture-depth": "more than 16 bits per channel",
     "split-between": "one of its pictures lies in one split and one in another",
     "pair-shapes-differ": "source and target have different ratios: no crop aligns them",
     "pair-unchanged": "source and target are the same picture",

@@ -1,4 +1,4 @@
-"""The import: rows in, shards of records out, in bounded memory, to be gone on with after a kill.
+"""The import: rows in, shards of records out, in bounded memory, resumable after a kill.
 
 It works in `<out>.partial`: finished shards and `journal.jsonl`, whose last whole line says which shards count, how far
 the input is read, and the tally so far. A run with the same settings and inputs goes on from there and ends with the

@@ -1,7 +1,7 @@
 """What is measured on drawn pictures; every metric is named once, in `METRICS`.
 
 The small world's metrics read a picture back exactly. The others look at sources and targets, some with networks or a
-judge that the recipe names (`evaluate.networks`, `evaluate.judge`); without these they are skipped, and it is said.
+judge that the recipe names (`evaluate.networks`, `evaluate.judge`); without these they are skipped, with a note.
 """
 
 from __future__ import annotations

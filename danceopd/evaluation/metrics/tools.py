@@ -30,7 +30,7 @@ ALEXNET = "alexnet-owt-7be5be79.pth"  # as torchvision names it
 
 
 def alexnet_path() -> Path:
-    """Where torchvision keeps the AlexNet weights that LPIPS stands on."""
+    """Where torchvision keeps the AlexNet weights that LPIPS is built on."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
     return Path(home).expanduser() / "hub" / "checkpoints" / ALEXNET
 
