@@ -77,8 +77,10 @@ def kept_bytes(outline: Backbone, spec: TrainRecipe, samples: Samples) -> int:
 def _student(outline: Backbone, spec: TrainRecipe) -> nn.Module:
     network = copy.deepcopy(outline.transformer)
     if spec.trainable == "full":
-        return network.float().requires_grad_(True)
-    network.to(getattr(torch, outline.settings.dtype))
+        return network.requires_grad_(True)
+    dtype = getattr(torch, outline.settings.dtype)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
     add_lora(network, STUDENT, spec.lora, outline.lora_targets, seed=0)
     trained = {id(parameter) for parameter in adapter_parameters(network, STUDENT)}
     for parameter in network.parameters():
