@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_two_fields_become_one_student(tmp_path, monkeypatch):
     assert score("darkens", "t2i", "scene_accuracy") < 0.5 < score("draws", "t2i", "scene_accuracy")
     assert score("student", "global_style", "psnr") > 20
     assert score("student", "t2i", "scene_accuracy") > 0.5
+
+
+@pytest.mark.slow
+def test_the_readmes_first_lines_of_python_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "import danceopd" in b]
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["field"], danceopd.VelocityField)
 
 
 @pytest.mark.slow
