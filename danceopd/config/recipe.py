@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 # How often training is saved and how much of that is kept.
-KEEPING = {"checkpoint_every": True, "keep_checkpoints": True}
+KEEPING = {"checkpoint_every": True, "checkpoint_minutes": True, "keep_checkpoints": True}
 
 
 # Where weights wait, and how much is processed at once.
@@ -118,6 +118,7 @@ class TrainRecipe(_Part):
     )
     log_every: int = Field(50, gt=0)
     checkpoint_every: int = Field(200, ge=0, description="steps between saves to resume from; 0: none")
+    checkpoint_minutes: float = Field(15, ge=0, description="a save is due after so long too; 0: by steps alone")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the last saves to keep")
     seed: int = 0
 

@@ -11,6 +11,7 @@ import logging
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -177,6 +178,7 @@ class Keeper:
     Attributes:
         start: updates done already; the loop goes on from there.
         kept: the `figures` of the checkpoint it was restored from; empty if there was none.
+        saved_at: when the last save was, or the start; seconds of the monotonic clock.
     """
 
     spec: TrainRecipe
@@ -187,6 +189,7 @@ class Keeper:
     stop: StopRequest
     start: int = 0
     kept: dict[str, Any] = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
 
     def restore(self) -> None:
         """Put the newest checkpoint's state back, if there is one."""
@@ -223,7 +226,7 @@ class Keeper:
         if self.checkpoints is None:
             return
         asked = self.learner.processes.any(self.stop.asked)
-        if step % self.spec.checkpoint_every and not last and not asked:
+        if step % self.spec.checkpoint_every and not last and not asked and not self._due_by_time():
             return
         state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
@@ -231,8 +234,14 @@ class Keeper:
         if self.learner.processes.main:
             path = self.checkpoints.save(step, state)
         self.learner.processes.wait()
+        self.saved_at = time.monotonic()
         if asked:
             raise Interrupted(f"interrupted after step {step} of {self.spec.steps}; goes on from {path}")
+
+    def _due_by_time(self) -> bool:
+        """Whether the last save is so long ago that too much work would be lost; the same answer for all processes."""
+        seconds = 60 * self.spec.checkpoint_minutes
+        return seconds > 0 and self.learner.processes.any(time.monotonic() - self.saved_at >= seconds)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def test_how_often_training_is_saved_names_no_product():
     settings = [
         f"{place}.{knob}=7"
         for place in ("distill", "teachers.local_edit.train")
-        for knob in ("checkpoint_every", "keep_checkpoints")
+        for knob in ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
     ]
     plain, saved = load_recipe("world"), load_recipe("world", settings)
     assert saved.distill.checkpoint_every == saved.teachers["local_edit"].train.keep_checkpoints == 7
@@ -132,7 +132,9 @@ def test_how_often_training_is_saved_names_no_product():
     assert changed.teachers["local_edit"].decisive() != plain.teachers["local_edit"].decisive()
 
 
-@pytest.mark.parametrize("setting", ["distill.checkpoint_every=-1", "distill.keep_checkpoints=0"])
+@pytest.mark.parametrize(
+    "setting", ["distill.checkpoint_every=-1", "distill.checkpoint_minutes=-1", "distill.keep_checkpoints=0"]
+)
 def test_saves_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=setting.split("=")[0]):
         load_recipe("world", [setting])

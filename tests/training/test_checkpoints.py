@@ -32,6 +32,7 @@ from danceopd.files import hash_file, read_json
 from danceopd.finetune import finetune
 from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import SHAPE
+from danceopd.training import checkpoints as checkpoints_module
 from danceopd.training.checkpoints import Checkpoints, flatten, stop_on_sigterm, unflatten
 from danceopd.training.learner import Learner
 from danceopd.training.selection import Validation
@@ -136,6 +137,41 @@ def test_saving_changes_nothing_and_the_finished_state_is_kept(tiny_base, small_
     again = train("distill", tiny_base, small_data, tmp_path, preview=lambda field, step: seen.append(step))
     assert_same(again, wanted)
     assert seen == []  # nothing was left to do
+
+
+class Clock:
+    """A monotonic clock that an update moves on by so many minutes."""
+
+    def __init__(self, monkeypatch, minutes: float):
+        self.now, update = time.monotonic(), Learner.update
+        monkeypatch.setattr(checkpoints_module.time, "monotonic", lambda: self.now)
+
+        def slow(learner):
+            self.now += 60 * minutes
+            return update(learner)
+
+        monkeypatch.setattr(Learner, "update", slow)
+
+
+def steps_saved(folder) -> list[int]:
+    return sorted(int(p.name.partition("-")[2]) for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("minutes", "saved"), [(0, [8]), (15, [2, 4, 6, 8]), (16, [2, 4, 6, 8]), (17, [3, 6, 8]), (100, [8])]
+)
+def test_a_save_is_due_after_so_many_minutes_too(tiny_base, small_data, tmp_path, monkeypatch, minutes, saved):
+    Clock(monkeypatch, 8.1)  # minutes an update takes
+    often = {"checkpoint_every": 100, "keep_checkpoints": 10, "checkpoint_minutes": minutes}
+    train("distill", tiny_base, small_data, tmp_path, **often)
+    assert steps_saved(tmp_path) == saved
+
+
+def test_a_save_by_steps_counts_for_the_minutes_as_well(tiny_base, small_data, tmp_path, monkeypatch):
+    Clock(monkeypatch, 8.1)
+    often = {"checkpoint_every": 3, "keep_checkpoints": 10, "checkpoint_minutes": 16}
+    train("distill", tiny_base, small_data, tmp_path, **often)
+    assert steps_saved(tmp_path) == [2, 3, 5, 6, 8]
 
 
 def test_checkpoint_every_zero_saves_nothing(tiny_base, small_data, tmp_path):
