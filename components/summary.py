@@ -56,7 +56,7 @@ def _in_words(state: str, good: bool) -> str:
 def _end_job(name: str, good: bool) -> str:
     """Delete a job of a run that did not end well; returns what became of it."""
     if good:
-        return "done; Kubernetes deletes it after a week"
+        return "done; it goes with its run"
     try:
         hand_over(f"job {name}", ["danceopd", "job", "cancel", name, "--if-there"])
     except (UserError, RuntimeError, Interrupted) as error:

@@ -33,7 +33,7 @@ def test_the_command_takes_its_arguments_and_follows_the_alias(folder):
 
 @needs_kustomize
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_no_request_is_dropped_when_a_pod_goes(folder):
+def test_a_pod_that_goes_is_left_time_for_the_request_in_work(folder):
     [deployment] = of_kind(folder, "Deployment")
     spec, found = deployment["spec"]["template"]["spec"], container(folder)
     pause = int(found["lifecycle"]["preStop"]["exec"]["command"][1])
