@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from danceopd.errors import UserError
-from danceopd.training.optim import OPTIMIZERS, build_optimizer, lr_factor
+from danceopd.training.optim import OPTIMIZERS, Muon, build_optimizer, lr_factor
 
 EIGHT_BIT = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 NAMES = [pytest.param(name, marks=EIGHT_BIT) if name == "adamw8bit" else name for name in OPTIMIZERS]
@@ -98,3 +98,35 @@ def test_eight_bits_without_their_library_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="adamw8bit needs bitsandbytes; install it"):
         build_optimizer(network().parameters(), "adamw8bit", lr=1.0, weight_decay=0.0)
+
+
+def after_muon(kind: type, dtype: torch.dtype, shape: tuple[int, int], steps: int = 3) -> torch.Tensor:
+    """A matrix after a few steps on gradients that are the same whatever the type."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    optimizer = kind([parameter], lr=0.1, weight_decay=0.1)
+    for _ in range(steps):
+        parameter.grad = torch.randn(shape, generator=generator).to(dtype)
+        optimizer.step()
+    return parameter.detach().double()
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_muon_takes_torchs_steps_and_rounds_as_float32_does(shape):
+    ours, theirs = (after_muon(kind, torch.float32, shape) for kind in (Muon, torch.optim.Muon))
+    exact = after_muon(Muon, torch.float64, shape)
+
+    def apart(other: torch.Tensor) -> float:
+        return ((other - exact).norm() / exact.norm()).item()
+
+    assert apart(theirs) < 0.02  # bfloat16
+    assert apart(ours) < 1e-4 < apart(theirs)
+
+
+def test_muons_state_is_torchs_own():
+    parameter = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([parameter], lr=0.1)
+    parameter.grad = torch.randn(4, 6)
+    optimizer.step()
+    assert set(optimizer.state[parameter]) == {"momentum_buffer"}
+    torch.optim.Muon([nn.Parameter(torch.ones(4, 6))], lr=0.1).load_state_dict(optimizer.state_dict())
