@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,15 +58,20 @@ def add_lora(network: nn.Module, name: str, spec: LoraRecipe, default_targets: s
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=name)
     for key, parameter in network.named_parameters():
-        mine = f".{name}." in key
+        mine = _is_of(key, name)
         parameter.requires_grad_(mine)
         if mine:
             parameter.data = parameter.data.float()
 
 
+def _is_of(key: str, adapter: str) -> bool:
+    """Whether a parameter is an adapter's, by PEFT's own names: a part of the network may be called as it is."""
+    return re.search(rf"\.lora_\w+\.{re.escape(adapter)}(\.|$)", key) is not None
+
+
 def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
     """The weights of one adapter."""
-    return [p for key, p in network.named_parameters() if f".{name}." in key]
+    return [p for key, p in network.named_parameters() if _is_of(key, name)]
 
 
 def save_lora(network: nn.Module, name: str, folder: Path) -> None:

@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING
 
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
+from danceopd.files import hash_folder, read_json, write_json
 from danceopd.workspace import Product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    import torch
+
+    from danceopd.backbones.base import Condition
     from danceopd.flow.fields import VelocityField
 
 
-PIPELINE, PROBE = "pipeline", "probe.safetensors"
-TOLERANCE = 1e-4
+PIPELINE, PROBE, PROOF = "pipeline", "probe.safetensors", "proof.json"
+WEIGHT_FILES = "**/*.safetensors"
+TOLERANCE = 5e-4  # of the velocity's size: other kernels round otherwise, another adapter or a lost one differs by more
 
 
 def export_student(student: VelocityField, recipe: Recipe, base: Product, scratch: Path) -> None:
     """Write the pipeline folder (a LoRA merged into it, and beside it as it is) and the probe to prove it by."""
-    from safetensors.torch import save_file
-
     from danceopd.backbones import load_backbone
     from danceopd.backbones.base import Condition
     from danceopd.backbones.lora import load_lora, plain_copy
     from danceopd.export.lora_files import export_lora
-    from danceopd.flow.field_io import probe, save_field
+    from danceopd.flow.field_io import save_field
     from danceopd.flow.fields import VelocityField
 
     backbone, model = student.backbone, recipe.model
@@ -44,48 +47,89 @@ def export_student(student: VelocityField, recipe: Recipe, base: Product, scratc
             whole = VelocityField(student.name, backbone, network, student.adapter)
         export_lora(whole, scratch / "lora", condition)
         exported = VelocityField(student.name, backbone, plain_copy(whole.network, merge=student.adapter))
-    backbone.save(scratch / "pipeline", exported.network)
+    backbone.save(scratch / PIPELINE, exported.network)
     rounded = model.dtype != "float32" or model.quantize is not None  # the base is, and the export is not
-    proved = exported if rounded else student
-    save_file({"velocity": probe(proved, condition).contiguous()}, scratch / "probe.safetensors")
+    write_probe(exported if rounded else student, condition, scratch)
+    del exported  # a merged copy makes room for the one that is read back
+    prove_export(scratch, condition.prompt.device)
 
 
-def verify_export(pipeline: Path, recipe: Recipe, probe_reference: Path) -> float:
-    """Read an exported pipeline back, as a user would, and compare its velocity with the trained student's.
+def write_probe(field: VelocityField, condition: Condition, folder: Path) -> None:
+    """Write a field's velocity at fixed states, and the embeddings of the prompts it was asked under.
+
+    The embeddings are kept because an encoder's own rounding differs from machine to machine by more than a proof may
+    allow.
+    """
+    from safetensors.torch import save_file
+
+    from danceopd.flow.field_io import probe
+
+    velocity = probe(field, condition).contiguous()
+    save_file({"velocity": velocity, "prompt": condition.prompt.float().cpu().contiguous()}, folder / PROBE)
+
+
+def prove_export(folder: Path, device: torch.device | str = "cpu") -> float:
+    """Read an exported student's transformer back, hold its velocity against the trained one's, and note the proof.
+
+    The proof is made where the export is written; who takes the export over compares hashes (`check_export`).
 
     Args:
-        pipeline: the exported folder.
-        recipe: its name is one of the two probe prompts; the other is empty.
-        probe_reference: safetensors file with `velocity` (2, N, C), taken from the student in memory.
+        folder: holds the pipeline folder and the probe.
+        device: where the transformer is asked.
 
     Returns:
-        The greatest absolute difference, at most `TOLERANCE` off.
+        The greatest difference, as a share of the velocity's size (root mean square); at most `TOLERANCE`.
 
     Raises:
-        UserError: if the reference is missing, or the velocity is another.
+        UserError: if the probe is missing, or the velocity is another.
     """
     import torch
     from safetensors.torch import load_file
 
-    from danceopd.backbones import Condition
+    from danceopd.backbones import open_outline
+    from danceopd.backbones.base import Condition
+    from danceopd.backbones.weights import read_transformer
     from danceopd.flow.field_io import probe
-    from danceopd.inference.generate import open_student
+    from danceopd.flow.fields import VelocityField
+    from danceopd.inference.generate import read_settings
 
-    if not Path(probe_reference).is_file():
-        raise UserError(f"{probe_reference}: no such file; distill the student again, so that its export can be proved")
-    wanted = load_file(probe_reference).get("velocity")
-    if wanted is None:
-        raise UserError(f"{probe_reference}: holds no 'velocity'; distill the student again")
-    drawer = open_student(pipeline)
-    settings, prompts = drawer.settings, drawer.field.backbone.encode_prompts(["", recipe.name])
-    found = probe(drawer.field, Condition(prompts, None, settings.height, settings.width))
+    pipeline, file = folder / PIPELINE, folder / PROBE
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; distill the student again, so that its export can be proved")
+    kept = load_file(file)
+    if lacking := [name for name in ("velocity", "prompt") if name not in kept]:
+        raise UserError(f"{file}: holds no '{lacking[0]}'; distill the student again")
+    settings, wanted = read_settings(pipeline), kept["velocity"]
+    outline = open_outline(pipeline, settings)
+    kind, config = type(outline.transformer), outline.transformer.config
+    network = read_transformer(kind, pipeline / "transformer", torch.float32, config).to(device).eval()
+    condition = Condition(kept["prompt"].to(device), None, settings.height, settings.width)
+    found = probe(VelocityField("student", outline, network), condition)
     if found.shape != wanted.shape:
         shapes = f"{tuple(found.shape)}, the trained student's is {tuple(wanted.shape)}"
         raise UserError(f"{pipeline}: the velocity's shape is {shapes}; export the student again")
-    difference = float((found - wanted).abs().max())
-    if not torch.allclose(found, wanted, atol=TOLERANCE):
+    difference = float((found - wanted).abs().max() / wanted.square().mean().sqrt())
+    if not difference <= TOLERANCE:  # NaN is refused, too
         raise UserError(
-            f"{pipeline}: the exported student is not the trained one (its velocity differs by {difference:.3g}); "
-            "the files were changed or the export is broken: distill the student again"
+            f"{pipeline}: the exported student is not the trained one (its velocity differs by {difference:.3g} of its "
+            "size); the files were changed or the export is broken: distill the student again"
         )
+    write_json(folder / PROOF, {"weights": hash_folder(pipeline, WEIGHT_FILES), "difference": difference})
     return difference
+
+
+def check_export(folder: Path) -> str:
+    """The hash of an exported student's weights, which its proof must speak of; nothing is loaded.
+
+    Raises:
+        UserError: if there is no proof, or the files are not those it was made for.
+    """
+    if not (folder / PROOF).is_file():
+        raise UserError(f"{folder / PROOF}: no such file; distill the student again, so that its export is proved")
+    weights = hash_folder(folder / PIPELINE, WEIGHT_FILES)
+    if read_json(folder / PROOF).get("weights") != weights:
+        raise UserError(
+            f"{folder / PIPELINE}: not the weights that were proved to be the trained student's; "
+            "the files were changed: distill the student again"
+        )
+    return weights

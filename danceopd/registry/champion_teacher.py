@@ -13,9 +13,9 @@ from pathlib import Path
 
 from danceopd.config.recipe import ChampionTeacher, Recipe
 from danceopd.errors import UserError
-from danceopd.export.student import PIPELINE
+from danceopd.export.student import PIPELINE, WEIGHT_FILES
 from danceopd.files import hash_folder
-from danceopd.registry.register import WEIGHT_FILES, WEIGHTS
+from danceopd.registry.register import WEIGHTS
 from danceopd.registry.versions import RegisteredModel
 from danceopd.tracking import mlflow_store
 

@@ -29,8 +29,8 @@ from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import METRICS, REPORT, VALUES, Measured, figure, read_evaluation
 from danceopd.export.model_card import write_card
-from danceopd.export.student import PIPELINE, PROBE, verify_export
-from danceopd.files import hash_file, hash_folder, write_atomic, write_json
+from danceopd.export.student import PIPELINE, check_export
+from danceopd.files import hash_file, write_atomic, write_json
 from danceopd.registry.champion import Candidate, compare_with_champion, decide
 from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.versions import BEFORE, DECISION, EVALUATION, REASONS, RegisteredModel
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, WEIGHT_FILES = "weights", "**/*.safetensors"  # tag with the hash of the exported pipeline's weights
+WEIGHTS = "weights"  # tag with the hash of the exported pipeline's weights
 ADDED_TO = "added_to"  # in the lineage of a student that a champion was taught in its run: which version
 LORA = "lora"
 LINEAGE = ("recipe", "code", "git", "dvc", "data", "base", "teachers", "student")
@@ -97,7 +97,7 @@ def register_student(
 
     Args:
         recipe: names the registered model, the experiment, the gates and their margins.
-        student: product folder: `pipeline/` and `probe.safetensors`.
+        student: product folder: `pipeline/` and `proof.json`.
         evaluation: folder with `metrics.json` and the report.
         lineage: recipe, code, git, dvc, data (content hash), base, teachers (by name) and student digests; and
             `added_to` for a capability added to a champion.
@@ -106,8 +106,8 @@ def register_student(
         champion: the champion as this run measured it, where its own figures cannot be compared.
 
     Raises:
-        UserError: if a file or a part of the lineage is missing, the evaluation measured other gates, the export does
-            not give the student's velocity, or the store does not answer.
+        UserError: if a file or a part of the lineage is missing, the evaluation measured other gates, the export is
+            not the one that was proved, or the store does not answer.
     """
     student, evaluation = Path(student), Path(evaluation)
     _check_lineage(lineage)
@@ -120,10 +120,9 @@ def register_student(
     if champion is not None and champion.measured is not None:
         measured = measured.beside(champion.measured, champion.model, champion.version)
     tags = version_tags(recipe, measured, lineage, hash_file(evaluation / METRICS))
-    tags[WEIGHTS] = hash_folder(student / PIPELINE, WEIGHT_FILES)
+    tags[WEIGHTS] = check_export(student)
     version = model.find_same(tags)
     if version is None:
-        verify_export(student / PIPELINE, recipe, student / PROBE)
         compared = compare_with_champion(model, recipe, Candidate(model.name, None, measured))
         entry = _Entry(recipe, student, evaluation, measured, compared, _origins(lineage), tags)
         version = _create_version(model, entry, tracking_uri, Path(workspace))
@@ -245,8 +244,6 @@ def _with_champion(entry: _Entry, folder: Path) -> Path:
 
 
 def _log_model(mlflow: Any, pipeline: Path, workspace: Path) -> Any:
-    import pandas as pd
-
     from danceopd.registry import pyfunc_model
 
     workspace.mkdir(parents=True, exist_ok=True)
@@ -259,7 +256,6 @@ def _log_model(mlflow: Any, pipeline: Path, workspace: Path) -> Any:
             artifacts={PIPELINE: str(pipeline)},
             code_paths=[str(code)],
             signature=pyfunc_model.signature(),
-            input_example=(pd.DataFrame({"prompt": ["a picture"], "seed": [0]}), {"steps": 1}),
             pip_requirements=_requirements(),
         )
 

@@ -67,8 +67,6 @@ def looks_with(recipe: Recipe) -> list:
 
 
 def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, scratch: Path) -> dict[str, Any]:
-    import torch
-
     from danceopd.devices import hardware
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
@@ -78,7 +76,7 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     encoder = Encoder(run, backbone)
     fields: dict[str, Field] = {"base": VelocityField("base", backbone, backbone.transformer)}
     fields |= load_teachers(encoder, teachers)
-    trained = backbone.new_transformer(student.pipeline, torch.float32)
+    trained = backbone.new_transformer(student.pipeline)
     fields["student"] = VelocityField("student", backbone, trained)
     started = time.monotonic()
     place = (run.cache, encoder.key, judged_in(student))

@@ -171,6 +171,8 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         validate,
         recorder(journal, "student"),
     )
+    if not processes.main:
+        return {}  # the main process writes the student
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")

@@ -54,7 +54,7 @@ def finetune_teacher(run: Run, teacher: str) -> Product:
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
     spec, champion, weights = recipe.teachers[teacher], None, None
-    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps]
+    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps, recipe.evaluate.per_task]
     if isinstance(spec, CheckpointTeacher):
         from danceopd.backbones.bases import fetch_weights
 
@@ -204,7 +204,7 @@ def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
     tools = Tools(recipe.evaluate, cache=encoder.run.cache / "judge")
     scores: dict[str, dict] = {}
     for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
-        records, encoded = encoder.split("val", (task,))
+        records, encoded = encoder.split("val", (task,), recipe.evaluate.per_task)
         skipped = skipped_metrics(recipe.tasks[task].metrics, tools)
         metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
         if not metrics:

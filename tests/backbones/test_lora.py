@@ -180,3 +180,12 @@ def test_another_process_loads_the_lora_with_diffusers_alone(tiny_base, tmp_path
     found = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(found["drawn"], wanted, atol=1e-5, rtol=1e-5)
     assert (found["bare"] - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["attn", "ff", "to_q", "norm1", "x_embedder"])
+def test_an_adapter_called_like_a_part_of_the_network_trains_nothing_else(tiny_base, name):
+    backbone = load_backbone(tiny_base, SHAPE)
+    add_lora(backbone.transformer, name, LoraRecipe(rank=2, alpha=2), backbone.lora_targets, 0)
+    trained = {key for key, p in backbone.transformer.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in key for key in trained)
+    assert len(trained) == len(adapter_parameters(backbone.transformer, name))

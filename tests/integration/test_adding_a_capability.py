@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from danceopd import steps
 from danceopd.backbones import load_backbone
@@ -17,6 +17,7 @@ from danceopd.backbones.base import Condition
 from danceopd.backbones.bases import shipped_folder
 from danceopd.config.load import load_recipe
 from danceopd.errors import UserError
+from danceopd.export.student import prove_export, write_probe
 from danceopd.files import read_json, write_json
 from danceopd.flow.field_io import load_field, probe
 from danceopd.flow.fields import VelocityField
@@ -80,7 +81,8 @@ def register_first(workspace) -> str:
     student, evaluation = workspace / "first", workspace / "first-evaluation"
     backbone.save(student / "pipeline", network)
     condition = Condition(backbone.encode_prompts(["", recipe.name]), None, 64, 64)
-    save_file({"velocity": probe(VelocityField("s", backbone, network), condition)}, student / "probe.safetensors")
+    write_probe(VelocityField("s", backbone, network), condition, student)
+    prove_export(student)
     gate = {"task": "t2i", "metric": "psnr", "rule": "max_drop 9", "limit": 0.0, "value": 1.0, "passed": True}
     metrics = {
         "split": "test",

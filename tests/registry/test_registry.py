@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,8 @@ from danceopd.config.load import parse_recipe
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import Measured, read_evaluation
-from danceopd.export.student import verify_export
-from danceopd.files import read_json
-from danceopd.flow.field_io import probe
+from danceopd.export.student import WEIGHT_FILES, check_export, prove_export, write_probe
+from danceopd.files import hash_folder, read_json
 from danceopd.flow.fields import VelocityField
 from danceopd.registry.champion import below_champion, measured_unlike
 from danceopd.registry.measure_anew import MeasuredAnew
@@ -129,7 +129,8 @@ def export_student(backbone, folder: Path) -> Path:
     (folder / "pipeline" / "README.md").write_text("before")
     condition = Condition(backbone.encode_prompts(["", "tiny"]), None, 64, 64)
     field = VelocityField("student", backbone, backbone.transformer)
-    save_file({"velocity": probe(field, condition)}, folder / "probe.safetensors")
+    write_probe(field, condition, folder)
+    prove_export(folder)
     return folder
 
 
@@ -322,37 +323,53 @@ def test_measurements_are_alike_only_in_every_condition():
 
 
 def test_an_export_gives_the_students_velocity(student):
-    assert verify_export(student / "pipeline", new_recipe("m"), student / "probe.safetensors") < 1e-5
+    assert prove_export(student) < 1e-5
+    assert check_export(student) == hash_folder(student / "pipeline", WEIGHT_FILES)
+
+
+def test_a_proof_needs_no_encoder_and_heeds_nothing_of_it(backbone, tmp_path):
+    folder = export_student(backbone, tmp_path)
+    shutil.rmtree(folder / "pipeline" / "text_encoder")  # another machine's would round otherwise
+    assert prove_export(folder) < 1e-5
 
 
 def test_a_changed_export_is_refused(student, backbone, tmp_path):
-    recipe = new_recipe("m")
     folder = export_student(backbone, tmp_path)
     file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.weight"] += 0.01
     save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not the weights that were proved"):
+        check_export(folder)
     with pytest.raises(UserError, match="not the trained one"):
-        verify_export(folder / "pipeline", recipe, folder / "probe.safetensors")
+        prove_export(folder)
     settings = json.loads((folder / "pipeline" / "danceopd.json").read_text())
     (folder / "pipeline" / "danceopd.json").write_text(json.dumps(settings | {"height": 128}))
     with pytest.raises(UserError, match="velocity's shape is"):
-        verify_export(folder / "pipeline", recipe, folder / "probe.safetensors")
+        prove_export(folder)
 
 
-def test_a_nan_in_the_export_is_refused(student, tmp_path):
-    velocity = load_file(student / "probe.safetensors")["velocity"]
-    save_file({"velocity": torch.full_like(velocity, float("nan"))}, tmp_path / "probe.safetensors")
+def test_a_nan_in_the_export_is_refused(backbone, tmp_path):
+    folder = export_student(backbone, tmp_path)
+    kept = load_file(folder / "probe.safetensors")
+    save_file(kept | {"velocity": torch.full_like(kept["velocity"], float("nan"))}, folder / "probe.safetensors")
     with pytest.raises(UserError, match="not the trained one"):
-        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
+        prove_export(folder)
 
 
-def test_a_missing_probe_is_named(student, tmp_path):
-    with pytest.raises(UserError, match="no such file; distill the student again"):
-        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
-    save_file({"other": torch.zeros(1)}, tmp_path / "probe.safetensors")
-    with pytest.raises(UserError, match="holds no 'velocity'"):
-        verify_export(student / "pipeline", new_recipe("m"), tmp_path / "probe.safetensors")
+def test_a_missing_probe_or_proof_is_named(backbone, tmp_path):
+    folder = export_student(backbone, tmp_path)
+    (folder / "proof.json").unlink()
+    with pytest.raises(UserError, match=r"proof\.json: no such file; distill the student again"):
+        check_export(folder)
+    kept = load_file(folder / "probe.safetensors")
+    for name in ("velocity", "prompt"):
+        save_file({other: tensor for other, tensor in kept.items() if other != name}, folder / "probe.safetensors")
+        with pytest.raises(UserError, match=f"holds no '{name}'"):
+            prove_export(folder)
+    (folder / "probe.safetensors").unlink()
+    with pytest.raises(UserError, match=r"probe\.safetensors: no such file; distill the student again"):
+        prove_export(folder)
 
 
 # --------------------------------------------------------------------------------------------------------- the store
@@ -376,9 +393,9 @@ def test_a_lineage_with_a_gap_registers_nothing(shop):
 @pytest.mark.slow
 def test_a_broken_export_registers_nothing(shop, backbone, tmp_path):
     folder = export_student(backbone, tmp_path)
-    velocity = load_file(folder / "probe.safetensors")["velocity"]
-    save_file({"velocity": velocity + 1e-3}, folder / "probe.safetensors")
-    with pytest.raises(UserError, match="not the trained one"):
+    file = folder / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"more": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="not the weights that were proved"):
         Shop(shop.workspace, folder).register("broken", "s1", new_metrics())
     assert shop.client.search_registered_models("name = 'broken'") == []
 

@@ -398,7 +398,7 @@ def test_a_guided_checkpoint_keeps_its_weights(base_folder, workspace, made):
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tmp_path, trainable):
-    from danceopd.registry.register import verify_export
+    from danceopd.export.student import check_export, prove_export
 
     settings = [
         "model.dtype=bfloat16",
@@ -412,7 +412,7 @@ def test_a_bfloat16_base_and_offloaded_teachers_go_the_whole_way(base_folder, tm
     student = made[3]
     evaluation = steps.evaluate_student(steps.Run(recipe, tmp_path, *made[:2]), *made[2:])
     assert set(evaluation.facts["scores"]) == {"t2i", "local_edit", "global_style"}
-    assert verify_export(student.pipeline, recipe, student.folder / "probe.safetensors") < 1e-3
+    assert check_export(student.folder) and prove_export(student.folder) < 1e-5
 
 
 def test_preflight_stops_the_run_with_every_error(base_folder, workspace, made, recipe):
