@@ -108,6 +108,8 @@ def check_output(path: Path, strangers: Strangers | None = None) -> Path:
         raise UserError(f"{path}: a file, and a folder is to be written; {mend}")
     if place == Path.cwd() or place in Path.cwd().parents:
         raise UserError(f"{path}: the folder you are in, or one around it; {mend}")
+    if os.path.ismount(place):  # nothing takes its place by a rename
+        raise UserError(f"{path}: a mounted volume; name a folder in it")
     held = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
     if held:
         others = None if strangers is None else strangers(place)

@@ -94,6 +94,15 @@ def test_places_that_are_none(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "inside", "loop"]
 
 
+def test_a_mounted_volume_is_refused_before_work(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(UserError, match="volume: a mounted volume; name a folder in it"):
+        check_output(tmp_path / "volume")
+    with output_folder(tmp_path / "volume" / "out") as scratch:
+        (scratch / "a").write_text("1")
+
+
 def test_an_output_that_fails_leaves_nothing(tmp_path):
     for name in ("new", "deep/er/new"):
         with pytest.raises(RuntimeError), output_folder(tmp_path / name) as scratch:

@@ -140,7 +140,7 @@ def _tell_import(report: dict, out: Path) -> None:
             for label, entry in sorted(entries.items()):
                 lost.add_row(fate, label, str(entry["count"]), entry["examples"][0])
         console.print(lost)
-    if report["ignored"]:
+    if report.get("ignored"):  # an import of an earlier version has none
         unread = Table("ignored", "how many", "first")
         for what, entry in sorted(report["ignored"].items()):
             unread.add_row(what, str(entry["count"]), entry["examples"][0])

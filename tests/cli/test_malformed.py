@@ -6,8 +6,10 @@ of `--set`) is spoilt in every way the reports of other tools know; Parquet and 
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import logging
 import random
 import signal
 import sys
@@ -214,6 +216,19 @@ READERS: dict[str, Reader] = {
 CASES = [(reader, how) for reader, (spoilt, _) in READERS.items() for how in spoilt]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """What the commands import, before a clock runs."""
+    for module in (
+        "danceopd.studies.run",
+        "danceopd.inference.batch_files",
+        "pipelines.compile",
+        "pipelines.cluster.cli",
+    ):
+        importlib.import_module(module)
+    cli.root_command()
+
+
 class Hung(BaseException):
     """A reader took too long."""
 
@@ -227,6 +242,8 @@ def run(monkeypatch, capsys, home: Path, arguments: list[str]) -> tuple[int, str
     monkeypatch.chdir(home)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(sys, "argv", ["danceopd", *arguments])
+    # A command sets logging up anew, for this test's stderr.
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
     before = {str(p) for p in home.rglob("*")}
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(LONGEST)
