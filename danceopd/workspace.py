@@ -55,7 +55,30 @@ class Product:
     @property
     def pipeline(self) -> Path:
         """The diffusers pipeline folder of a base or student product."""
-        return self.folder / self.facts["pipeline"]
+        return self._place("pipeline")
+
+    @property
+    def dataset(self) -> Path:
+        """The folder of a data product's dataset."""
+        return self._place("dataset")
+
+    def _place(self, fact: str) -> Path:
+        path = self.folder / self.facts[fact]
+        if path.exists():
+            return path
+        # An older product names its place in the workspace by an absolute path, which a move leaves behind.
+        workspace = self.folder.parent.parent
+        places = [workspace / path.relative_to(above) for above in list(path.parents)[::-1]]
+        return next((place for place in places if place.exists()), path)
+
+
+def portable(path: Path, workspace: Path) -> str:
+    """A place as a product's facts name it: seen from the product's folder if it lies in the workspace, else absolute.
+
+    A workspace that is moved finds what lies in it.
+    """
+    path, workspace = Path(path).resolve(), Path(workspace).resolve()
+    return str(Path("../..") / path.relative_to(workspace)) if path.is_relative_to(workspace) else str(path)
 
 
 def open_product(folder: Path) -> Product:

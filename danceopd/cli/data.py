@@ -36,7 +36,7 @@ def data_build(
 
     loaded, place = open_recipe(recipe, overrides, workspace)
     product = steps.build_data(loaded, place, folder=out)
-    _print_counts(product.facts["counts"], f"{product.facts['dataset']}  content {product.facts['content'][:16]}")
+    _print_counts(product.facts["counts"], f"{product.dataset}  content {product.facts['content'][:16]}")
 
 
 @data_app.command("track")

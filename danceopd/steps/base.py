@@ -9,7 +9,7 @@ from danceopd.backbones.bases import hash_weights
 from danceopd.config.recipe import Recipe
 from danceopd.files import write_json
 from danceopd.tracking import recording
-from danceopd.workspace import Product, make_product
+from danceopd.workspace import Product, make_product, portable
 
 
 def resolve_base(recipe: Recipe, workspace: Path) -> Product:
@@ -32,12 +32,12 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
             _join_transformer(recipe, source.folder, other, scratch / "pipeline")
         elif source.shipped:
             shutil.copytree(source.folder, scratch / "pipeline")
-        name = "pipeline" if source.shipped or other is not None else str(source.folder)
+        name = "pipeline" if source.shipped or other is not None else portable(source.folder, workspace)
         # A base that stays where it is leaves nothing else here to tell its product's digest from another's.
         write_json(scratch / "source.json", {"weights": source.digest})
         return {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
 
-    inputs = [source.digest, str(source.folder)]
+    inputs = [source.digest, portable(source.folder, workspace)]
     return make_product(
         workspace, "base", source.name, inputs + ([hash_weights(other), model.dtype] if other else []), build
     )

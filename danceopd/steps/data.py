@@ -8,7 +8,7 @@ from pathlib import Path
 from danceopd.config.recipe import Recipe
 from danceopd.files import content_key, write_json
 from danceopd.tracking import recording
-from danceopd.workspace import Product, joined_processes, main_first, make_product
+from danceopd.workspace import Product, joined_processes, main_first, make_product, portable
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
     dataset = open_dataset(home)
     version = versioning.verify(repo, repo / "data") if tracked or read else None
     facts = {
-        "dataset": str(home),
+        "dataset": portable(home, workspace),
         "content": dataset.content,
         "counts": dataset.manifest["counts"],
         "dvc": version.dvc if version else None,

@@ -52,7 +52,7 @@ class Encoder:
         """The run's dataset."""
         from danceopd.data.assemble import open_dataset
 
-        return open_dataset(Path(self.run.data.facts["dataset"]))
+        return open_dataset(self.run.data.dataset)
 
     def split(
         self, split: str, tasks: tuple[str, ...], limit: int | None = None

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 PARENT_TAG = "mlflow.parentRunId"
 RUN_TAG, JOURNAL_TAG, DIGEST_TAG = "danceopd.run", "danceopd.tracking.journal", "danceopd.digest"
 DELIVERED, STORE, LOCK = "delivered.json", "store", ".lock"
+_OWN = "the workspace's own"  # store of journals that are for no other; its address changes as the workspace is moved
 # What a store says of a line it will never take; everything else may be better tomorrow.
 _REFUSED = (
     "INVALID_PARAMETER_VALUE",
@@ -78,11 +79,12 @@ def deliver(workspace: Path, tracking_uri: str, by_hand: bool = False) -> Outcom
     A store that does not answer is no error: the outcome says so and, unless by hand, a line in the log.
     """
     store, own = mlflow_store.redact(tracking_uri), journal.run_folder(workspace)
+    mark = _OWN if mlflow_store.is_workspaces(tracking_uri, workspace) else store
     if own.is_dir() and not (own / STORE).is_file():
-        (own / STORE).write_text(store)
+        (own / STORE).write_text(mark)
     folders = [own] if own.is_dir() else []
     folders += [f for f in sorted(Path(workspace).glob(f"{journal.TRACKING}/*")) if f != own and f.is_dir()]
-    wanted = [f for f in folders if by_hand or f == own or _meant_for(f) == store]
+    wanted = [f for f in folders if by_hand or f == own or _meant_for(f) == mark]
     waiting = {f: [j for j in pending(workspace, f.name)] for f in wanted}
     waiting = {f: journals for f, journals in waiting.items() if journals or _parent_waits(f)}
     if not waiting:
@@ -111,7 +113,12 @@ def _away(waiting: int, store: str, reason: str, by_hand: bool) -> Outcome:
 
 
 def _meant_for(run: Path) -> str | None:
-    return (run / STORE).read_text() if (run / STORE).is_file() else None
+    if not (run / STORE).is_file():
+        return None
+    mark = (run / STORE).read_text()
+    workspace = run.parent.parent
+    # An older workspace, which may have been moved since, notes the address of its own store.
+    return _OWN if mlflow_store.was_workspaces(mark, workspace) else mark
 
 
 def _deliver_all(client: MlflowClient, uri: str, waiting: Mapping[Path, list[Path]]) -> Outcome:

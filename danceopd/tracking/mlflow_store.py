@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from danceopd.errors import UserError
+from danceopd.tracking.moved_store import settle_addresses
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,9 +43,27 @@ def default_tracking_uri(workspace: Path) -> str:
 
 def artifact_location(tracking_uri: str) -> str | None:
     """Where a SQLite store's files go: a folder beside the database. None for a server, which decides itself."""
+    found = _own_artifacts(tracking_uri)
+    return None if found is None else found.as_uri()
+
+
+def _own_artifacts(tracking_uri: str) -> Path | None:
     if not tracking_uri.startswith(_SQLITE):
         return None
-    return (Path(tracking_uri.removeprefix(_SQLITE)).resolve().parent / ARTIFACTS).as_uri()
+    return Path(tracking_uri.removeprefix(_SQLITE)).resolve().parent / ARTIFACTS
+
+
+def is_workspaces(tracking_uri: str, workspace: Path) -> bool:
+    """Whether a store is the workspace's own SQLite file."""
+    path = Path(tracking_uri.removeprefix(_SQLITE))
+    return tracking_uri.startswith(_SQLITE) and path.resolve() == Path(workspace).resolve() / DATABASE
+
+
+def was_workspaces(tracking_uri: str, workspace: Path) -> bool:
+    """Whether it is, or was before the workspace was moved: then nothing lies there any more."""
+    path = Path(tracking_uri.removeprefix(_SQLITE))
+    gone = tracking_uri.startswith(_SQLITE) and path.name == DATABASE and not path.exists()
+    return gone or is_workspaces(tracking_uri, workspace)
 
 
 def import_mlflow():
@@ -72,6 +91,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
     if tracking_uri.startswith(_SQLITE):
         Path(tracking_uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if (artifacts := _own_artifacts(tracking_uri)) is not None:
+            settle_addresses(Path(tracking_uri.removeprefix(_SQLITE)), artifacts)
         client = mlflow.MlflowClient(tracking_uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # a store's driver decides what it raises

@@ -38,7 +38,9 @@ def begin(
     journal = open_journal(workspace, product)
     journal.start(title, recipe.register_as.experiment, params, {"recipe": recipe.digest(), "recipe_name": recipe.name})
     if data is not None:
-        source = {name: data[name] for name in ("dvc", "git") if data.get(name)} or {"folder": str(data["dataset"])}
+        source = {name: data[name] for name in ("dvc", "git") if data.get(name)} or {
+            "folder": str(data["dataset"]).removeprefix("../../")
+        }
         journal.dataset(DatasetUse(recipe.name, data["content"], source, context, data["counts"]))
     return journal
 
@@ -63,7 +65,7 @@ def _losses(name: str, loss: float | Mapping[str, float]) -> dict[str, float | N
 def model_made(journal: Journal, name: str, folder: Path, digest: str, facts: Mapping[str, Any]) -> None:
     """A teacher or student that is finished, with what was measured of it."""
     step = facts.get("steps", 0)
-    journal.model(name, digest, step, {"folder": str(folder), "kind": facts.get("kind", "student")})
+    journal.model(name, digest, step, {"folder": "/".join(folder.parts[-2:]), "kind": facts.get("kind", "student")})
     scores = {
         f"{who}/{task}/{key}": value
         for task, row in facts.get("scores", {}).items()
