@@ -19,6 +19,7 @@ from danceopd.methods.queries import WindowSchedule, query_window
 from danceopd.methods.routing import task_counts, weights_at
 from danceopd.methods.table import merge_rule_of, method_of
 from danceopd.training.checkpoints import Checkpoints, resumable
+from danceopd.training.finite import FiniteGuard, not_finite
 from danceopd.training.learner import new_learner
 from danceopd.training.progress import StepProgress
 from danceopd.training.selection import Selection, Validation
@@ -61,7 +62,8 @@ def distill(
 
     Raises:
         Interrupted: after a save, if SIGTERM came.
-        UserError: if there are fewer samples in a batch than processes, or the start is none of the fields.
+        UserError: if there are fewer samples in a batch than processes, the start is none of the fields, or a loss,
+            the gradient or a weight is not a finite number.
     """
     record = record or (lambda entry: None)
     if spec.method in MERGES:
@@ -86,6 +88,7 @@ def distill(
             record(entry)
         since = UpdateFigures(**keeper.kept.get("since", {}))
         selection = Selection(**keeper.kept.get("selection", {}))
+        guard = FiniteGuard(learner.section, spec, encoded, keeper.kept.get("skipped", 0))
         for step in progress.steps(keeper.start):
             if selection.ended:
                 break
@@ -93,13 +96,18 @@ def distill(
             rows, tags = sampler.draw(task_counts(now, spec.batch))
             window = windows.at(step, spec.steps)
             groups = draw_groups(setup, method, learner, rows, tags, now, window, generator, spec.accumulate)
-            figures = UpdateFigures()
+            figures, bad = UpdateFigures(), []
             with learner.precision():
                 for group in groups:
-                    method.accumulate(setup, learner, group, figures)
+                    part = UpdateFigures()
+                    method.accumulate(setup, learner, group, part)
+                    bad += not_finite(part.losses, group.rows, group.tags)
+                    figures.merge(part)
             norm = learner.update()
-            for part in learner.processes.gather(figures):
-                since.merge(part)
+            found = learner.processes.gather((figures, bad))
+            good = guard.good(step, norm, [row for _, of in found for row in of], rows)
+            for part, _ in found:
+                since.merge(part if good else part.spent())
             progress.show(step, **{task: sum(v) / len(v) for task, v in since.losses.items()})
             done, last = step + 1, step + 1 == spec.steps
             if spec.select is not None and (done % spec.select.every == 0 or last):
@@ -115,7 +123,10 @@ def distill(
             if preview is not None and (last or (spec.preview_every and done % spec.preview_every == 0)):
                 with learner.shown() as field:
                     preview(field, done)
-            keeper.after(done, last, history=history, since=vars(since), selection=vars(selection))
+            keeper.after(
+                done, last, history=history, since=vars(since), selection=vars(selection), skipped=guard.skipped
+            )
+    learner.check_finite()
     return learner.finish(), history
 
 

@@ -20,6 +20,7 @@ from danceopd.text import parse_json, read_text
 from danceopd.text import read_json as read_json
 
 FIELD = "field.json"  # in a field's folder (see `flow/field_io.py`): its kind and name
+CHECKPOINT = "step-"  # a checkpoint's folder, before the step
 
 
 def hash_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
 from danceopd.flow.losses import flow_matching_loss
 from danceopd.training.checkpoints import Checkpoints, resumable
+from danceopd.training.finite import FiniteGuard
 from danceopd.training.learner import new_learner
 from danceopd.training.processes import Processes, share
 from danceopd.training.progress import StepProgress
@@ -43,7 +45,8 @@ def finetune(
         The teacher's field, frozen, and its history: one {"step", "loss", "grad_norm"} per logged step.
 
     Raises:
-        Interrupted: after a save, if SIGTERM came.
+        Interrupted: after a save, if SIGTERM or Ctrl-C came.
+        UserError: if a loss, the gradient or a weight is not a finite number.
     """
     record = record or (lambda entry: None)
     learner = new_learner(backbone, name, spec)
@@ -56,12 +59,13 @@ def finetune(
     progress = StepProgress(f"finetune {name}", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])
+        guard = FiniteGuard(learner.section, spec, encoded, keeper.kept.get("skipped", 0))
         for entry in history:
             record(entry)
         for step in progress.steps(keeper.start):
             rows, _ = sampler.draw({"all": spec.batch})
             parts = list(_parts(backbone, encoded, rows, spec, generator, processes))
-            total = 0.0
+            total, bad = 0.0, []
             with learner.field.active(), learner.precision():
                 for part in parts:
                     condition = encoded.condition(part.rows, device)
@@ -72,16 +76,20 @@ def finetune(
                         part.sigma.to(device),
                     )
                     losses = flow_matching_loss(backbone, learner.field.network, clean, condition, noise, sigma)
-                    loss = losses.sum() / len(rows)
-                    learner.backward(loss, sync=part is parts[-1])
-                    total += loss.item()
+                    learner.backward(losses.sum() / len(rows), sync=part is parts[-1])
+                    values = losses.tolist()
+                    total += sum(values) / len(rows)
+                    bad += [row for row, value in zip(part.rows, values, strict=True) if not math.isfinite(value)]
             norm = learner.update()
-            total = sum(processes.gather(total))
+            found = processes.gather((total, bad))
+            total = sum(of for of, _ in found)
+            good = guard.good(step, norm, [row for _, of in found for row in of], rows)
             progress.show(step, loss=total)
-            if (step + 1) % spec.log_every == 0 or step + 1 == spec.steps:
+            if good and ((step + 1) % spec.log_every == 0 or step + 1 == spec.steps):
                 history.append({"step": step + 1, "loss": total, "grad_norm": norm})
                 record(history[-1])
-            keeper.after(step + 1, step + 1 == spec.steps, history=history)
+            keeper.after(step + 1, step + 1 == spec.steps, history=history, skipped=guard.skipped)
+    learner.check_finite()
     return learner.finish(), history
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.errors import UserError
-from danceopd.files import atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
+from danceopd.files import CHECKPOINT, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
 from danceopd.tracking import recording
 from danceopd.tracking.journal import open_journal
 
@@ -36,6 +37,9 @@ STUDENTS = "students"
 
 
 MODELS = ("teachers", STUDENTS)  # steps whose products are models
+
+
+_KEY = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def _build(
     key: str,
     build: Callable[[Path, Path], dict],
 ) -> None:
+    _tell_unfinished(checkpoints, f"{step}-{name}-")
     started = time.monotonic()
     with atomic_folder(folder) as scratch, recording.recorded(workspace, checkpoints.name):
         facts = build(scratch, checkpoints)
@@ -157,6 +162,21 @@ def _build(
         write_json(scratch / STEP, {"step": step, "key": key, "digest": digest, "facts": facts, "seconds": seconds})
     shutil.rmtree(checkpoints, ignore_errors=True)
     log.info("%s %s: done in %.0f s, %s", step, name, seconds, folder)
+
+
+def _tell_unfinished(checkpoints: Path, start: str) -> None:
+    """Say that a product of the same name was begun under other settings, and can be gone on with under those only."""
+    if any(checkpoints.glob(f"{CHECKPOINT}*")):
+        return
+    for other in sorted(checkpoints.parent.glob(f"{start}*")):
+        saved = sorted(other.glob(f"{CHECKPOINT}*"))
+        if saved and _KEY.fullmatch(other.name.removeprefix(start)):
+            log.warning(
+                "%s: an unfinished run under other settings, data or code, saved at step %d; this one starts at step "
+                "0. With those settings it would go on; if it is not wanted any more, remove that folder",
+                other,
+                int(saved[-1].name.removeprefix(CHECKPOINT)),
+            )
 
 
 def joined_processes() -> Processes | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,7 @@ from pipelines.options import PipelineOptions, Threads
 from pipelines.placement import Placement
 from pipelines.steplog import readable_steps
 
+log = logging.getLogger(__name__)
 SMALL_WORLD = "world"
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
 _ANSI_COLOR = re.compile(r"\x1b\[\d+m")
@@ -98,7 +102,7 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
         enable_caching=True,
         cache_root=str(workspace / "kfp" / "cache"),
     )
-    with _run_id(run), readable_steps():
+    with _run_id(run), readable_steps(), _first_ctrl_c_waits():
         try:
             return pipeline(**arguments)
         except RuntimeError as error:
@@ -147,6 +151,25 @@ def _artifacts(value: Any) -> Iterator[dict]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _artifacts(item)
+
+
+@contextmanager
+def _first_ctrl_c_waits() -> Iterator[None]:
+    """A terminal sends Ctrl-C to the running steps as well, and training saves then: the first one waits for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def wait(number: int, frame: object) -> None:
+        log.warning("waiting for the running step to end; Ctrl-C again ends at once")
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

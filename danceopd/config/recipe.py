@@ -100,7 +100,7 @@ class TrainRecipe(_Part):
     trainable: Literal["full", "lora"] = "full"
     lora: LoraRecipe = LoraRecipe()
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=10)
     weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(gt=0)
     batch: int = Field(gt=0, description="samples per optimizer step, over all processes")
@@ -115,6 +115,9 @@ class TrainRecipe(_Part):
     activation_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     parallel: Literal["replicate", "shard"] = Field(
         "replicate", description="many processes: whole weights in each, or each a part (FSDP2; full weights only)"
+    )
+    skip_bad_batches: int = Field(
+        0, ge=0, description="batches whose loss or gradient is not a number that may be left out; one more ends it"
     )
     log_every: int = Field(50, gt=0)
     checkpoint_every: int = Field(200, ge=0, description="steps between saves to resume from; 0: none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,6 +113,7 @@ class EncodedRecords:
         height: of the pictures, in pixels.
         width: of the pictures, in pixels.
         sizes: each record's own (height, width), int64 (N, 2); None: all are `height` x `width`.
+        ids: finds the ids of rows' records, for messages; None: not known.
     """
 
     tasks: list[str]
@@ -125,6 +126,7 @@ class EncodedRecords:
     height: int
     width: int
     sizes: Tensor | None = None
+    ids: Callable[[Sequence[int]], list[str]] | None = None
 
     def size(self, row: int) -> tuple[int, int]:
         """(height, width) of a record's pictures."""
@@ -146,6 +148,7 @@ class EncodedRecords:
             source_row=self.source_row[rows],
             target_row=self.target_row[rows],
             sizes=None if self.sizes is None else self.sizes[rows],
+            ids=None,
         )
 
     def shape_groups(self, rows: list[int]) -> list[list[int]]:

@@ -47,6 +47,10 @@ class UpdateFigures:
         self.forwards += other.forwards
         self.samples += other.samples
 
+    def spent(self) -> UpdateFigures:
+        """What it cost alone, without what was measured."""
+        return UpdateFigures(forwards=self.forwards, samples=self.samples)
+
     @property
     def forwards_per_sample(self) -> float:
         """Transformer forwards per sample: for this method the rollout, 1 teacher, 3 for the student."""

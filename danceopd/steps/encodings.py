@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +78,13 @@ class Encoder:
         if targets:
             for task in tasks:
                 _require_targets(encoded, task)
-        return encoded
+        return replace(encoded, ids=functools.partial(self._train_ids, tasks))
+
+    def _train_ids(self, tasks: tuple[str, ...], rows: Sequence[int]) -> list[str]:
+        """Ids of training records by their rows; the dataset is read for it."""
+        wanted = max(rows, default=-1) + 1
+        ids = [record.id for record in itertools.islice(self.dataset().stream("train", tasks), wanted)]
+        return [ids[row] for row in rows]
 
     def empty_prompt(self) -> Tensor:
         """The empty prompt's embedding, (L, D)."""

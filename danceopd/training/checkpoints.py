@@ -1,4 +1,4 @@
-"""Training that goes on where it was stopped, bit for bit: checkpoints of a loop's whole state, and SIGTERM.
+"""Training that goes on where it was stopped, bit for bit: checkpoints of a loop's whole state, SIGTERM, Ctrl-C.
 
 A checkpoint is a folder `step-00000200` with `state.json` (plain data, and where each tensor belongs),
 `state.safetensors` (the tensors) and `manifest.json` (SHA-256 of both). It appears by one rename.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from danceopd.config.recipe import TrainRecipe
 from danceopd.errors import Interrupted, UserError
-from danceopd.files import atomic_folder, hash_file, read_json, write_json
+from danceopd.files import CHECKPOINT, atomic_folder, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
     from danceopd.data.sampler import TaskSampler
@@ -82,7 +82,7 @@ class Checkpoints:
         """Write the state after `step` updates whole or not at all, then remove those no longer needed."""
         tensors: dict[str, Tensor] = {}
         plain = {"run": self.run, "step": step, "state": flatten(state, "state", tensors)}
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / f"{CHECKPOINT}{step:08d}"
         with atomic_folder(path) as scratch:
             save_file(tensors, scratch / TENSORS)
             (scratch / STATE).write_text(json.dumps(plain))
@@ -102,7 +102,7 @@ class Checkpoints:
         Raises:
             UserError: if the folder's newest whole checkpoint is another run's.
         """
-        for leftover in self.folder.glob(".step-*"):
+        for leftover in self.folder.glob(f".{CHECKPOINT}*"):
             shutil.rmtree(leftover)
         found = self._all()
         for path in reversed(found):
@@ -115,7 +115,7 @@ class Checkpoints:
         return None
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob(f"{CHECKPOINT}*"))
 
     def _read(self, path: Path) -> tuple[int, dict]:
         _verify(path)
@@ -150,11 +150,15 @@ class StopRequest:
     asked: bool = False
 
 
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Within the block SIGTERM only sets the yielded request, for the block to heed when it is ready.
+STOPS = (signal.SIGTERM, signal.SIGINT)
 
-    Python lets the main thread alone handle signals: in any other thread this does nothing.
+
+@contextmanager
+def stop_when_asked() -> Iterator[StopRequest]:
+    """Within the block SIGTERM and Ctrl-C only set the yielded request, for the block to heed when it is ready.
+
+    A second Ctrl-C interrupts at once. Python lets the main thread alone handle signals: in any other thread this does
+    nothing.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -162,13 +166,17 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
         return
 
     def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and not request.asked:
+            log.warning("stopping after this step, which is saved; Ctrl-C again stops at once, without saving")
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
         request.asked = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in STOPS}
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -221,13 +229,15 @@ class Keeper:
             figures: plain data that the loop needs to go on.
 
         Raises:
-            Interrupted: after saving, if SIGTERM came.
+            Interrupted: after saving, if SIGTERM or Ctrl-C came.
+            UserError: if a weight is not a finite number; the checkpoints before stay.
         """
         if self.checkpoints is None:
             return
         asked = self.learner.processes.any(self.stop.asked)
         if step % self.spec.checkpoint_every and not last and not asked and not self._due_by_time():
             return
+        self.learner.check_finite()
         state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
         path = self.checkpoints.folder
@@ -236,7 +246,9 @@ class Keeper:
         self.learner.processes.wait()
         self.saved_at = time.monotonic()
         if asked:
-            raise Interrupted(f"interrupted after step {step} of {self.spec.steps}; goes on from {path}")
+            raise Interrupted(
+                f"interrupted after step {step} of {self.spec.steps} and saved; the same command goes on from {path}"
+            )
 
     def _due_by_time(self) -> bool:
         """Whether the last save is so long ago that too much work would be lost; the same answer for all processes."""
@@ -254,14 +266,14 @@ def resumable(
 ) -> Iterator[Keeper]:
     """Run a training loop in the block so that it can be stopped and resumed.
 
-    Without `checkpoints`, or with the recipe's `checkpoint_every` at 0, nothing is saved and SIGTERM ends the process
-    as it always does.
+    Without `checkpoints`, or with the recipe's `checkpoint_every` at 0, nothing is saved, and SIGTERM and Ctrl-C end
+    the process as they always do.
 
     Raises:
         UserError: if the folder holds another run's checkpoint.
     """
     checkpoints = checkpoints if spec.checkpoint_every else None
-    with nullcontext(StopRequest()) if checkpoints is None else stop_on_sigterm() as stop:
+    with nullcontext(StopRequest()) if checkpoints is None else stop_when_asked() as stop:
         keeper = Keeper(spec, checkpoints, learner, sampler, generator, stop)
         keeper.restore()
         yield keeper

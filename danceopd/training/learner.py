@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
-from danceopd.config.recipe import TrainRecipe
+from danceopd.config.recipe import DistillRecipe, TrainRecipe
+from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
 from danceopd.training.fsdp import forget_gathered, shard_network, synchronise_gradients
 from danceopd.training.optim import build_optimizer, lr_factor
@@ -80,15 +83,22 @@ class Learner:
             loss.backward()
 
     def update(self) -> float:
-        """Add up the processes' gradients, clip them, step optimizer and schedule; returns the norm before clipping."""
+        """Add up the processes' gradients, clip them, step optimizer and schedule; returns the norm before clipping.
+
+        With a norm that is not finite, the same in all processes, no weight changes: only the schedule goes on.
+        """
         if not self.sharded:
             self.processes.sum_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.spec.max_grad_norm)))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        with warnings.catch_warnings():  # torch warns where the first batch of all is left out
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._follow()
-        return float(whole(norm))
+        if math.isfinite(norm):
+            self._follow()
+        return norm
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -98,6 +108,24 @@ class Learner:
         done = self.schedule.last_epoch
         decay = min(self.spec.ema, done / (9 + done))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @property
+    def section(self) -> str:
+        """What the recipe calls the section that it trains by, for messages."""
+        return "distill" if isinstance(self.spec, DistillRecipe) else f"teachers.{self.field.name}.train"
+
+    def check_finite(self) -> None:
+        """Look at every weight that trains; every process must call it.
+
+        Raises:
+            UserError: if one is not a finite number.
+        """
+        broken = any(not bool(torch.isfinite(p.detach()).all()) for p in map(_local, self.parameters))
+        if self.processes.any(broken):
+            raise UserError(
+                f"{self.section}: weights are not finite numbers any more; nothing is saved or exported. Lower "
+                f"{self.section}.lr ({self.spec.lr:g})"
+            )
 
     @contextmanager
     def shown(self) -> Iterator[VelocityField]:
@@ -164,6 +192,10 @@ class Learner:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's whole value (every process must ask); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(tensor: Tensor, parameter: Tensor | None) -> Tensor:

@@ -558,3 +558,23 @@ def test_what_selects_a_state_names_the_student(base_folder, made, workspace, tm
     judged = [*select, "tasks.global_style.metrics=[psnr, judge_overall]"]
     judges = [f"evaluate.judge={{url: http://{host}/v1, model: {model}}}" for host, model in ("am", "bm", "an")]
     assert len({name(*judged, judge) for judge in judges}) == 2
+
+
+def test_an_unfinished_run_under_other_settings_is_told(tmp_path, caplog):
+    from danceopd.workspace import make_product
+
+    def build(scratch, checkpoints):
+        (checkpoints / "step-00000004").mkdir(parents=True, exist_ok=True)
+        raise RuntimeError("stopped")
+
+    for name in ("world", "world-big"):
+        with pytest.raises(RuntimeError, match="stopped"):
+            make_product(tmp_path, "students", name, {"lr": 1}, build)
+    assert "unfinished" not in caplog.text
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_product(tmp_path, "students", "world", {"lr": 1}, build)  # the same goes on
+    assert "unfinished" not in caplog.text
+    with caplog.at_level(logging.WARNING, "danceopd"):
+        make_product(tmp_path, "students", "world", {"lr": 2}, lambda scratch, checkpoints: {})
+    [told] = [line for line in caplog.messages if "unfinished" in line]
+    assert "students-world-" in told and "world-big" not in told and "saved at step 4" in told

@@ -33,7 +33,7 @@ from danceopd.finetune import finetune
 from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import SHAPE
 from danceopd.training import checkpoints as checkpoints_module
-from danceopd.training.checkpoints import Checkpoints, flatten, stop_on_sigterm, unflatten
+from danceopd.training.checkpoints import Checkpoints, flatten, stop_when_asked, unflatten
 from danceopd.training.learner import Learner
 from danceopd.training.selection import Validation
 
@@ -260,26 +260,36 @@ def test_what_is_flattened_comes_back():
         flatten({"x": {1}}, "state", {})
 
 
-def test_sigterm_in_the_loop_saves_and_exits_with_the_code_to_retry(tiny_base, small_data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_loop_saves_and_exits_with_the_code_to_retry(tiny_base, small_data, tmp_path, number):
     wanted = train("distill", tiny_base, small_data, preview_every=1)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
 
     def stop(field, step):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    with pytest.raises(Interrupted, match=r"interrupted after step 3 of 8; goes on from .*step-00000003") as caught:
+    said = r"interrupted after step 3 of 8 and saved; the same command goes on from .*step-00000003"
+    with pytest.raises(Interrupted, match=said) as caught:
         train("distill", tiny_base, small_data, tmp_path, preview=stop, preview_every=1)
     assert caught.value.code == 75
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert_same(train("distill", tiny_base, small_data, tmp_path, preview_every=1), wanted)
+
+
+def test_a_second_ctrl_c_interrupts_at_once(caplog):
+    with stop_when_asked() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked and "Ctrl-C again stops at once" in caplog.text
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
     found = []
 
     def body():
-        with stop_on_sigterm() as stop:
+        with stop_when_asked() as stop:
             found.append((stop.asked, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=body)
