@@ -121,7 +121,7 @@ def make_product(
     there = (folder / STEP).is_file()
     processes = joined_processes()
     if processes is not None:
-        processes.wait()  # all have looked before any writes
+        there = processes.gather(there)[0]  # on a network's file system they need not see the same
         if not processes.main:
             if together and not there:
                 with tempfile.TemporaryDirectory() as scratch:

@@ -6,16 +6,19 @@ on CPUs). Alone, everything here does nothing.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 BUCKET = 64 * 2**20  # bytes of gradients summed at once
+LONGEST_WAIT = timedelta(days=2)  # a collective's own limit is ten minutes on GPUs
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Until all are here, however long one of them encodes, saves or hashes alone (at most `LONGEST_WAIT`)."""
         if self.count > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=_patient_group(torch.distributed.group.WORLD))
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -108,6 +111,12 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
+    """All of a group's processes, on a transport that needs no device, for waits that outlast a collective's limit."""
+    return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def this_process() -> Processes:

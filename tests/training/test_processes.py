@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from danceopd.backbones import load_backbone
@@ -22,7 +25,7 @@ from danceopd.finetune import finetune
 from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import SHAPE
 from danceopd.training.checkpoints import Checkpoints
-from danceopd.training.processes import Processes, share
+from danceopd.training.processes import Processes, share, this_process
 
 WEIGHTS = {"t2i": 1.0, "local_edit": 2.0}
 COMMON = {"lr": 1e-3, "steps": 3, "batch": 5, "log_every": 1, "warmup": 2, "lora": LoraRecipe(rank=4, alpha=8)}
@@ -81,10 +84,14 @@ def train(kind, base_folder, data, out, rank, changes, saves=None, stop_after=No
     write_json(out / f"{rank}.json", history)
 
 
-def process(rank, count, port, pipe, *args):
+def name_process(rank, count, port):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = (rank, rank, count, count, "127.0.0.1", port)
     os.environ.update(zip(names, map(str, values), strict=True))
+
+
+def process(rank, count, port, pipe, *args):
+    name_process(rank, count, port)
     try:
         train(args[0], args[1], args[2], args[3], rank, *args[4:])
         pipe.send("done")
@@ -96,15 +103,49 @@ def process(rank, count, port, pipe, *args):
         raise
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_the_slow_one(rank, port, pipe):
+    name_process(rank, 2, port)
+    PartialState(cpu=True, timeout=timedelta(seconds=2))  # as a collective's own limit, in small
+    mine = this_process()
+    try:
+        if mine.main:
+            time.sleep(5)
+        mine.wait()
+        pipe.send("done")
+    except BaseException:
+        pipe.send(traceback.format_exc())
+        raise
+
+
+@pytest.mark.slow
+def test_waiting_for_one_that_works_alone_outlasts_a_collectives_limit():
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    started = [
+        context.Process(target=wait_for_the_slow_one, args=(rank, port, there)) for rank, (_, there) in enumerate(pipes)
+    ]
+    for one in started:
+        one.start()
+    said = [here.recv() if here.poll(240) else "silent" for here, _ in pipes]
+    for one in started:
+        one.join(10)
+        one.kill()
+    assert said == ["done", "done"]
+
+
 def run(count, *args):
     """Run `train` in so many processes; returns each one's weights and history, or what they said if they stopped."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["danceopd.distill", "danceopd.backbones.flux2_klein", "danceopd.pretraining.world_base"]
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     args[3].mkdir()
     pipes, started = [], []
     for rank in range(count):
