@@ -88,7 +88,7 @@ def inputs_revision(recipe: Recipe, workspace: Path | None = None, tracking_uri:
     from danceopd import steps  # loads torch, which whoever only compiles or submits does without
 
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
-    states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    states: list[Any] = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
     if needs_champion(recipe):
         store = tracking_uri or default_tracking_uri(workspace or Path("runs") / recipe.name)
         states.append(asdict(find_champion(recipe, store)))

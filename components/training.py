@@ -46,7 +46,7 @@ class Way:
     nodes: int = 1
     gpus: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.on not in WAYS:
             raise unknown_name("distill_on", self.on, WAYS)
         if self.nodes < 1 or self.gpus < 0:

@@ -33,7 +33,7 @@ def build_champion_pipeline(options: PipelineOptions) -> Callable:
         code_revision: str = options.image,
         workspace: str = MOUNT,
         tracking_uri: str = "",
-    ):
+    ) -> None:
         """Promote a registered version that is no worse than the champion, or go back to the champion before.
 
         Args:

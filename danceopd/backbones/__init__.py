@@ -12,7 +12,10 @@ from danceopd.backbones.base import Backbone, Condition
 from danceopd.config.recipe import ModelRecipe
 
 if TYPE_CHECKING:
-    from danceopd.backbones.pipeline import PipelineBackbone
+    from danceopd.backbones.flux2_klein import Flux2Klein
+    from danceopd.backbones.qwen_image import QwenImage
+    from danceopd.backbones.sd3 import SD3
+    from danceopd.backbones.z_image import ZImage
 
 __all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline"]
 
@@ -44,6 +47,6 @@ def open_outline(folder: Path, settings: ModelRecipe) -> Backbone:
     return _family(settings).outline(Path(folder), settings)
 
 
-def _family(settings: ModelRecipe) -> type[PipelineBackbone]:
+def _family(settings: ModelRecipe) -> type[Flux2Klein | ZImage | SD3 | QwenImage]:
     module = import_module(f"{__name__}.{settings.backbone}")  # diffusers is slow to import
     return getattr(module, FAMILIES[settings.backbone])

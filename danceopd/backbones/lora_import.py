@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def _sd3_modules(name: str) -> tuple[list[str], bool]:
     return [], False
 
 
-def load_lora_file(network: nn.Module, name: str, file: Path, pipeline: type[DiffusionPipeline]) -> None:
+def load_lora_file(network: ModelMixin, name: str, file: Path, pipeline: type[DiffusionPipeline]) -> None:
     """Load a LoRA file as adapter `name` of the transformer, frozen. What it holds for text encoders is left out.
 
     Raises:

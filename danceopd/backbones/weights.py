@@ -41,7 +41,8 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
         return _read_file(kind, path, dtype, config)
     try:
         config = kind.load_config(str(path), local_files_only=True)
-        wanted, found = _shapes(_empty(kind, config)), {}
+        wanted = _shapes(_empty(kind, config))
+        found: dict[str, Shape] = {}
         for file in sorted(path.glob("*.safetensors")):
             found |= file_shapes(file)
         if not found:
