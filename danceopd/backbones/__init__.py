@@ -30,8 +30,10 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
     from danceopd.backbones.kernels import quantize_frozen, set_attention
+    from danceopd.backbones.lora_factors import check_finite
 
     backbone = _family(settings).load(Path(folder), settings, device)
+    check_finite(Path(folder) / "transformer", backbone.transformer.state_dict())
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:
         quantize_frozen(backbone.transformer, settings.quantize)

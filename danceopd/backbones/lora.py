@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from danceopd.backbones.lora_factors import read_factors
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
@@ -121,6 +122,7 @@ def load_lora(network: ModelMixin, name: str, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; export the LoRA in PEFT's layout")
     state = {k.removeprefix("base_model.model."): v for k, v in load_file(folder / WEIGHTS).items()}
+    read_factors(folder / WEIGHTS, state)  # both halves of every pair, and finite
     try:
         network.add_adapter(config, adapter_name=name)
     except ValueError as error:

@@ -263,7 +263,7 @@ class CheckpointTeacher(_Guided):
     kind: Literal["checkpoint", "lora"]
     path: str = Field(
         description="checkpoint: a pipeline or transformer folder, or a safetensors file. lora: a PEFT folder, or a "
-        "file of diffusers, kohya or ComfyUI. Or a URI of one (hf://owner/name, s3://, gs://)"
+        "file of diffusers, ComfyUI, kohya or OneTrainer. Or a URI of one (hf://owner/name, s3://, gs://)"
     )
 
 

@@ -127,7 +127,7 @@ def prove_lora_file(student: VelocityField, file: Path, condition: Condition) ->
     """
     file = Path(file)
     network: ModelMixin = student.network
-    state, facts = read_lora_file(file, type(student.backbone.pipeline))
+    state, facts = read_lora_file(file, type(student.backbone.pipeline), network)
     network.load_lora_adapter(state, adapter_name=_CHECK, metadata=facts)
     try:
         found = probe(VelocityField(file.name, student.backbone, network, _CHECK), condition)
