@@ -94,7 +94,7 @@ def gate_figures(metrics: dict[str, Any]) -> dict[str, float]:
 
     A figure that could not be told is left out.
     """
-    figures = {}
+    figures: dict[str, float] = {}
     for gate in metrics["gates"]:
         name = f"{gate['task']} {gate['metric']}"
         figures |= {_plain(name): gate["value"], _plain(f"{name} limit {gate['rule']}"): gate["limit"]}

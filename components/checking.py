@@ -9,7 +9,6 @@ from typing import Any
 
 from components.running import Step
 from components.training import Way, pod_of
-from danceopd import steps
 from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.files import content_key, write_atomic, write_json
 from danceopd.registry.champion_teacher import find_champion, needs_champion
@@ -86,8 +85,10 @@ def inputs_revision(recipe: Recipe, workspace: Path | None = None, tracking_uri:
     Raises:
         UserError: if the recipe starts from a champion and there is none.
     """
+    from danceopd import steps  # loads torch, which whoever only compiles or submits does without
+
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
-    states = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    states: list[Any] = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
     if needs_champion(recipe):
         store = tracking_uri or default_tracking_uri(workspace or Path("runs") / recipe.name)
         states.append(asdict(find_champion(recipe, store)))

@@ -88,7 +88,8 @@ def _one_line_errors() -> Iterator[None]:
 @contextmanager
 def _noted(label: str, workspace: Path) -> Iterator[dict]:
     """Leave a note of how the block ended; what is put into the yielded mapping goes with it."""
-    started, results = time.monotonic(), {}
+    started = time.monotonic()
+    results: dict[str, Any] = {}
 
     def note(**outcome: Any) -> None:
         entry = {"step": label, "seconds": round(time.monotonic() - started, 1), **outcome}

@@ -19,7 +19,6 @@ import yaml
 
 from components.commands import hand_over
 from components.running import RUN_ID, Step, notes_folder
-from danceopd import steps
 from danceopd.devices import usable_cores
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import write_atomic
@@ -47,7 +46,7 @@ class Way:
     nodes: int = 1
     gpus: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.on not in WAYS:
             raise unknown_name("distill_on", self.on, WAYS)
         if self.nodes < 1 or self.gpus < 0:
@@ -107,6 +106,8 @@ def train_student(
         Interrupted: if the training was stopped, and can be resumed.
         RuntimeError: if it failed.
     """
+    from danceopd import steps  # loads torch, which whoever only compiles or submits does without
+
     run = steps.Run(step.recipe, step.workspace, base, data)
     if way.on == STEP and way.gpus <= 1:
         return steps.distill_student(run, teachers)

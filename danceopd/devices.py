@@ -13,9 +13,8 @@ def best_device() -> torch.device:
     """The accelerator if this process sees one, else the CPU."""
     import torch
 
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else found
 
 
 def usable_cores() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,7 +11,7 @@ from danceopd.config.recipe import MERGES, DistillRecipe, Weight
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.sampler import TaskSampler
 from danceopd.errors import UserError
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field, VelocityField
 from danceopd.methods.base import Distillation, UpdateFigures
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.merges import merge
@@ -30,7 +30,7 @@ SIGMA_BINS = 10  # of the histogram of query noise levels
 def distill(
     backbone: Backbone,
     encoded: EncodedRecords,
-    teachers: dict[str, VelocityField],
+    teachers: Mapping[str, Field],
     teacher_of: dict[str, str],
     weights: dict[str, Weight],
     spec: DistillRecipe,
@@ -67,9 +67,9 @@ def distill(
     """
     record = record or (lambda entry: None)
     if spec.method in MERGES:
-        student, history = _merged(backbone, teachers, teacher_of, spec, preview, validate)
-        record(history[0])
-        return student, history
+        merged = _merged(backbone, teachers, teacher_of, spec, preview, validate)
+        record(merged[1][0])
+        return merged
     method = method_of(spec)
     starts = dict.fromkeys(("base", *teachers))
     if spec.start not in starts:
@@ -111,6 +111,7 @@ def distill(
             progress.show(step, **{task: sum(v) / len(v) for task, v in since.losses.items()})
             done, last = step + 1, step + 1 == spec.steps
             if spec.select is not None and (done % spec.select.every == 0 or last):
+                assert validate is not None, "a recipe that selects needs `validate`"
                 with learner.shown() as field:
                     better = selection.see(done, learner.processes.gather(validate(field))[0], spec.select)
                 if better:
@@ -132,7 +133,7 @@ def distill(
 
 def _merged(
     backbone: Backbone,
-    teachers: dict[str, VelocityField],
+    teachers: Mapping[str, Field],
     teacher_of: dict[str, str],
     spec: DistillRecipe,
     preview: Callable[[VelocityField, int], None] | None,
@@ -142,6 +143,7 @@ def _merged(
     student = merge(backbone, routed, merge_rule_of(spec))
     selection = Selection()
     if spec.select is not None:
+        assert validate is not None, "a recipe that selects needs `validate`"
         selection.see(0, validate(student), spec.select)
     if preview is not None:
         preview(student, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -26,13 +27,15 @@ class UserError(ValueError):
     """
 
 
-def unknown_name(kind: str, name: object, known) -> UserError:
+def unknown_name(kind: str, name: object, known: Iterable[object]) -> UserError:
     """A `UserError` for a name that is not in a table, listing the right ones."""
     return UserError(f"{kind}: {name!r} is not known; choose one of: {', '.join(sorted(map(str, known)))}")
 
 
 class Interrupted(SystemExit):
     """The work was asked to end and can be resumed: the process ends with code 75 (EX_TEMPFAIL, try again)."""
+
+    code: int
 
     def __init__(self, message: str):
         super().__init__(int(ExitCode.INTERRUPTED))

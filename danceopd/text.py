@@ -134,8 +134,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"key {twice!r} is there twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name!r} is there twice")
+            seen.add(name)
     return found
 
 
@@ -233,19 +235,19 @@ def _csv_rows(reader: Any, names: list[str], where: str) -> Iterator[tuple[int, 
 class _OnceLoader(yaml.SafeLoader):
     """Safe YAML without a key twice, a cycle, or aliases that unfold without end."""
 
-    def get_single_node(self):
+    def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
             _size(node, {}, DEEPEST)
         return node
 
-    def get_node(self):
+    def get_node(self) -> yaml.Node | None:
         node = super().get_node()
         if node is not None:
             _size(node, {}, DEEPEST)
         return node
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         if isinstance(node, yaml.MappingNode):
             seen: set[tuple[str, str]] = set()
             for key, _ in node.value:
@@ -261,7 +263,7 @@ class _OnceLoader(yaml.SafeLoader):
 class _PlainLoader(_OnceLoader):
     """As people read it: a number that YAML 1.1 reads otherwise than it looks is refused."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         if isinstance(node, yaml.ScalarNode) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
             for pattern, what in ((_OCTAL, "octal"), (_SEXAGESIMAL, "base 60")):
                 if pattern.fullmatch(node.value):

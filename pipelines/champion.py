@@ -12,9 +12,9 @@ from kfp import dsl
 
 from components.move_champion import move_champion
 from components.running import read_notes
-from danceopd import steps
 from danceopd.config.recipe import Recipe
 from danceopd.tracking.mlflow_store import ENVIRONMENT
+from danceopd.workspace import code_revision
 from pipelines.distillation import place_task
 from pipelines.local import run_here
 from pipelines.options import MOUNT, PipelineOptions
@@ -33,7 +33,7 @@ def build_champion_pipeline(options: PipelineOptions) -> Callable:
         code_revision: str = options.image,
         workspace: str = MOUNT,
         tracking_uri: str = "",
-    ):
+    ) -> None:
         """Promote a registered version that is no worse than the champion, or go back to the champion before.
 
         Args:
@@ -64,7 +64,7 @@ def run_champion(recipe: Recipe, workspace: Path, action: str, version: str = "c
         "action": action,
         "version": version,
         "force": force,
-        "code_revision": steps.code_revision(),
+        "code_revision": code_revision(),
         "workspace": str(workspace),
         "tracking_uri": os.environ.get(ENVIRONMENT, ""),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ def promote(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Make a version the champion if it holds its gates and is no worse."""
-    _run(recipe, overrides, workspace, "promote", version, force)
+    _run(recipe, overrides, workspace, "promote", version=version, force=force)
 
 
 @app.command()
@@ -35,12 +35,12 @@ def rollback(recipe: RecipeOption = "world", overrides: SetOption = [], workspac
     _run(recipe, overrides, workspace, "rollback")
 
 
-def _run(recipe: str, overrides: list[str], workspace: Path | None, action: str, *more: str | bool) -> None:
+def _run(recipe: str, overrides: list[str], workspace: Path | None, action: str, **more: Any) -> None:
     from pipelines.champion import run_champion
 
     with one_line_errors():
         loaded = load_recipe(recipe, overrides)
-        typer.echo(run_champion(loaded, workspace or Path("runs") / loaded.name, action, *more))
+        typer.echo(run_champion(loaded, workspace or Path("runs") / loaded.name, action, **more))
 
 
 @app.command("compile")

@@ -35,7 +35,7 @@ class Manifests:
     namespace: str = ""
     version: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for what, name in {"namespace": self.namespace, "version": self.version}.items():
             if name and not _NAME.fullmatch(name):
                 raise UserError(f"{what} {name!r}: lower case letters, digits, - and ., at most 63")

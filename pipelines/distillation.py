@@ -49,7 +49,7 @@ def build_pipeline(options: PipelineOptions) -> Callable:
         code_revision: str = options.image,
         workspace: str = MOUNT,
         tracking_uri: str = "",
-    ):
+    ) -> None:
         """Fine-tune teachers, distill them into one student, evaluate it, and register it if its gates hold.
 
         Args:

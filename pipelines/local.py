@@ -21,10 +21,10 @@ from kfp import local
 from components.cards import card_problem
 from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
-from danceopd import steps
 from danceopd.config.recipe import FinetunedTeacher, Recipe
 from danceopd.devices import usable_cores
 from danceopd.files import read_json
+from danceopd.workspace import STEP, code_revision
 from pipelines.distillation import build_pipeline
 from pipelines.one_line import StepFailed
 from pipelines.options import PipelineOptions, Threads
@@ -80,7 +80,7 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
     arguments = {
         "recipe": recipe.model_dump_json(),
         "data_revision": inputs_revision(recipe, workspace),
-        "code_revision": steps.code_revision(),
+        "code_revision": code_revision(),
         "workspace": str(workspace),
         "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI", ""),
     }
@@ -125,7 +125,7 @@ def forget_products(workspace: Path) -> None:
     """Remove what earlier runs made below `workspace`: products, checkpoints, the runner's own. Nothing else."""
     for name in ("kfp", "checkpoints"):
         shutil.rmtree(workspace / name, ignore_errors=True)
-    for marker in list(workspace.glob(f"*/*/{steps.STEP}")):
+    for marker in list(workspace.glob(f"*/*/{STEP}")):
         shutil.rmtree(marker.parent)
 
 

@@ -39,7 +39,7 @@ class PipelineOptions:
     placement: Placement = field(default_factory=Placement)
     threads: Threads | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.image.strip():
             raise UserError("pipeline image: empty; name one, for example registry.example.com/danceopd@sha256:...")
         if not _IMAGE.fullmatch(self.image):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -147,7 +147,7 @@ class Placement(Part):
     steps: dict[str, StepPlacement] = Field({})
 
     @model_validator(mode="after")
-    def _steps_are_known(self):
+    def _steps_are_known(self) -> Self:
         named = [("steps", step) for step in self.steps]
         named += [(f"secrets.{secret.name}.steps", step) for secret in self.secrets for step in secret.steps]
         for where, step in named:

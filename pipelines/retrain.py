@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from danceopd import steps
 from danceopd.config.recipe import Recipe
 from danceopd.data import versioning
 from danceopd.errors import UserError
@@ -15,6 +14,7 @@ from danceopd.files import content_key
 from danceopd.registry.versions import RegisteredModel
 from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking.mlflow_store import answers, has_store, open_client, redact
+from danceopd.workspace import code_revision
 from pipelines.one_line import Away
 
 UNKNOWN = "unknown"
@@ -114,7 +114,7 @@ def read_inputs(recipe: Recipe, data_file: Path | None = None) -> Inputs:
     Raises:
         UserError: if the file is no DVC file.
     """
-    return Inputs(recipe.digest(), steps.code_revision(), _data(recipe, data_file))
+    return Inputs(recipe.digest(), code_revision(), _data(recipe, data_file))
 
 
 def _data(recipe: Recipe, data_file: Path | None) -> tuple[str, str] | None:

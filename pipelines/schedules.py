@@ -81,7 +81,8 @@ def create(
 
 def every(server: Server) -> list[Schedule]:
     """All recurring runs, the server's order."""
-    found, token = [], ""
+    found: list[Any] = []
+    token = ""
     with answers(server.host, "list schedules"):
         while True:
             page = server.client.list_recurring_runs(token, PAGE, namespace=server.namespace)

@@ -303,6 +303,7 @@ def source_of(server: Server, package: Path | None, pipeline: str | None) -> tup
         pipeline: or the name of an uploaded one, of which the newest version is taken.
     """
     if pipeline is None:
+        assert package is not None  # one of the two is given
         return {"pipeline_package_path": str(package)}, declared(load_package(package))
     pipeline_id, version_id, spec = newest_version(server, pipeline)
     return {"pipeline_id": pipeline_id, "version_id": version_id}, declared(spec)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,10 @@ from danceopd.config.recipe import Recipe
 from danceopd.errors import ExitCode, UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT, default_tracking_uri
 from pipelines.one_line import Away, one_line_errors
+
+if TYPE_CHECKING:  # slow to import
+    from pipelines.retrain import Comparison, Inputs
+    from pipelines.submit import Server
 
 NAME = "danceopd"  # of pipeline and experiment
 
@@ -130,7 +134,7 @@ def run_on_server(
         raise UserError(f"--if-changed: name the registry by --tracking-uri or {ENVIRONMENT}")
     inputs = read_inputs(recipe, data_file)
     found = compare(recipe, inputs, uri) if uri and (if_changed or told.follow) else None
-    if if_changed:
+    if if_changed and found is not None:
         _say_lines(found.lines())
         if not found.changed:
             return 0
@@ -140,15 +144,19 @@ def run_on_server(
         arguments = submit.fill_in(parameters, _ours(recipe, tracking_uri), told.params)
         experiment = submit.open_experiment(server, told.experiment or NAME)
         name = told.name or f"{recipe.name} {inputs.key if if_changed else f'{datetime.now(UTC):%Y-%m-%d %H:%M:%S}'}"
-        run, state = (submit.find_run(server, experiment, name) if if_changed else None) or (None, None)
-        if state == submit.SUCCEEDED and inputs.known:
-            typer.echo(f"run {name}: was run already, {server.link(run)}; without --if-changed it runs again")
+        there = submit.find_run(server, experiment, name) if if_changed else None
+        if there is not None and there[1] == submit.SUCCEEDED and inputs.known:
+            typer.echo(f"run {name}: was run already, {server.link(there[0])}; without --if-changed it runs again")
             return 0
-        found_there = run is not None and state not in submit.OVER
-        if not found_there:
+        if there is not None and there[1] not in submit.OVER:
+            run, how = there[0], "found under way"
+        else:
             with _safe_to_repeat(if_changed):
-                run = submit.start_run(server, source, arguments, experiment, name, told.service_account)
-    typer.echo(f"run {name}: {'found under way' if found_there else 'started'}, {server.link(run)}")
+                run, how = (
+                    submit.start_run(server, source, arguments, experiment, name, told.service_account),
+                    "started",
+                )
+    typer.echo(f"run {name}: {how}, {server.link(run)}")
     return _follow(server, run, recipe, inputs, uri, found) if told.follow else 0
 
 
@@ -163,7 +171,9 @@ def _safe_to_repeat(named: bool) -> Iterator[None]:
         raise Away(str(error)) if named else error from error
 
 
-def _follow(server, run: str, recipe: Recipe, inputs, uri: str | None, before) -> int:
+def _follow(
+    server: Server, run: str, recipe: Recipe, inputs: Inputs, uri: str | None, before: Comparison | None
+) -> int:
     """Show the run's steps to its end, then what it did to the registry."""
     from pipelines import submit
     from pipelines.retrain import verdict
@@ -174,7 +184,7 @@ def _follow(server, run: str, recipe: Recipe, inputs, uri: str | None, before) -
         typer.echo(f"danceopd: {reason}", err=True)
     if outcome.state != submit.SUCCEEDED:
         return ExitCode.INTERRUPTED if outcome.state == submit.LOST else ExitCode.FAILED
-    if before is None:
+    if before is None or uri is None:
         typer.echo(f"what was registered stands in the run's summary; with --tracking-uri or {ENVIRONMENT} also here")
         return 0
     try:
@@ -239,6 +249,7 @@ def upload(
     from pipelines import submit
 
     with one_line_errors(), _package(package, None, image, placement) as file:
+        assert file is not None  # no uploaded pipeline was named
         submit.load_package(file)
         server = submit.open_server(host, namespace)
         pipeline_id, version_id = submit.upload(server, file, name, version)

@@ -10,7 +10,9 @@ from components.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def build_data(recipe: str, workspace: str, data_revision: str, code_revision: str, data: dsl.Output[dsl.Dataset]):
+def build_data(
+    recipe: str, workspace: str, data_revision: str, code_revision: str, data: dsl.Output[dsl.Dataset]
+) -> None:
     """Make the task-tagged dataset, or find it.
 
     Args:

@@ -5,6 +5,9 @@ here, and every import the body needs inside it. The teachers are the step's pla
 loops over no other, and each brings recipe and revision along because that runner hands a loop nothing else of a step.
 """
 
+# mypy: disable-error-code="valid-type"
+# A plain output is announced by a call: kfp reads its type from what `OutputPath(...)` returns.
+
 from kfp import dsl
 
 from components.image import IMAGE

@@ -24,7 +24,7 @@ def distill(
     data_revision: str,
     code_revision: str,
     student: dsl.Output[dsl.Model],
-):
+) -> None:
     """Distill the teachers into one student, exported as a complete diffusers pipeline folder.
 
     Args:

@@ -24,7 +24,7 @@ def evaluate(
     figures: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
     notes: dsl.Output[dsl.Markdown],
-):
+) -> None:
     """Score base, every teacher and the student on every task's held-out records.
 
     Args:

@@ -20,7 +20,7 @@ def finetune(
     data_revision: str,
     code_revision: str,
     field: dsl.Output[dsl.Model],
-):
+) -> None:
     """Make one teacher: fine-tune it, or take it from where it lies, and prove it better than the base on its task.
 
     Args:

@@ -19,7 +19,7 @@ def move_champion(
     tracking_uri: str,
     code_revision: str,
     outcome: dsl.Output[dsl.Markdown],
-):
+) -> None:
     """Promote a version of the registered model, or roll back; never cached, since the registry changes under it.
 
     Args:

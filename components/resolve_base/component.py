@@ -10,7 +10,9 @@ from components.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def resolve_base(recipe: str, workspace: str, data_revision: str, code_revision: str, base: dsl.Output[dsl.Model]):
+def resolve_base(
+    recipe: str, workspace: str, data_revision: str, code_revision: str, base: dsl.Output[dsl.Model]
+) -> None:
     """Bring the base model's pipeline folder to where every later step can read it.
 
     Args:

@@ -17,7 +17,7 @@ def summarize(
     data_revision: str,
     code_revision: str,
     summary: dsl.Output[dsl.Markdown],
-):
+) -> None:
     """Write how the run ended, what failed and why, what was registered, and the figures.
 
     Args:

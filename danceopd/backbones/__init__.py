@@ -12,7 +12,10 @@ from danceopd.backbones.base import Backbone, Condition
 from danceopd.config.recipe import ModelRecipe
 
 if TYPE_CHECKING:
-    from danceopd.backbones.pipeline import PipelineBackbone
+    from danceopd.backbones.flux2_klein import Flux2Klein
+    from danceopd.backbones.qwen_image import QwenImage
+    from danceopd.backbones.sd3 import SD3
+    from danceopd.backbones.z_image import ZImage
 
 __all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline"]
 
@@ -27,8 +30,10 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
     from danceopd.backbones.kernels import quantize_frozen, set_attention
+    from danceopd.backbones.lora_factors import check_finite
 
     backbone = _family(settings).load(Path(folder), settings, device)
+    check_finite(Path(folder) / "transformer", backbone.transformer.state_dict())
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:
         quantize_frozen(backbone.transformer, settings.quantize)
@@ -44,6 +49,6 @@ def open_outline(folder: Path, settings: ModelRecipe) -> Backbone:
     return _family(settings).outline(Path(folder), settings)
 
 
-def _family(settings: ModelRecipe) -> type[PipelineBackbone]:
+def _family(settings: ModelRecipe) -> type[Flux2Klein | ZImage | SD3 | QwenImage]:
     module = import_module(f"{__name__}.{settings.backbone}")  # diffusers is slow to import
     return getattr(module, FAMILIES[settings.backbone])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from danceopd.config.recipe import ModelRecipe
+
+if TYPE_CHECKING:  # slow to import
+    from diffusers import DiffusionPipeline
 
 LOADING = ("dtype", "attention", "quantize", "offload")  # how weights are loaded here; no matter to an export
 SETTINGS = "danceopd.json"  # beside model_index.json: picture size and prompt encoding of an exported pipeline
@@ -54,11 +57,31 @@ class Backbone(Protocol):
     Latents are packed token sequences (B, N, C); sigma is (B,), 1 = noise, 0 = clean; v = dz/dsigma.
     """
 
-    settings: ModelRecipe
-    transformer: nn.Module
-    lora_targets: str  # a regular expression over module names
-    prompt_sees_source: bool  # whether a prompt's embedding depends on the source images it speaks of
-    most_sources: int | None  # source images a sample may have; None: any number
+    @property
+    def settings(self) -> ModelRecipe: ...
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The stock pipeline it is made of."""
+        ...
+
+    @property
+    def transformer(self) -> nn.Module: ...
+
+    @property
+    def lora_targets(self) -> str:
+        """A regular expression over module names."""
+        ...
+
+    @property
+    def prompt_sees_source(self) -> bool:
+        """Whether a prompt's embedding depends on the source images it speaks of."""
+        ...
+
+    @property
+    def most_sources(self) -> int | None:
+        """Source images a sample may have; None: any number."""
+        ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, C) of a picture of this size."""

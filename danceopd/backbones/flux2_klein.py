@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, ModelMixin
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import Tensor, nn
+from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.pipeline import PipelineBackbone
@@ -72,7 +72,7 @@ class Flux2Klein(PipelineBackbone):
             ids = torch.cat([ids, self.pipeline._prepare_image_ids([grid] * count)], dim=1)
         return ids.to(device), self.pipeline._prepare_text_ids(condition.prompt[:1]).to(device)
 
-    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def velocity(self, transformer: ModelMixin, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         image_ids, text_ids = self._ids(condition, z.shape[2], z.device)
         tokens = z if condition.source is None else torch.cat([z, condition.source.to(z)], dim=1)
         dtype = transformer.x_embedder.weight.dtype

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from danceopd.errors import UserError
 
+if TYPE_CHECKING:  # slow to import
+    from diffusers import ModelMixin
 
-def set_attention(network: nn.Module, backend: str) -> None:
+
+def set_attention(network: ModelMixin, backend: str) -> None:
     """Let a diffusers transformer use this attention backend; diffusers sets it for the whole process.
 
     Raises:

@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from danceopd.backbones.lora_factors import read_factors
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
@@ -22,7 +25,8 @@ from danceopd.files import read_json, write_json
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def _tuner_layers(network: nn.Module) -> list[BaseTunerLayer]:
+def _tuner_layers(network: nn.Module) -> list[Any]:
+    """PEFT's layers around the network's own; their base class declares neither weights nor `merge`."""
     return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
 
 
@@ -47,13 +51,14 @@ def active_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def add_lora(network: nn.Module, name: str, spec: LoraRecipe, default_targets: str, seed: int) -> None:
+def add_lora(network: ModelMixin, name: str, spec: LoraRecipe, default_targets: str, seed: int) -> None:
     """Add a fresh LoRA adapter in float32 (it starts as no change: its second matrix is zero).
 
     Only this adapter's weights require a gradient afterwards.
     """
     targets = list(spec.targets) if spec.targets else default_targets
-    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)
+    # PEFT declares a whole number, and does no more than divide it by the rank.
+    config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=name)
@@ -74,7 +79,7 @@ def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for key, p in network.named_parameters() if _is_of(key, name)]
 
 
-def save_lora(network: nn.Module, name: str, folder: Path) -> None:
+def save_lora(network: ModelMixin, name: str, folder: Path) -> None:
     """Write one adapter as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ def save_lora(network: nn.Module, name: str, folder: Path) -> None:
     write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()})
 
 
-def save_diffusers_lora(network: nn.Module, name: str, folder: Path) -> Path:
+def save_diffusers_lora(network: ModelMixin, name: str, folder: Path) -> Path:
     """Write one adapter as the file that a diffusers pipeline's `load_lora_weights` takes, and return its path.
 
     Rank, alpha and targets travel in the file's header, so that the adapter comes back at its own strength.
@@ -105,7 +110,7 @@ def save_diffusers_lora(network: nn.Module, name: str, folder: Path) -> Path:
     return Path(folder) / LORA_WEIGHT_NAME_SAFE
 
 
-def load_lora(network: nn.Module, name: str, folder: Path) -> None:
+def load_lora(network: ModelMixin, name: str, folder: Path) -> None:
     """Load a PEFT folder as adapter `name`, frozen.
 
     Raises:
@@ -117,6 +122,7 @@ def load_lora(network: nn.Module, name: str, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS}; export the LoRA in PEFT's layout")
     state = {k.removeprefix("base_model.model."): v for k, v in load_file(folder / WEIGHTS).items()}
+    read_factors(folder / WEIGHTS, state)  # both halves of every pair, and finite
     try:
         network.add_adapter(config, adapter_name=name)
     except ValueError as error:
@@ -171,7 +177,7 @@ def plain_copy(network: nn.Module, merge: str | None = None) -> nn.Module:
 
     The merged weights are float32: a 16-bit base would swallow the adapter's small changes.
     """
-    plain = copy.deepcopy(network)
+    plain: ModelMixin = copy.deepcopy(network)
     if merge is not None:
         plain = plain.float()
         for layer in _tuner_layers(plain):

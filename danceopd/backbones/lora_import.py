@@ -1,31 +1,38 @@
-"""LoRA files of other programs as adapters: diffusers', kohya's and ComfyUI's, by diffusers' own converters.
+"""LoRA files of other programs as adapters: diffusers', ComfyUI's, kohya's and OneTrainer's.
 
-For Stable Diffusion 3 diffusers has no converter; here is one.
+Every matrix of a file is found in the transformer by its own name, by its name in one word, or by what the original
+release calls it; for names that only diffusers' converters know, those are asked, and held to leave nothing out.
 
-A LoRA whose names fit nothing would load as the bare base without a word, so every weight is held against the
-transformer's modules first.
+A LoRA whose names fit nothing would load as the bare base without a word, and one that lost a part as another teacher.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from danceopd.backbones.lora import freeze_adapter
+from danceopd.backbones.lora_factors import Factors, read_factors
 from danceopd.backbones.original_names import ORIGINAL, SD3_MODULATIONS, module_pattern
 from danceopd.errors import UserError
 
 log = logging.getLogger(__name__)
-SD3 = "StableDiffusion3Pipeline"  # by name: importing it takes a second and other families need none of it
-_ORIGINAL_PREFIXES = ("diffusion_model.", "lora_unet_")  # ComfyUI's and kohya's
-_PARTS = {"lora_A": "first", "lora_down": "first", "lora_B": "second", "lora_up": "second"}
-_UNKNOWN = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
+HEADER = "lora_adapter_metadata"  # where diffusers keeps rank and alpha
+LAYOUTS = (
+    "a PEFT folder; a file of diffusers (transformer.), ComfyUI (diffusion_model.), kohya (lora_unet_) or OneTrainer "
+    "(lora_transformer_)"
+)
+_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_transformer_", "lora_unet_")
+_SHOWN = 3
 
 
 def lora_file(path: Path) -> Path | None:
@@ -54,116 +61,172 @@ def tensor_names(file: Path) -> list[str]:
         raise UserError(f"{file}: not a safetensors file ({error}); pickled checkpoints are not read") from error
 
 
-def read_lora_file(file: Path, pipeline: type[DiffusionPipeline]) -> tuple[dict[str, Tensor], dict | None]:
-    """A LoRA file under diffusers' names, and what its header says of rank and alpha.
+def read_lora_file(
+    file: Path, pipeline: type[DiffusionPipeline], network: nn.Module
+) -> tuple[dict[str, Tensor], dict | None]:
+    """A LoRA file under diffusers' names (`transformer.MODULE.lora_A.weight`), and what its header says of it.
 
     Args:
         file: a safetensors file.
         pipeline: of the family that the LoRA is for; its class knows the conventions.
+        network: the transformer it is for.
 
     Raises:
-        UserError: if it is another kind of adapter, or diffusers' converter does not know its names.
+        UserError: if it is no plain LoRA, a part of it is missing, or one of its matrices is nothing of the
+            transformer's.
     """
     file = Path(file)
-    names = tensor_names(file)
-    for mark, kind in _UNKNOWN.items():
-        if any(mark in name for name in names):
-            raise UserError(
-                f"{file}: a {kind} adapter, which is no plain LoRA; merge it into a checkpoint and give that"
-            )
-    if pipeline.__name__ == SD3 and any(name.startswith(_ORIGINAL_PREFIXES) for name in names):
-        return _from_original_sd3(file), None
-    try:
-        return pipeline.lora_state_dict(
-            str(file.parent),
-            weight_name=file.name,
-            return_lora_metadata=True,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file}: no LoRA that {pipeline.__name__} knows ({reason}); first name: {names[0]}") from error
-
-
-def _from_original_sd3(file: Path) -> dict[str, Tensor]:
-    """A LoRA under Stable Diffusion 3's original names, under diffusers'; its strength in the second factor."""
+    tensor_names(file)  # is it one?
     state = load_file(file)
-    found = {
-        f"text_encoder.{key}": value for key, value in state.items() if key.startswith(("lora_te", "text_encoder"))
-    }
-    pairs = _pairs(file, {key: value for key, value in state.items() if f"text_encoder.{key}" not in found})
-    for word, (first, second) in pairs.items():
-        name = word.removeprefix("diffusion_model.").removeprefix("lora_unet_")
-        modules, turned = _sd3_modules(name)
-        if not modules:
-            raise UserError(
-                f"{file}: no LoRA that {SD3} knows (nothing there is called {name}); first name: {next(iter(state))}"
-            )
-        if turned and len(second) == 2 * first.shape[1]:  # shift and scale alone
-            second = torch.cat(second.chunk(2)[::-1])
-        for module, part in zip(modules, second.chunk(len(modules)), strict=True):
-            found |= {f"transformer.{module}.lora_A.weight": first, f"transformer.{module}.lora_B.weight": part}
+    factors, encoders = read_factors(file, state)
+    if not factors:
+        raise UserError(f"{file}: no LoRA weights of a transformer; found: {', '.join(sorted(state)[:_SHOWN])}")
+    if encoders:
+        log.warning("%s: what it holds for text encoders is left out (%d tensors)", file, len(encoders))
+    found, rest = _by_own_names(factors, network)
+    found |= _by_converter(file, pipeline, rest, network)
+    _check_fit(file, found, network)
+    header = None if any(of.strong for of in factors.values()) else _header(file)
+    named = {f"transformer.{module}": of for module, of in found.items()}
+    weights = {f"{module}.lora_A.weight": of.first for module, of in named.items()}
+    return weights | {f"{module}.lora_B.weight": of.second for module, of in named.items()}, header
+
+
+def _header(file: Path) -> dict[str, Any] | None:
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get(HEADER)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file}: its header's {HEADER} is not JSON ({error}); export it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: its header's {HEADER} is no JSON object; export it again")
+    return {key: value for key, value in found.items() if key.startswith("transformer.")} or None
+
+
+def _by_own_names(factors: Mapping[str, Factors], network: nn.Module) -> tuple[dict[str, Factors], dict[str, Factors]]:
+    """Factors by the transformer's modules, and those whose names are neither its own nor the original release's."""
+    linear = ((name, getattr(module, "base_layer", module)) for name, module in network.named_modules())
+    modules = [name for name, module in linear if isinstance(module, nn.Linear)]
+    known = {name: name for name in modules} | {name.replace(".", "_"): name for name in modules}
+    found: dict[str, Factors] = {}
+    rest: dict[str, Factors] = {}
+    for name, of in factors.items():
+        bare = _bare(name)
+        if bare in known:
+            found[known[bare]] = of
+        elif parts := _original(type(network).__name__, bare, of):
+            found |= parts
+        else:
+            rest[name] = of
+    return found, rest
+
+
+def _bare(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _original(kind: str, name: str, of: Factors) -> dict[str, Factors]:
+    """A matrix of the original release's name as the modules it is made of; {} if the release has no such name.
+
+    Query, key and value, one matrix there, share its first factor. Matrices that give shift and scale alone have their
+    halves the other way round in diffusers.
+    """
+    tables = [(ORIGINAL.get(kind, {}), False)] + ([(SD3_MODULATIONS, True)] if kind.startswith("SD3") else [])
+    for table, turned in tables:
+        for original, modules in table.items():
+            if matched := module_pattern(original, "[._]").fullmatch(name):
+                second = of.second
+                if turned and len(second) == 2 * of.first.shape[1]:  # shift and scale alone
+                    second = torch.cat(second.chunk(2)[::-1])
+                parts = second.chunk(len(modules))
+                names = [module.format(*matched.groups()) for module in modules]
+                return {n: Factors(of.first, part, of.strong) for n, part in zip(names, parts, strict=True)}
+    return {}
+
+
+def _by_converter(
+    file: Path, pipeline: type[DiffusionPipeline], factors: Mapping[str, Factors], network: nn.Module
+) -> dict[str, Factors]:
+    """Factors by the transformer's modules as diffusers' converter names them, with proof that it left none out."""
+    if not factors:
+        return {}
+    direct = [name for name in factors if not name.startswith(("diffusion_model.", "lora_unet_"))]
+    if direct:  # no converter has another name for these
+        words = ", ".join(direct[:_SHOWN])
+        raise UserError(
+            f"{file}: {len(direct)} of its LoRA weights do not fit the base's {type(network).__name__}: {words}; "
+            f"what is read: {LAYOUTS}"
+        )
+    found = _converted(file, pipeline, {name: (of.first, of.second) for name, of in factors.items()})
+    # Converters scale and cut the second factors and hand the first ones on: a mark in those shows whose came out.
+    marks = {name: float(number) for number, name in enumerate(factors, start=1)}
+    firsts = {name: torch.full_like(of.first, marks[name], dtype=torch.float32) for name, of in factors.items()}
+    marked = {name: (firsts[name], of.second) for name, of in factors.items()}
+    kept = {round(float(mark.flatten()[0])) for mark, _ in _converted(file, pipeline, marked).values()}
+    lost = [name for name in factors if marks[name] not in kept]
+    if lost:
+        raise UserError(
+            f"{file}: {len(lost)} of its matrices are nothing that {pipeline.__name__} knows: "
+            f"{', '.join(lost[:_SHOWN])}; give the LoRA under diffusers' names, or merge it into a checkpoint"
+        )
+    return {module: Factors(first, second, True) for module, (first, second) in found.items()}
+
+
+def _converted(
+    file: Path, pipeline: type[DiffusionPipeline], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    raw: dict[str, Tensor] = {}
+    for name, (first, second) in factors.items():
+        down, up = ("lora_down", "lora_up") if name.startswith("lora_unet_") else ("lora_A", "lora_B")
+        raw |= {f"{name}.{down}.weight": first, f"{name}.{up}.weight": second}
+        if down == "lora_down":  # the strength is in the second factor
+            raw[f"{name}.alpha"] = torch.tensor(float(len(first)))
+    try:
+        state = pipeline.lora_state_dict(raw)
+    except (KeyError, ValueError, IndexError, AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{file}: no LoRA that {pipeline.__name__} knows ({reason}); first name: {next(iter(factors))}; "
+            f"what is read: {LAYOUTS}"
+        ) from error
+    found = {}
+    for key, first in state.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            found[module.removeprefix("transformer.")] = (first, state[f"{module}.lora_B.weight"])
     return found
 
 
-def _pairs(file: Path, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (first factor (r, in), second factor (out, r) times strength)."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        module, _, part = key.removesuffix(".weight").rpartition(".")
-        factors.setdefault(module, {})[_PARTS.get(part, part)] = value
-    pairs = {}
-    for module, of in factors.items():
-        if not {"first", "second"} <= set(of) <= {"first", "second", "alpha"} or of["first"].ndim != 2:
-            raise UserError(f"{file}: {module} holds {', '.join(sorted(of))}, which is no plain LoRA of a matrix")
-        strength = float(of["alpha"]) / len(of["first"]) if "alpha" in of else 1.0
-        pairs[module] = (of["first"], of["second"] * strength)
-    return pairs
-
-
-def _sd3_modules(name: str) -> tuple[list[str], bool]:
-    """Diffusers' modules that an original matrix is made of, and whether it may have its halves turned round."""
-    for table, turned in ((ORIGINAL["SD3Transformer2DModel"], False), (SD3_MODULATIONS, True)):
-        for original, modules in table.items():
-            if matched := module_pattern(original, "[._]").fullmatch(name):
-                return [module.format(*matched.groups()) for module in modules], turned
-    return [], False
-
-
-def load_lora_file(network: nn.Module, name: str, file: Path, pipeline: type[DiffusionPipeline]) -> None:
+def load_lora_file(network: ModelMixin, name: str, file: Path, pipeline: type[DiffusionPipeline]) -> None:
     """Load a LoRA file as adapter `name` of the transformer, frozen. What it holds for text encoders is left out.
 
     Raises:
-        UserError: if it cannot be read, or one of its weights fits no module.
+        UserError: if it cannot be read, or a part of it fits no module.
     """
-    state, header = read_lora_file(file, pipeline)
-    mine = {key: value for key, value in state.items() if key.startswith("transformer.")}
-    others = {key.partition(".")[0] for key in state} - {"transformer"}
-    if others and mine:
-        log.warning("%s: what it holds for %s is left out", file, ", ".join(sorted(others)))
-    if not mine:
-        raise UserError(f"{file}: no LoRA weights of a transformer; found: {', '.join(sorted(state)[:3])}")
-    _check_fit(file, {key.removeprefix("transformer."): value for key, value in mine.items()}, network)
-    network.load_lora_adapter(mine, adapter_name=name, metadata=header)
+    state, header = read_lora_file(file, pipeline, network)
+    network.load_lora_adapter(state, adapter_name=name, metadata=header)
     freeze_adapter(network, name)
 
 
-def _check_fit(file: Path, state: dict[str, Tensor], network: nn.Module) -> None:
+def _check_fit(file: Path, factors: Mapping[str, Factors], network: nn.Module) -> None:
     modules = dict(network.named_modules())
     wrong = []
-    for key, value in state.items():
-        module, _, part = key.partition(".lora")
+    for module, of in factors.items():
         linear = modules.get(module)
         linear = getattr(linear, "base_layer", linear)
         if not isinstance(linear, nn.Linear):
-            wrong.append(key)
-        elif part.startswith(("_A", "_down", ".down")) and value.shape[1] != linear.in_features:
-            wrong.append(f"{key} takes {value.shape[1]} features, the base has {linear.in_features}")
-        elif part.startswith(("_B", "_up", ".up")) and value.shape[0] != linear.out_features:
-            wrong.append(f"{key} gives {value.shape[0]} features, the base has {linear.out_features}")
+            wrong.append(module)
+        elif of.first.shape[1] != linear.in_features:
+            wrong.append(f"{module} takes {of.first.shape[1]} features, the base has {linear.in_features}")
+        elif of.second.shape[0] != linear.out_features:
+            wrong.append(f"{module} gives {of.second.shape[0]} features, the base has {linear.out_features}")
     if wrong:
         raise UserError(
-            f"{file}: {len(wrong)} of {len(state)} LoRA weights do not fit the base's "
-            f"{type(network).__name__}: {'; '.join(wrong[:3])}"
+            f"{file}: {len(wrong)} of {len(factors)} LoRA weights do not fit the base's "
+            f"{type(network).__name__}: {'; '.join(wrong[:_SHOWN])}"
         )

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers import DiffusionPipeline, ModelMixin, QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
     CONDITION_IMAGE_SIZE,
     calculate_dimensions,
@@ -28,6 +29,7 @@ from transformers import Qwen2VLProcessor
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
 from danceopd.backbones.pipeline import PipelineBackbone
+from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
 
@@ -37,7 +39,7 @@ _SEEN, _PROMPT, _EMPTY = 1, 2, 3  # an embedding's parts; the last one is what s
 class PictureProcessor(Qwen2VLProcessor):
     """The stock processor without its side for videos, which needs torchvision and is never asked here."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
@@ -54,6 +56,10 @@ class QwenImage(PipelineBackbone):
         r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
 
+    def __init__(self, pipeline: DiffusionPipeline, settings: ModelRecipe, folder: Path | None = None):
+        super().__init__(pipeline, settings, folder)
+        self.most_sources = None if isinstance(pipeline, QwenImageEditPlusPipeline) else 0
+
     @classmethod
     def _given(cls, folder: Path) -> dict:
         if not (folder / "processor").is_dir():
@@ -62,15 +68,12 @@ class QwenImage(PipelineBackbone):
 
     def save(self, folder: Path, transformer: nn.Module) -> None:
         super().save(folder, transformer)
-        if isinstance(self.pipeline, QwenImageEditPlusPipeline):  # the processor as it came, videos and all
+        if self._folder is not None and isinstance(self.pipeline, QwenImageEditPlusPipeline):
+            # The processor as it came, videos and all.
             shutil.rmtree(Path(folder) / "processor")
             shutil.copytree(self._folder / "processor", Path(folder) / "processor")
             index = read_json(Path(folder) / "model_index.json")
             write_json(Path(folder) / "model_index.json", index | {"processor": ["transformers", "Qwen2VLProcessor"]})
-
-    @property
-    def most_sources(self) -> int | None:
-        return None if isinstance(self.pipeline, QwenImageEditPlusPipeline) else 0
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self._token_grid(height, width)
@@ -168,7 +171,7 @@ class QwenImage(PipelineBackbone):
         mean, std = self._statistics(z)
         return self.pipeline.vae.decode((z * std + mean)[:, :, None], return_dict=False)[0][:, :, 0].clamp(-1, 1)
 
-    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def velocity(self, transformer: ModelMixin, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         count = 0 if condition.source is None else self._source_count(z, condition.source)
         tokens = z if condition.source is None else torch.cat([z, condition.source.to(z)], dim=1)
         dtype = transformer.img_in.weight.dtype

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
-from torch import Tensor, nn
+from diffusers import ModelMixin, StableDiffusion3Pipeline
+from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import to_latents, to_tokens
@@ -69,7 +69,7 @@ class SD3(ShiftedLatentsBackbone):
         rows = -(-length // prompt.shape[2])
         return prompt[:, rows:], prompt[:, :rows].flatten(1)[:, :length]
 
-    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def velocity(self, transformer: ModelMixin, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         if condition.source is not None:
             raise UserError("Stable Diffusion 3.5 cannot edit a source image; give it drawing tasks only")
         dtype = transformer.context_embedder.weight.dtype

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from danceopd.backbones.lora_factors import check_finite
 from danceopd.errors import UserError
 
 Shape = tuple[int, ...]
@@ -41,13 +42,16 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
         return _read_file(kind, path, dtype, config)
     try:
         config = kind.load_config(str(path), local_files_only=True)
-        wanted, found = _shapes(_empty(kind, config)), {}
+        wanted = _shapes(_empty(kind, config))
+        found: dict[str, Shape] = {}
         for file in sorted(path.glob("*.safetensors")):
             found |= file_shapes(file)
         if not found:
             raise UserError(f"{path}: no transformer checkpoint (no safetensors file there)")
         _check_fit(path, kind, wanted, found, "its config")
-        return kind.from_pretrained(str(path), local_files_only=True, use_safetensors=True, dtype=dtype)
+        network = kind.from_pretrained(str(path), local_files_only=True, use_safetensors=True, dtype=dtype)
+        check_finite(path, network.state_dict())
+        return network
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -81,6 +85,7 @@ def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: M
     if not wanted.keys() <= state.keys():
         state = _under_diffusers_names(kind, file, state, wanted, config)
     _check_fit(file, kind, wanted, {key: tuple(value.shape) for key, value in state.items()}, "the base's config")
+    check_finite(file, state)
     network.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return network
 

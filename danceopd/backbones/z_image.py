@@ -10,12 +10,15 @@ every family 1 is the plain field and the scale multiplies the whole difference.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from diffusers import ZImageOmniPipeline, ZImagePipeline
+from diffusers import ModelMixin, ZImageOmniPipeline, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import (
     get_default_z_image_sigmas,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
@@ -35,7 +38,7 @@ class ZImage(ShiftedLatentsBackbone):
     most_sources = 1
     lora_targets = r".*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)"
 
-    def __init__(self, pipeline: ZImagePipeline, settings: ModelRecipe, folder=None):
+    def __init__(self, pipeline: ZImagePipeline, settings: ModelRecipe, folder: Path | None = None):
         super().__init__(pipeline, settings, folder)
         if self.transformer.config.siglip_feat_dim is not None:
             raise UserError(f"{folder}: an omni checkpoint with a SigLIP tower; give a Z-Image base without one")
@@ -63,13 +66,13 @@ class ZImage(ShiftedLatentsBackbone):
         # The editing template puts the source's marks outside of what the limit is for.
         return self._chat_length(prompt, thinking=True)
 
-    def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def velocity(self, transformer: ModelMixin, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         dtype = transformer.cap_embedder[1].weight.dtype
         rows, columns = self._token_grid(condition.height, condition.width)
         pictures = self._pictures(z.to(dtype), rows, columns)
         prompt = condition.prompt.to(dtype)
         if condition.source is None:
-            inputs = {"x": pictures, "cap_feats": [parts[0] for parts in unpack_parts(prompt, 1, 1)]}
+            inputs: dict[str, Any] = {"x": pictures, "cap_feats": [parts[0] for parts in unpack_parts(prompt, 1, 1)]}
         else:
             if condition.source.shape != z.shape:
                 raise UserError("Z-Image edits one source image of the picture's own size per sample")

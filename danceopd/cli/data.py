@@ -115,7 +115,8 @@ def _print_counts(counts: dict, title: str) -> None:
 def data_import(
     layout: Annotated[str | None, typer.Argument(help="omniedit, ultraedit, magicbrush, ...; or in --spec")] = None,
     inputs: Annotated[list[str] | None, typer.Argument(help="files, folders, globs; also s3://, gs://, hf://")] = None,
-    out: Annotated[Path, typer.Option(help="folder that appears at the end, for a recipe's data.inputs")] = ...,
+    *,
+    out: Annotated[Path, typer.Option(help="folder that appears at the end, for a recipe's data.inputs")],
     spec: Annotated[Path | None, typer.Option(help="YAML file with the import's settings")] = None,
     task: Annotated[list[str], typer.Option(help="KIND=TASK, repeatable; '*=TASK' for every other kind")] = [],  # noqa: B006
     overrides: Annotated[list[str], typer.Option("--set", help="a setting: key.sub=value, repeatable")] = [],  # noqa: B006
@@ -149,7 +150,7 @@ def _tell_import(report: dict, out: Path) -> None:
 
 @data_app.command("cache")
 def data_cache(
-    out: Annotated[Path, typer.Option(help="folder of the cache; what is there already is kept")] = ...,
+    out: Annotated[Path, typer.Option(help="folder of the cache; what is there already is kept")],
     recipe: RecipeOption = "world",
     overrides: SetOption = [],  # noqa: B006
     workspace: WorkspaceOption = None,
@@ -185,8 +186,8 @@ def _share(worker: str | None) -> tuple[int, int] | None:
 def data_import_benchmark(
     benchmark: Annotated[str, typer.Argument(help="geneval, gedit or imgedit")],
     source: Annotated[Path, typer.Argument(help="the benchmark's file or folder, as its authors give it out")],
-    out: Annotated[Path, typer.Option(help="dataset folder that appears, for evaluate.benchmarks")] = ...,
-    task: Annotated[str, typer.Option(help="task of the records, as a recipe calls it")] = ...,
+    out: Annotated[Path, typer.Option(help="dataset folder that appears, for evaluate.benchmarks")],
+    task: Annotated[str, typer.Option(help="task of the records, as a recipe calls it")],
     images: Annotated[Path | None, typer.Option(help="imgedit: folder of the pictures; default: the file's")] = None,
     language: Annotated[str, typer.Option(help="gedit: of the instructions")] = "en",
 ) -> None:

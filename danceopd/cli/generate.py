@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and --help needs neither
+    from danceopd.flow.fields import Field
     from danceopd.inference.batch_files import Row
     from danceopd.inference.draw_batch import Item
     from danceopd.inference.side_by_side import Origins
@@ -74,6 +75,7 @@ def _rows(prompt: str | None, images: list[Path], prompts: Path | None) -> list[
     if (prompt is None) == (prompts is None):
         raise UserError("give either a prompt, or a batch file by --prompts")
     if prompts is None:
+        assert prompt is not None
         for path in images:
             open_image(path)
         return [Row("the prompt", prompt, tuple(images))]
@@ -100,7 +102,8 @@ def _draw_many(
     from danceopd.inference.generate import open_student
     from danceopd.inference.side_by_side import STUDENT, open_side_by_side
 
-    about = {"model": str(model), "dtype": dtype}
+    about: dict[str, Any] = {"model": str(model), "dtype": dtype}
+    fields: dict[str, Field]
     if origins is None:
         drawer = open_student(model, dtype)
         fields = {STUDENT: drawer.field}

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,7 +29,7 @@ from danceopd.errors import ExitCode, Interrupted, mendable
 
 log = logging.getLogger(__name__)
 # typer brings its own copy of click, whose error base it does not export.
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="Many specialists, one flow-matching student."
@@ -74,7 +74,9 @@ def root_command() -> TyperGroup:
     """The whole command, with the sub-commands that packages above this one offer (`danceopd pipeline ...`)."""
     for entry in entry_points(group="danceopd.commands"):
         app.add_typer(entry.load(), name=entry.name)
-    return get_command(app)
+    command = get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 from danceopd.cli.options import SetOption, WorkspaceOption, open_recipe
 from danceopd.config.recipe import MERGES, Recipe
 from danceopd.errors import UserError
+
+if TYPE_CHECKING:
+    from danceopd.preflight.outlook import Outlook
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes.")
 
@@ -34,20 +37,20 @@ def check(
     loaded, place = open_recipe(recipe, overrides, workspace)
     console, rows = Console(), what_is_there(loaded)
     table = Table("loads", "from", "")
-    for what, place, wrong in rows:
-        table.add_row(what, place, wrong or "")
+    for what, source, lacking in rows:
+        table.add_row(what, source, lacking or "")
     console.print(table)
     if loaded.distill.method in MERGES:
         console.print(f"{loaded.distill.method} trains nothing.")
     else:
         ahead = look_ahead(loaded, place, gpus)
         _tell(console, loaded, ahead, gpus, tflops)
-    wrong = [f"{what}: {place}: {why}" for what, place, why in rows if why]
+    wrong = [f"{what}: {source}: {why}" for what, source, why in rows if why]
     if wrong:
         raise UserError("; ".join(wrong))
 
 
-def _tell(console: Console, recipe: Recipe, ahead, gpus: int, tflops: float) -> None:
+def _tell(console: Console, recipe: Recipe, ahead: Outlook, gpus: int, tflops: float) -> None:
     from danceopd.preflight.memory import say_size
 
     spec = recipe.distill

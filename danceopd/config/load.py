@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -67,7 +68,7 @@ def parse_recipe(data: Any, where: str) -> Recipe:
         raise say_invalid(error, Recipe, where) from error
 
 
-def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
 
     Raises:
@@ -77,7 +78,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     return parse_recipe(apply_overrides(data, overrides), f"recipe {name_or_path}")
 
 
-def apply_overrides(data: Any, overrides: list[str] | tuple[str, ...]) -> Any:
+def apply_overrides(data: Any, overrides: Sequence[str]) -> Any:
     """A copy of a plain tree with `a.b.c=value` settings applied; values are read as YAML.
 
     Raises:

@@ -5,7 +5,7 @@ A field that does not exist is an error that lists the right ones; a value out o
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, model_validator
@@ -66,7 +66,7 @@ class ModelRecipe(_Part):
     )
 
     @model_validator(mode="after")
-    def _layers_fit_the_family(self):
+    def _layers_fit_the_family(self) -> Self:
         if self.backbone != "flux2_klein" and self.text_encoder_out_layers != OUT_LAYERS:
             raise ValueError(f"text_encoder_out_layers is for flux2_klein, and backbone is {self.backbone}; remove it")
         return self
@@ -80,7 +80,7 @@ class DataRecipe(_Part):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _one_origin(self):
+    def _one_origin(self) -> Self:
         if bool(self.inputs) == bool(self.world):
             raise ValueError("give either 'inputs' (your data) or 'world' (generated data)")
         return self
@@ -126,7 +126,7 @@ class TrainRecipe(_Part):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _sharding_fits(self):
+    def _sharding_fits(self) -> Self:
         if self.parallel == "shard" and (self.trainable != "full" or self.optimizer != "adamw"):
             raise ValueError("parallel: shard is for trainable: full with optimizer: adamw; use replicate otherwise")
         return self
@@ -169,7 +169,19 @@ class SelectRecipe(_Part):
 MERGES = ("merge_average", "merge_task_arithmetic", "merge_ties")  # methods that train nothing
 
 
-METHODS = ("danceopd", "off_policy", "soft", "dense", "diffusion_opd", "flow_opd", "joint", *MERGES)
+Method = Literal[
+    "danceopd",
+    "off_policy",
+    "soft",
+    "dense",
+    "diffusion_opd",
+    "flow_opd",
+    "joint",
+    "merge_average",
+    "merge_task_arithmetic",
+    "merge_ties",
+]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 # Which methods read a knob that the others have no use for.
@@ -187,7 +199,7 @@ class DistillRecipe(TrainRecipe):
     `method` is `danceopd`, or one that it is compared with (`danceopd.methods.table`).
     """
 
-    method: Literal[METHODS] = "danceopd"
+    method: Method = "danceopd"
     queries: int | None = Field(None, gt=0, description="dense: query states per sample (K); default 8")
     merge_scale: float | None = Field(
         None, gt=0, description="of the merged task vectors; default 0.4 for merge_task_arithmetic, 1 for merge_ties"
@@ -209,14 +221,14 @@ class DistillRecipe(TrainRecipe):
         return (WindowPhase(until=1.0, window=self.window),)
 
     @model_validator(mode="after")
-    def _knobs_fit_the_method(self):
+    def _knobs_fit_the_method(self) -> Self:
         for knob, methods in READ_BY.items():
             if getattr(self, knob) is not None and self.method not in methods:
                 raise ValueError(f"{knob} is for method {' or '.join(methods)}, and method is {self.method}; remove it")
         return self
 
     @model_validator(mode="after")
-    def _windows_fit(self):
+    def _windows_fit(self) -> Self:
         for window in (phase.window for phase in self.phases):
             if isinstance(window, tuple) and window[0] >= window[1]:
                 raise ValueError(f"window {list(window)}: write [sigma_lo, sigma_hi] with sigma_lo < sigma_hi")
@@ -251,7 +263,7 @@ class CheckpointTeacher(_Guided):
     kind: Literal["checkpoint", "lora"]
     path: str = Field(
         description="checkpoint: a pipeline or transformer folder, or a safetensors file. lora: a PEFT folder, or a "
-        "file of diffusers, kohya or ComfyUI. Or a URI of one (hf://owner/name, s3://, gs://)"
+        "file of diffusers, ComfyUI, kohya or OneTrainer. Or a URI of one (hf://owner/name, s3://, gs://)"
     )
 
 
@@ -277,7 +289,7 @@ class Gate(_Part):
     champion_margin: float = Field(ge=0)
 
     @model_validator(mode="after")
-    def _one_rule(self):
+    def _one_rule(self) -> Self:
         if (self.retain is None) == (self.max_drop is None):
             raise ValueError("give exactly one of 'retain' and 'max_drop'")
         return self
@@ -322,7 +334,7 @@ class TaskRecipe(_Part):
     gates: tuple[Gate, ...] = ()
 
     @model_validator(mode="after")
-    def _gates_are_measured(self):
+    def _gates_are_measured(self) -> Self:
         if isinstance(self.weight, tuple):
             check_phases("weight", [phase.until for phase in self.weight])
         check_gates(self.metrics, self.gates)
@@ -366,7 +378,7 @@ class JudgeRecipe(_Part):
     currency: str = "USD"
 
     @model_validator(mode="after")
-    def _plain(self):
+    def _plain(self) -> Self:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url: write it as http://host/v1 or https://host/v1")
@@ -395,7 +407,7 @@ class BenchmarkRecipe(_Part):
     limit: int | None = Field(None, gt=0, description="records at most, spread evenly over all; none: all")
 
     @model_validator(mode="after")
-    def _gates_are_measured(self):
+    def _gates_are_measured(self) -> Self:
         check_gates(self.metrics, self.gates)
         return self
 
@@ -426,7 +438,7 @@ class RegisterRecipe(_Part):
     license: str = Field("other", description="of the student, for its model card; it follows base and teachers")
 
     @model_validator(mode="after")
-    def _names_are_mlflows(self):
+    def _names_are_mlflows(self) -> Self:
         for what, name in (("model", self.model), ("experiment", self.experiment)):
             if not name.strip():
                 raise ValueError(f"{what}: blank; give it a name")
@@ -472,7 +484,7 @@ class Recipe(_Part):
         return data | {"distill": seeded(data.get("distill"))}
 
     @model_validator(mode="after")
-    def _names_fit(self):
+    def _names_fit(self) -> Self:
         if taken := sorted(set(MODULE_WORDS.split()) & set(self.teachers)):
             raise ValueError(
                 f"teachers.{taken[0]}: torch's modules have a part of that name; call the teacher otherwise"

@@ -172,7 +172,9 @@ def _endings(files: list[Path]) -> str:
 def recipe_records(data: DataRecipe) -> Iterator[Record]:
     """The records a recipe asks for: generated, or read from its inputs."""
     if data.world is not None:
-        yield from world_records({task: dict(sizes) for task, sizes in data.world.items()}, data.seed)
+        yield from world_records(
+            {task: {split: n for split, n in sizes.items()} for task, sizes in data.world.items()}, data.seed
+        )
     for location in data.inputs:
         yield from read_input(location)
 
@@ -243,7 +245,8 @@ class _Spool:
 
     def __init__(self, folder: Path):
         # Without a name where the system allows it: nothing is left in the folder, even by a kill.
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, dir=folder)  # noqa: SIM115 (closed below)
+        where = str(folder)
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, dir=where)  # noqa: SIM115 (closed below)
 
     def __enter__(self) -> _Spool:
         return self

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,7 +74,7 @@ class CachedRows(Rows):
     """
 
     places: list[tuple[Path, int]]
-    _open: dict[Path, object] = field(default_factory=dict, repr=False)
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -131,7 +132,8 @@ class EncodingCache:
 
     def write_index(self) -> dict[str, int]:
         """Write `index.json` anew from the shards; returns the number of rows by group."""
-        found, rows = {}, {}
+        found: dict[str, dict] = {}
+        rows: dict[str, int] = {}
         for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
             for path, keys in self._shards(folder.name):
                 found[f"{folder.name}/{path.name}"] = {"keys": keys, "bytes": path.stat().st_size}
@@ -295,7 +297,7 @@ def encode_cached(
     group = fill_cache(backbone, wanted, stream, sizing, cache, base_key, targets, share)
     wait()
     prompts = _rows(cache.places(group), list(wanted.prompts), cache.folder)
-    there = {}
+    there: dict[str, tuple[Path, int]] = {}
     for size in wanted.pictures_by_size():
         there |= cache.places(picture_group(base_key, size))
     pictures = _rows(there, list(wanted.pictures), cache.folder)
@@ -409,7 +411,7 @@ class _GroupFill:
         if not self.lacking:
             return
         if self._mine is None:
-            self._plan(item)
+            self._mine = self._plan(item)
         number = self._mine.pop(key, None)
         if number is None:
             return
@@ -422,13 +424,15 @@ class _GroupFill:
             self._done += len(shard)
             self._teller.say(self._group, self._done, len(self._mine))
 
-    def _plan(self, first: object) -> None:
+    def _plan(self, first: object) -> dict[str, int]:
+        """This worker's keys that are lacking, each with its shard."""
         worker, workers = self._share
         size = self._shard_rows(first)
         shard_of = {key: number // size for number, key in enumerate(self._keys)}
-        self._mine = {key: n for key, n in shard_of.items() if n % workers == worker and key in self.lacking}
-        self._left = Counter(self._mine.values())
-        log.info("%s: encoding %d of %d in %d shards", self._group, len(self._mine), len(self._keys), len(self._left))
+        mine = {key: n for key, n in shard_of.items() if n % workers == worker and key in self.lacking}
+        self._left = Counter(mine.values())
+        log.info("%s: encoding %d of %d in %d shards", self._group, len(mine), len(self._keys), len(self._left))
+        return mine
 
     def _shard_rows(self, first: object) -> int:
         """Rows of a shard: whole batches, so many that the shards under way are about `SHARD_BYTES` together."""

@@ -111,8 +111,9 @@ def _decode(image: Image.Image, where: str, matte: tuple[int, int, int], max_pix
     width, height = image.size
     if width * height > max_pixels:
         raise _too_large(where, f"{height}x{width} pixels", max_pixels)
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a JPEG with previews behind the photograph
-        raise Refused("picture-animated", f"{where}: has {image.n_frames} frames; take one of them as the picture")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a JPEG with previews behind the photograph
+        raise Refused("picture-animated", f"{where}: has {frames} frames; take one of them as the picture")
     image.load()
     plain = image.mode == "RGB" and "transparency" not in image.info
     upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -155,7 +156,7 @@ def write_shard(records: list[Record], path: Path) -> None:
     )
 
 
-def _image_bytes(value, where: str) -> bytes | None:
+def _image_bytes(value: Any, where: str) -> bytes | None:
     if value is None or (isinstance(value, dict) and all(part is None for part in value.values())):
         return None
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
@@ -230,7 +231,7 @@ def record_from(data: dict, where: str) -> Record:
     return record
 
 
-def _or(value, default: str):
+def _or(value: Any, default: str) -> Any:
     return default if value is None else value
 
 

@@ -142,7 +142,10 @@ class Edit:
         rest = tuple(t for t in scene.things if t.position != self.thing.position)
         if self.kind == "remove":
             return replace(scene, things=rest)
-        thing = replace(self.thing, color=self.color) if self.kind == "recolor" else self.thing
+        thing = self.thing
+        if self.kind == "recolor":
+            assert self.color is not None
+            thing = replace(thing, color=self.color)
         return replace(scene, things=tuple(sorted((*rest, thing))))
 
 

@@ -88,7 +88,7 @@ def read_geneval(asked: Asked) -> Iterator[Record]:
         where = f"{path}, line {line}"
         if isinstance(row, UserError):
             raise row
-        facts = {"kind": _text(row, "tag", where)}
+        facts: dict[str, Any] = {"kind": _text(row, "tag", where)}
         for name in ("include", "exclude"):
             if name in row or name == "include":
                 facts[name] = _objects(row.get(name), name, where)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ from danceopd.flow.fields import Field
 from danceopd.flow.sampling import seeded_noise
 
 STUDENT, TEACHER = "student", "teacher"
-_SIDES = {
+_SIDES: dict[str, dict[str, Any]] = {
     STUDENT: {"linestyle": "-", "marker": "o"},
     TEACHER: {"linestyle": "--", "marker": "s", "color": "0.45"},
     "base": {"linestyle": ":", "marker": "^", "color": "0.7"},  # where it is not the teacher itself

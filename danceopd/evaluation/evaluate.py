@@ -240,6 +240,7 @@ def _drift(
     Pictures of fewer steps are scored by the task's first metric that has one value per record and costs nothing.
     """
     spec, taught = recipe.evaluate, recipe.tasks[task].teacher
+    assert spec.drift is not None  # only a recipe with this section comes here
     known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))
     first = next((name for name in known if not paid(name)), known[0])
     rows = spread([record.id for record in records], spec.drift.records)
@@ -443,7 +444,8 @@ def _intervals(
 
 def _against_teachers(recipe: Recipe, results: dict[str, _TaskResult], scores: Scores) -> dict:
     """The student beside each task's teacher, paired by record; the margin is what the gate allows."""
-    spec, table = recipe.evaluate, {}
+    spec = recipe.evaluate
+    table: dict[str, dict] = {}
     for task, result in results.items():
         teacher = recipe.tasks[task].teacher
         gates = {gate.metric: gate for gate in recipe.tasks[task].gates}

@@ -26,14 +26,17 @@ def retention(recipe: Recipe, scores: Scores) -> dict[str, dict[str, dict[str, f
     for task, spec in recipe.tasks.items():
         for name in spec.metrics:
             teacher, student = score_of(scores, spec.teacher, task, name), score_of(scores, STUDENT, task, name)
-            known = teacher is not None and student is not None
-            table.setdefault(task, {})[name] = {
-                "teacher": teacher,
-                "student": student,
-                "ratio": student / teacher if known and teacher != 0 and metric(name).unit != "distance" else None,
-                "difference": student - teacher if known else None,
-            }
+            table.setdefault(task, {})[name] = _beside(name, teacher, student)
     return table
+
+
+def _beside(name: str, teacher: float | None, student: float | None) -> dict[str, float | None]:
+    ratio, difference = None, None
+    if teacher is not None and student is not None:
+        difference = student - teacher
+        if teacher != 0 and metric(name).unit != "distance":
+            ratio = student / teacher
+    return {"teacher": teacher, "student": student, "ratio": ratio, "difference": difference}
 
 
 def gate_limit(gate: Gate, teacher: float) -> float:
@@ -46,7 +49,10 @@ def gate_allowance(gate: Gate, teacher: float) -> float:
 
     A share is one of the value's size: of a teacher at -2, `retain: 0.9` allows -2.2, as of one at 2 it allows 1.8.
     """
-    return gate.max_drop if gate.max_drop is not None else (1 - gate.retain) * abs(teacher)
+    if gate.max_drop is not None:
+        return gate.max_drop
+    assert gate.retain is not None  # a gate has one of the two
+    return (1 - gate.retain) * abs(teacher)
 
 
 def judge(recipe: Recipe, scores: Scores, skipped: Mapping[str, str] = MappingProxyType({})) -> list[dict]:

@@ -24,7 +24,7 @@ def fit_scale(picture: np.ndarray, side: int) -> float:
     return max(1, side // longer) if longer <= side else side / longer
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
     """Text broken into at most `lines` lines of `width` pixels; what is left over ends in an ellipsis."""
     rows = [""]
     for word in text.split():

@@ -253,7 +253,7 @@ class Judge:
         """What was asked so far: requests, answers from the cache, attempts that failed, tokens, cost."""
         spec, counts = self._spec, self._counts
         cost = None
-        if spec.price_prompt is not None:
+        if spec.price_prompt is not None and spec.price_completion is not None:
             cost = counts["prompt"] * spec.price_prompt / 1e6 + counts["completion"] * spec.price_completion / 1e6
         return {
             "model": spec.model,
@@ -441,14 +441,15 @@ class Judge:
 
     # --- answers on disk ---
 
-    def _place(self, key: str) -> Path:
-        return self._cache / key[:2] / f"{key}.json"
+    @staticmethod
+    def _place(cache: Path, key: str) -> Path:
+        return cache / key[:2] / f"{key}.json"
 
     def _remembered(self, question: _Question) -> dict | None:
         if self._cache is None:
             return None
         try:
-            kept = json.loads(self._place(question.key).read_text())
+            kept = json.loads(self._place(self._cache, question.key).read_text())
             return read_answer(json.dumps(kept["answer"]), question.rubric.scores)
         except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is asked again
             return None
@@ -456,7 +457,7 @@ class Judge:
     def _remember(self, question: _Question, answer: dict, tokens: dict) -> None:
         if self._cache is not None:
             facts = {"model": self._spec.model, "rubric": question.rubric.name, "record": question.record}
-            write_json(self._place(question.key), facts | {"answer": answer, "tokens": tokens})
+            write_json(self._place(self._cache, question.key), facts | {"answer": answer, "tokens": tokens})
 
 
 def read_answer(text: str, scores: tuple[str, ...]) -> dict:

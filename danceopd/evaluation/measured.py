@@ -80,8 +80,9 @@ class Measured:
 
     def in_order(self, ids: Mapping[str, list[str]]) -> dict[str, dict[str, list]]:
         """This field's values in the order of these record ids, of the tasks whose records they are."""
-        ours, values = self.by_record
-        found = {}
+        kept, found = self.by_record, {}
+        assert kept is not None  # who asks has looked
+        ours, values = kept
         for task, wanted in ids.items():
             place = {record: row for row, record in enumerate(ours.get(task, []))}
             if set(wanted) == set(place):

@@ -347,7 +347,7 @@ def _interval(metrics: dict, task: str, name: str) -> list[float] | None:
 
 
 def _rows(metrics: dict, task: str) -> list[dict]:
-    rows = []
+    rows: list[dict] = []
     for name, entry in metrics["retention"][task].items():
         unit = metrics["units"][name]
         gates = [g for g in metrics["gates"] if g["task"] == task and g["metric"] == name]

@@ -119,9 +119,10 @@ def compare(
         generator: of the draws.
         groups: as for `bootstrap_interval`.
     """
-    if any(v is None or not math.isfinite(v) for v in (*ours, *theirs)):
+    mine, others = ([v for v in side if v is not None and math.isfinite(v)] for side in (ours, theirs))
+    if len(mine) < len(ours) or len(others) < len(theirs):
         return None
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(mine, others, strict=True)]
     interval = bootstrap_interval(differences, resamples, confidence, generator, groups)
     if interval is None:
         return None

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import save_diffusers_lora
@@ -47,6 +48,8 @@ def export_lora(student: VelocityField, folder: Path, condition: Condition) -> l
     Raises:
         UserError: if a file, read by diffusers' own loader, does not give the student's velocity.
     """
+    if student.adapter is None:
+        raise ValueError(f"{student.name}: a field without an adapter has no LoRA to export")
     files = [save_diffusers_lora(student.network, student.adapter, folder)]
     named = save_comfyui_lora(student.network, student.adapter, folder)
     if named is not None:
@@ -56,7 +59,7 @@ def export_lora(student: VelocityField, folder: Path, condition: Condition) -> l
     return files
 
 
-def save_comfyui_lora(network: nn.Module, name: str, folder: Path) -> Path | None:
+def save_comfyui_lora(network: ModelMixin, name: str, folder: Path) -> Path | None:
     """Write one adapter under ComfyUI's names; None, with a warning, if the model or one of its modules has none."""
     kind = type(network).__name__
     if kind not in ORIGINAL:
@@ -78,7 +81,7 @@ def save_comfyui_lora(network: nn.Module, name: str, folder: Path) -> Path | Non
     return Path(folder) / COMFYUI
 
 
-def _factors(network: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(network: ModelMixin, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> (first factor (r, in), second factor (out, r) times strength)."""
     state = get_peft_model_state_dict(network, adapter_name=name)
     modules = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
@@ -103,7 +106,7 @@ def _matrices(names: dict[str, list[str]], factors: dict[str, Any]) -> list[tupl
     return list(found.items())
 
 
-def _fused(network: nn.Module, parts: list[tuple[str, tuple[Tensor, Tensor] | None]]) -> tuple[Tensor, Tensor]:
+def _fused(network: ModelMixin, parts: list[tuple[str, tuple[Tensor, Tensor] | None]]) -> tuple[Tensor, Tensor]:
     """The two factors of one original matrix; a part without an adapter adds rows of zeros and no rank."""
     firsts = [factors[0] for _, factors in parts if factors is not None]
     seconds = [
@@ -122,8 +125,9 @@ def prove_lora_file(student: VelocityField, file: Path, condition: Condition) ->
     Raises:
         UserError: if it is above `TOLERANCE` (`ROUGH_TOLERANCE` if the base is not float32), or not finite.
     """
-    file, network = Path(file), student.network
-    state, facts = read_lora_file(file, type(student.backbone.pipeline))
+    file = Path(file)
+    network: ModelMixin = student.network
+    state, facts = read_lora_file(file, type(student.backbone.pipeline), network)
     network.load_lora_adapter(state, adapter_name=_CHECK, metadata=facts)
     try:
         found = probe(VelocityField(file.name, student.backbone, network, _CHECK), condition)

@@ -68,8 +68,10 @@ def render_card(recipe: Recipe, pipeline: Path, lora: bool, origins: Mapping[str
 
 def _front(recipe: Recipe, metrics: Mapping | None) -> ModelCardData:
     edits = any(task.needs_source for task in recipe.tasks.values())
-    results = []
-    for task, spec in ({} if metrics is None else recipe.tasks).items():
+    results: list[EvalResult] = []
+    for task, spec in recipe.tasks.items():
+        if metrics is None:
+            break
         results += [
             EvalResult(
                 task_type="image-to-image" if spec.needs_source else "text-to-image",

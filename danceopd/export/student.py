@@ -13,6 +13,7 @@ from danceopd.workspace import Product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
     import torch
+    from diffusers import ModelMixin
 
     from danceopd.backbones.base import Condition
     from danceopd.flow.fields import VelocityField
@@ -101,8 +102,8 @@ def prove_export(folder: Path, device: torch.device | str = "cpu") -> float:
         raise UserError(f"{file}: holds no '{lacking[0]}'; distill the student again")
     settings, wanted = read_settings(pipeline), kept["velocity"]
     outline = open_outline(pipeline, settings)
-    kind, config = type(outline.transformer), outline.transformer.config
-    network = read_transformer(kind, pipeline / "transformer", torch.float32, config).to(device).eval()
+    empty: ModelMixin = outline.transformer
+    network = read_transformer(type(empty), pipeline / "transformer", torch.float32, empty.config).to(device).eval()
     condition = Condition(kept["prompt"].to(device), None, settings.height, settings.width)
     found = probe(VelocityField("student", outline, network), condition)
     if found.shape != wanted.shape:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
@@ -35,7 +36,8 @@ def save_field(field: Field, folder: Path) -> None:
     elif field.network is field.backbone.transformer:
         kind = "base"
     else:
-        field.network.save_pretrained(folder / "transformer", safe_serialization=True)
+        network: ModelMixin = field.network
+        network.save_pretrained(folder / "transformer", safe_serialization=True)
         forget_origin(folder)
         kind = "full"
     about: dict = {"kind": kind, "name": field.name}
@@ -90,9 +92,7 @@ def field_guidance(folder: Path) -> dict | None:
     return found
 
 
-def load_field(
-    backbone: Backbone, name: str, folder: Path, empty: Callable[[], Tensor] | None = None
-) -> VelocityField | GuidedField:
+def load_field(backbone: Backbone, name: str, folder: Path, empty: Callable[[], Tensor] | None = None) -> Field:
     """Read a field, frozen. A LoRA becomes one more adapter on the backbone's own transformer.
 
     Args:
@@ -112,7 +112,7 @@ def load_fields(
     folders: Mapping[str, Path],
     empty: Callable[[], Tensor] | None = None,
     offload: torch.device | None = None,
-) -> dict[str, VelocityField | GuidedField]:
+) -> dict[str, Field]:
     """Read several fields, each frozen; those that hold the same full weights share one network.
 
     Args:
@@ -152,8 +152,10 @@ def _load_plain(backbone: Backbone, name: str, folder: Path, kind: str, offload:
         folder = folder / "lora" if (folder / "lora").is_dir() else folder
         if (folder / CONFIG).is_file():
             load_lora(backbone.transformer, name, folder)
+        elif (file := lora_file(folder)) is not None:
+            load_lora_file(backbone.transformer, name, file, type(backbone.pipeline))
         else:
-            load_lora_file(backbone.transformer, name, lora_file(folder), type(backbone.pipeline))
+            raise UserError(f"{folder}: neither {CONFIG} nor a LoRA's safetensors file in it; copy the folder again")
         return VelocityField(name, backbone, backbone.transformer, adapter=name)
     network = backbone.new_transformer(folder).requires_grad_(False).eval()
     visits = None if offload is None else OffloadedWeights(network, offload)

@@ -26,10 +26,18 @@ class Field(Protocol):
         identity: equal for two fields that are the same function.
     """
 
-    name: str
-    backbone: Backbone
-    network: nn.Module
-    adapter: str | None
+    # Read-only, so that frozen dataclasses are fields.
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def adapter(self) -> str | None: ...
 
     @property
     def forwards(self) -> int: ...

@@ -30,7 +30,8 @@ class Term:
 
 def _joined(conditions: list[Condition]) -> Condition:
     first = conditions[0]
-    source = None if first.source is None else torch.cat([c.source for c in conditions])
+    sources = [c.source for c in conditions if c.source is not None]
+    source = None if first.source is None else torch.cat(sources)
     return replace(first, prompt=torch.cat([c.prompt for c in conditions]), source=source)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Query:
     forwards: int
 
 
-def roll_out(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Query:
+def roll_out(field: Field, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Query:
     """Euler steps of dz/dsigma = v along `grid`, each sample until its own `stop`; what has arrived leaves the batch.
 
     Args:
@@ -41,7 +41,7 @@ def roll_out(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, co
 
 
 @torch.no_grad()
-def states_on_the_way(field: VelocityField, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Tensor:
+def states_on_the_way(field: Field, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> Tensor:
     """As `roll_out`, the states at K stops of each sample's path: (B, K, N, C), for one path's forwards.
 
     Args:

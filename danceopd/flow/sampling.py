@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def sample_pixels(field: Field, condition: Condition, seeds: list[int], steps: i
     return backbone.decode(latents, height, width).float().cpu()
 
 
-def to_uint8(pixels: Tensor):
+def to_uint8(pixels: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] to a (B, H, W, 3) uint8 array."""
     scaled = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field
 from danceopd.flow.losses import velocity_matching_loss
 from danceopd.methods.queries import QueryWindow
 from danceopd.training.learner import Learner
@@ -98,7 +99,7 @@ class Distillation:
 
     backbone: Backbone
     encoded: EncodedRecords
-    teachers: dict[str, VelocityField]
+    teachers: Mapping[str, Field]
     teacher_of: dict[str, str]
     rollout_steps: int
 

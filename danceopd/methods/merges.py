@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from danceopd.backbones.base import Backbone
 from danceopd.backbones.lora import plain_copy
 from danceopd.errors import UserError
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field, VelocityField
 
 Weights = dict[str, Tensor]
 
@@ -78,7 +80,7 @@ class Ties:
 
 
 @torch.no_grad()
-def merge(backbone: Backbone, teachers: list[VelocityField], rule: Rule) -> VelocityField:
+def merge(backbone: Backbone, teachers: Sequence[Field], rule: Rule) -> VelocityField:
     """The teachers' weights, merged into one frozen field with weights in float32; nothing is trained.
 
     Every teacher takes part once; a LoRA's change is merged into the base's weights first. The task weights, the start
@@ -92,7 +94,7 @@ def merge(backbone: Backbone, teachers: list[VelocityField], rule: Rule) -> Velo
     Raises:
         UserError: if a teacher's weights are not those of the base's architecture.
     """
-    network = plain_copy(backbone.transformer).float()
+    network: ModelMixin = plain_copy(backbone.transformer).float()
     base = _weights(network)
     plain = []
     for field in teachers:

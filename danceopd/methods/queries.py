@@ -71,7 +71,7 @@ def query_window(spec: str | tuple[float, float] | list[float]) -> QueryWindow:
         if spec in BY_STEP:
             return QueryWindow(*BY_STEP[spec], by_step=True)
         if spec not in NAMED:
-            raise unknown_name("query window", spec, {**NAMED, **BY_STEP})
+            raise unknown_name("query window", spec, (*NAMED, *BY_STEP))
         return QueryWindow(*NAMED[spec])
     if len(spec) != 2 or not 0 <= spec[0] < spec[1] <= 1:
         raise UserError(f"query window {list(spec)}: write [sigma_lo, sigma_hi] with 0 <= sigma_lo < sigma_hi <= 1")

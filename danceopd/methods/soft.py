@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field
 from danceopd.flow.rollout import roll_out
 from danceopd.methods.base import Distillation, Group, Method, UpdateFigures, match_velocity
 from danceopd.training.learner import Learner
 
 
 @torch.no_grad()
-def mean_velocity(fields: list[VelocityField], z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+def mean_velocity(fields: Sequence[Field], z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     """The mean of several fields' velocities at `z` (B, N, C), `sigma` (B,): (B, N, C), in the dtype of `z`."""
     total = torch.zeros_like(z, dtype=torch.float32)
     for field in fields:

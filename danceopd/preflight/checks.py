@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ def check_teachers_differ(
     return found
 
 
-def _starting_field(recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field]) -> VelocityField:
+def _starting_field(recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field]) -> Field:
     """What the student is before its first step: the base, or a teacher's weights (without its guidance)."""
     field = fields.get(recipe.distill.start)
     if field is None:
@@ -175,7 +175,8 @@ def check_proofs(recipe: Recipe, facts: Mapping[str, Mapping[str, Any]]) -> list
             found.append(Finding("note", "teacher no better", f"task {task!r}: teacher {spec.teacher!r}: {figures}"))
         else:
             text = f"task {task!r}: teacher {spec.teacher!r} is no better than the base ({figures}); train it longer"
-            level = "error" if spec.gates else "warning"  # without gates the metric is there to be looked at
+            # Without gates the metric is there to be looked at.
+            level: Literal["error", "warning"] = "error" if spec.gates else "warning"
             found.append(Finding(level, "teacher no better", text))
     return found
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -74,7 +75,7 @@ def kept_bytes(outline: Backbone, spec: TrainRecipe, samples: Samples) -> int:
     return inputs + (whole - inputs) // max(len(repeated_blocks(network)), 1)
 
 
-def _student(outline: Backbone, spec: TrainRecipe) -> nn.Module:
+def _student(outline: Backbone, spec: TrainRecipe) -> ModelMixin:
     network = copy.deepcopy(outline.transformer)
     if spec.trainable == "full":
         return network.requires_grad_(True)

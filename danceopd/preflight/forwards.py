@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ UPDATES, SAMPLES = 64, 128  # drawn for a count: its relative error is below 1 %
 
 
 class _OneNumber(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 
@@ -62,7 +63,7 @@ class _Weightless:
         return _OneNumber()
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        return z * transformer.scale
+        return z * transformer.get_parameter("scale")
 
 
 def _thin(encoded: EncodedRecords) -> EncodedRecords:
@@ -92,7 +93,7 @@ def expected_forwards(
     if spec.method in MERGES:
         return 0.0
     method = method_of(spec)
-    free, encoded = _Weightless(backbone), _thin(encoded)
+    free, encoded = cast(Backbone, _Weightless(backbone)), _thin(encoded)  # an update asks nothing else of it
     student = VelocityField("student", free, free.new_transformer())
     optimizer = torch.optim.SGD(student.network.parameters())
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)

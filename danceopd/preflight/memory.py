@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from danceopd.backbones.base import Backbone
-from danceopd.config.recipe import DistillRecipe, Recipe
+from danceopd.config.recipe import DistillRecipe, Recipe, TrainRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.preflight.fake_pass import Samples, kept_bytes
 from danceopd.preflight.findings import Finding
@@ -72,7 +72,7 @@ def say_size(count: int) -> str:
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
 
-def trained_parameters(network: nn.Module, spec: DistillRecipe, default_targets: str) -> int:
+def trained_parameters(network: nn.Module, spec: TrainRecipe, default_targets: str) -> int:
     """How many weights a recipe trains: all of the network's own, or those of a LoRA that is not there yet."""
     if spec.trainable == "full":
         return sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)

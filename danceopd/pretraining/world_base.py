@@ -15,6 +15,7 @@ import random
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,6 +204,7 @@ def new_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer trained on the world's wordings: a known word is one token, anything else is spelt."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Qwen2Tokenizer()._tokenizer
+    assert bpe is not None
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         special_tokens=specials,
@@ -212,7 +214,7 @@ def new_tokenizer() -> Qwen2Tokenizer:
     corpus = world.corpus()
     bpe.train_from_iterator(corpus + [word for text in corpus for word in text.split()], trainer)
     model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, additional_special_tokens=specials[1:])
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "right"

@@ -116,13 +116,14 @@ def decide(
     number = str(version.version)
     model.settle()
     champion = model.champion()
+    reasons: list[str] = []
     if champion is not None and str(champion.version) == number:  # broke off after the alias was moved
-        before, reasons = model.replaced(champion) or "", []
+        before = model.replaced(champion) or ""
         model.promote(number)
     else:
         model.set_alias(CHALLENGER, number)
         before = "" if champion is None else str(champion.version)
-        mine, reasons, below = Candidate(model.name, number, measured), [], {}
+        mine, below = Candidate(model.name, number, measured), dict[str, float]()
         if champion is not None:
             reasons, below = against(model, recipe, mine, champion, unmeasured)
         if not reasons:
@@ -266,22 +267,23 @@ def promote_checked(model: RegisteredModel, recipe: Recipe, name: str, force: bo
         UserError: with task, figures and interval, if it may not be promoted.
     """
     model.settle()
-    mine = candidate(model, model.find(name))
+    version = model.find(name)
+    mine, number = candidate(model, version), str(version.version)
     champion = model.champion()
     before = None if champion is None else str(champion.version)
-    if before == mine.number:
-        return mine.number, before
+    if before == number:
+        return number, before
     failed = mine.measured.failed_gates()
     if failed:
-        raise UserError(f"{model.name} version {mine.number} fails its gates and is not promoted: {'; '.join(failed)}")
+        raise UserError(f"{model.name} version {number} fails its gates and is not promoted: {'; '.join(failed)}")
     below: dict[str, float] = {}
     if champion is not None and not force:
         reasons, below = against(model, recipe, mine, champion)
         if reasons:
             told = "; ".join(reasons)
-            raise UserError(f"{model.name} version {mine.number} is not promoted: {told}; --force does it anyway")
-    model.promote(mine.number, below)
-    return mine.number, before
+            raise UserError(f"{model.name} version {number} is not promoted: {told}; --force does it anyway")
+    model.promote(number, below)
+    return number, before
 
 
 def move_champion(

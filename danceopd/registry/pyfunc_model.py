@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 import pandas as pd
 from mlflow.models import ModelSignature
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
@@ -23,6 +25,7 @@ from danceopd.inference.generate import Drawer, decode_picture, encode_picture, 
 
 COLUMNS = ("prompt", "image", "seed")
 STEPS = 8
+T = TypeVar("T")
 
 
 def signature() -> ModelSignature:
@@ -97,23 +100,23 @@ def read_rows(table: pd.DataFrame) -> tuple[list[str], list[Image.Image | None],
     if "prompt" not in table.columns:
         raise UserError(f"column 'prompt' is missing; columns are: {', '.join(COLUMNS)}")
 
-    def column(name: str, read) -> list:
+    def column(name: str, read: Callable[[Any, str], T]) -> list[T]:
         values = list(table[name]) if name in table.columns else [None] * len(table)
         return [read(value, f"row {row}, column '{name}'") for row, value in enumerate(values)]
 
     return column("prompt", read_prompt), column("image", read_image), column("seed", read_seed)
 
 
-class StudentModel(mlflow.pyfunc.PythonModel):
+class StudentModel(PythonModel):
     """Draws and edits pictures with the student in artifact `pipeline`."""
 
     drawer: Drawer
 
-    def load_context(self, context) -> None:
+    def load_context(self, context: Any) -> None:
         """Load the student."""
         self.drawer = open_student(Path(context.artifacts["pipeline"]))
 
-    def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Pictures as PNG bytes in column `image`, in the rows' order; `params["steps"]` Euler steps each.
 
         Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from danceopd.errors import UserError, unknown_name
 from danceopd.evaluation.measured import METRICS, VALUES, Measured
@@ -19,6 +19,7 @@ from danceopd.tracking import mlflow_store
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import RegisteredModel as StoredModel
     from mlflow.store.entities import PagedList
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -77,7 +78,7 @@ class RegisteredModel:
         found = self._found()
         return {} if found is None else {alias: str(number) for alias, number in found.aliases.items()}
 
-    def _found(self):
+    def _found(self) -> StoredModel | None:
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -154,7 +155,8 @@ class RegisteredModel:
         where = f"{self.name} version {version.version}"
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                return read_json(Path(self.client.download_artifacts(version.run_id, f"{EVALUATION}/{name}", scratch)))
+                path = self.client.download_artifacts(version.run_id or "", f"{EVALUATION}/{name}", scratch)
+                return read_json(Path(path))
             except (MlflowException, OSError) as error:
                 raise UserError(f"{where}: its run holds no {EVALUATION}/{name}, so it cannot be compared") from error
 
@@ -238,7 +240,8 @@ def open_model(tracking_uri: str, name: str) -> RegisteredModel:
 
 def all_pages(search: Callable[..., PagedList]) -> list:
     """Everything a search of the store's client finds, page by page."""
-    found, token = [], None
+    found: list[Any] = []
+    token = None
     while token != "":
         page = search(page_token=token)
         found, token = found + list(page), page.token or ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +19,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
 
 from danceopd import __version__
 from danceopd.errors import UserError
@@ -65,11 +68,11 @@ def _answer(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-async def _refuse(error: RequestError, scope, receive, send) -> None:
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
     await _answer(error)(scope, receive, send)
 
 
-def _field_error(errors: list) -> RequestError:
+def _field_error(errors: Sequence[Any]) -> RequestError:
     """The first of pydantic's complaints."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
@@ -121,8 +124,10 @@ def _add_images(app: FastAPI, worker: Worker, name: str, limits: Limits) -> None
         _name_version(response, served)
         asked, uploads = await _read_form(request, limits)
         samples = samples_of(asked, len(uploads), served.drawer, name, limits)
+        size = samples[0].size
+        assert size is not None  # `samples_of` gives every sample its size
         async with decoding:
-            sources = await asyncio.to_thread(_decode, uploads, samples[0].size, limits)
+            sources = await asyncio.to_thread(_decode, uploads, size, limits)
         return await _draw(request, worker, served, [replace(sample, sources=sources) for sample in samples])
 
     @app.get("/v1/models")

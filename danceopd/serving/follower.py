@@ -38,7 +38,7 @@ def try_out(drawer: Drawer, what: str) -> Drawer:
         [picture] = drawer.draw_samples([Sample("a picture", steps=1)])
     except Exception as error:
         raise UserError(f"{what}: cannot draw a probe picture ({error}); it is not served") from error
-    if all(low == high for low, high in picture.convert("RGB").getextrema()):
+    if all(len(set(band.getextrema())) == 1 for band in picture.convert("RGB").split()):
         raise UserError(f"{what}: its probe picture is of one color; it is not served")
     return drawer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -33,6 +34,9 @@ class BodyTooLarge(HTTPException):
         self.error = too_large(limit)
 
 
+Refuse = Callable[[RequestError, Scope, Receive, Send], Awaitable[None]]
+
+
 class Guard:
     """ASGI middleware around the whole app.
 
@@ -44,7 +48,7 @@ class Guard:
         refuse: answers a refused request: (error, scope, receive, send).
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, max_bytes: int, metrics: Metrics, refuse):
+    def __init__(self, app: ASGIApp, key: str | None, max_bytes: int, metrics: Metrics, refuse: Refuse):
         self.app, self.key, self.max_bytes, self.metrics, self.refuse = app, key, max_bytes, metrics, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,7 +20,8 @@ class Metrics:
         self._seconds: dict[str, list[float]] = {}  # sum and count
         self._buckets: Counter[tuple[str, float]] = Counter()
         self._pictures, self._drawing = 0, 0.0
-        self._version, self._rollovers, self._failing, self._seen = "", 0, False, None
+        self._version, self._rollovers, self._failing = "", 0, False
+        self._seen: float | None = None
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered."""

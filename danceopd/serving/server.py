@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -25,7 +26,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._worker = worker
 
-    def handle_exit(self, sig: int, frame) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit and sig == signal.SIGINT  # asked twice
         self.should_exit = True
         # A handler may interrupt a thread that holds the worker's lock.

@@ -33,17 +33,19 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
     generated, read = _tracked_use(recipe, repo)
     tracked = generated and folder is None
     own = Path(workspace) / "datasets" / f"{recipe.name}-{data_revision(recipe, repo)}"
-    home = Path(folder or (repo / "data" if tracked else own)).resolve()
+    home = Path(folder or (repo / "data" if repo is not None and tracked else own)).resolve()
+    used = repo if tracked or read else None
     with main_first():
-        if (tracked or read) and not (repo / "data").is_dir():
-            versioning.pull(repo)
-        rebuild = folder is not None and (joined_processes() is None or joined_processes().main)
+        if used is not None and not (used / "data").is_dir():
+            versioning.pull(used)
+        processes = joined_processes()
+        rebuild = folder is not None and (processes is None or processes.main)
         if rebuild or not (home / MANIFEST).is_file():
             log.info("assembling the dataset at %s", home)
             needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
             assemble(recipe_records(recipe.data), home, needs_source)
     dataset = open_dataset(home)
-    version = versioning.verify(repo, repo / "data") if tracked or read else None
+    version = versioning.verify(used, used / "data") if used is not None else None
     facts = {
         "dataset": portable(home, workspace),
         "content": dataset.content,

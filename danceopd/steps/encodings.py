@@ -111,8 +111,10 @@ class Encoder:
         from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache
         from danceopd.training.processes import this_process
 
+        location = self.run.recipe.cache
+        assert location is not None  # else nothing is read from one
         with main_first():
-            cache = EncodingCache(fetch_cache(self.run.recipe.cache, self.run.workspace))
+            cache = EncodingCache(fetch_cache(location, self.run.workspace))
         dataset, processes = self.dataset(), this_process()
         stream = functools.partial(dataset.stream, "train", tasks)
         share = (processes.rank, processes.count)

@@ -108,6 +108,7 @@ def _build_teacher(
     backbone = open_backbone(run)
     encoder = Encoder(run, backbone)
     device = next(backbone.transformer.parameters()).device
+    field: Field
     facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
     if isinstance(spec, FinetunedTeacher):
         from danceopd.finetune import finetune
@@ -123,6 +124,7 @@ def _build_teacher(
         from danceopd.preflight.compatibility import check_pipeline
         from danceopd.preflight.findings import settle
 
+        assert fetched is not None
         settle(check_pipeline(teacher, fetched, base.pipeline))
         field = load_field(backbone, teacher, fetched, encoder.empty_prompt)
         if isinstance(spec, CheckpointTeacher):

@@ -226,8 +226,8 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
     if kept is not None and holds(kept["settings"], decided(full)):
         folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
         if all((place / steps.STEP).is_file() for place in folders):
-            base, data, *teachers = map(steps.open_product, folders)
-            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], teachers, strict=True)))
+            base, data, *taught = map(steps.open_product, folders)
+            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], taught, strict=True)))
     run = steps.open_run(recipe, workspace)
     teachers = {name: steps.finetune_teacher(run, name) for name in wanted}
     places = {name: str(product.folder) for name, product in teachers.items()}

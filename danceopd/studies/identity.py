@@ -7,17 +7,23 @@ The full settings lie beside the result and must hold too, so that a default tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from pydantic import BaseModel
+from typing import Any, Protocol
 
 
-def full(part: BaseModel) -> dict[str, Any]:
+class Section(Protocol):
+    """A recipe's section."""
+
+    def decisive(self) -> dict[str, Any]: ...
+
+    def model_dump(self, *, mode: str, exclude_defaults: bool) -> dict[str, Any]: ...
+
+
+def full(part: Section) -> dict[str, Any]:
     """All that decides what comes out of a recipe's section, as plain data."""
     return part.decisive()
 
 
-def given(part: BaseModel) -> dict[str, Any]:
+def given(part: Section) -> dict[str, Any]:
     """Of `full`, what differs from its default."""
     return _within(part.decisive(), part.model_dump(mode="json", exclude_defaults=True))
 

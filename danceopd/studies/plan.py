@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -27,7 +28,7 @@ class Budget(Part):
     forwards: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _one(self):
+    def _one(self) -> Self:
         if (self.steps is None) == (self.forwards is None):
             raise ValueError("give exactly one of 'steps' and 'forwards'")
         return self
@@ -42,7 +43,7 @@ class Variant(Part):
     set: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _of_distillation(self):
+    def _of_distillation(self) -> Self:
         for setting in self.set:
             if not setting.startswith("distill."):
                 raise ValueError(
@@ -64,7 +65,7 @@ class Study(Part):
     records: int = Field(gt=0, description="of them, at most this many per task")
 
     @model_validator(mode="after")
-    def _nothing_twice(self):
+    def _nothing_twice(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)}: one is there twice")
         for setting in (*self.set, *(s for variant in self.variants.values() for s in variant.set)):
@@ -96,7 +97,7 @@ class Study(Part):
         return recipe
 
 
-def load_study(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+def load_study(name_or_path: str, overrides: Sequence[str] = ()) -> Study:
     """Load a study by the name of a shipped one or from a YAML file, then apply `key.sub=value` overrides.
 
     Raises:
@@ -123,6 +124,7 @@ def steps_within(budget: Budget, forwards_per_sample: float, batch: int) -> int:
     if forwards_per_sample == 0:
         return 1  # nothing is trained, and a recipe wants a number
     update = forwards_per_sample * batch
+    assert budget.forwards is not None  # a budget has one of the two
     if budget.forwards < update:
         raise UserError(f"budget.forwards {budget.forwards}: one update of batch {batch} takes {update:.0f} forwards")
     return round(budget.forwards / update)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
@@ -82,7 +83,7 @@ def run_study(study: Study, workspace: Path, workers: int) -> dict:
     results = [result for cell in cells if (result := find_result(cell, shared)) is not None]
     missing = [cell for cell in cells if find_result(cell, shared) is None]
     log.info("study %s: %d cells, %d of them there; %s each", study.name, len(cells), len(results), study.budget)
-    failed = []
+    failed: list[str] = []
     try:
         for cell, result in _announced(missing, shared, workers, reference):
             if isinstance(result, Exception):
@@ -96,7 +97,7 @@ def run_study(study: Study, workspace: Path, workers: int) -> dict:
     return summary
 
 
-def _announced(cells: list[Cell], shared: Shared, workers: int, reference: dict) -> Iterator[tuple[Cell, object]]:
+def _announced(cells: list[Cell], shared: Shared, workers: int, reference: dict) -> Iterator[tuple[Cell, Any]]:
     """Run cells, with a line on each as it ends: what it reached, and how long the rest may take."""
     started = time.monotonic()
     evaluation = sum(reference["records"].values())

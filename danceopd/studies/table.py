@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,17 +35,18 @@ class Estimate:
     @property
     def above_zero(self) -> bool:
         """Whether the whole interval is."""
-        return self.half is not None and self.mean - self.half > 0
+        return self.mean is not None and self.half is not None and self.mean - self.half > 0
 
 
 def estimate(values: list[float | None]) -> Estimate:
     """Mean and t interval of values that are taken as independent and normal."""
-    if not values or any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if not values or len(known) < len(values):
         return Estimate(None, None, tuple(values))
-    mean, count = math.fsum(values) / len(values), len(values)
+    mean, count = math.fsum(known) / len(known), len(known)
     if count < 2:
         return Estimate(mean, None, tuple(values))
-    half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    half = stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(known, ddof=1) / math.sqrt(count)
     return Estimate(mean, float(half), tuple(values))
 
 
@@ -57,9 +59,8 @@ def counted_metrics(recipe: Recipe) -> list[tuple[str, str]]:
 def retention(scores: Scores, teachers: Scores, counted: list[tuple[str, str]]) -> float | None:
     """Mean of student / teacher over the counted metrics; None where a ratio is undefined."""
     pairs = [(scores[task].get(name), teachers[task].get(name)) for task, name in counted]
-    if any(student is None or not teacher for student, teacher in pairs):
-        return None
-    return math.fsum(student / teacher for student, teacher in pairs) / len(pairs)
+    ratios = [student / teacher for student, teacher in pairs if student is not None and teacher]
+    return math.fsum(ratios) / len(pairs) if len(ratios) == len(pairs) else None
 
 
 def summarise(study: Study, recipe: Recipe, results: list[dict], reference: dict) -> dict:
@@ -137,10 +138,11 @@ def verdict(rows: list[dict]) -> str:
     if len(rows) < 2 or rows[1]["behind"]["mean"] is None:
         return f"{first}."
     gap = Estimate(**rows[1]["behind"])
-    lead = f"{first}, {100 * gap.mean:.2f} points more than {rows[1]['variant']}"
+    mean = rows[1]["behind"]["mean"]
+    lead = f"{first}, {100 * mean:.2f} points more than {rows[1]['variant']}"
     if gap.half is None:
         return f"{lead}; one seed in common gives no interval."
-    ends = f"{100 * (gap.mean - gap.half):+.2f} to {100 * (gap.mean + gap.half):+.2f}"
+    ends = f"{100 * (mean - gap.half):+.2f} to {100 * (mean + gap.half):+.2f}"
     told = "so it leads beyond the seeds' scatter" if gap.above_zero else "so the seeds do not tell the two apart"
     near = [row["variant"] for row in rows[2:] if row["behind"]["half"] and not Estimate(**row["behind"]).above_zero]
     more = f" Nor do they tell it from {', '.join(near)}." if near else ""
@@ -182,17 +184,20 @@ def columns(summary: dict) -> list[str]:
 def lines(summary: dict) -> list[list[str]]:
     """The table's rows as text: each variant, then the teachers and the base."""
 
-    def figures(scores: dict) -> list[str]:
-        return [_number(*scores(task, name), summary["units"][name]) for task, name in summary["metrics"]]
+    def figures(values: Iterable[tuple[float | None, float | None]]) -> list[str]:
+        units = [summary["units"][name] for _, name in summary["metrics"]]
+        return [_number(*value, unit) for value, unit in zip(values, units, strict=True)]
 
     rows = []
     for row in summary["variants"]:
-        found = figures(lambda t, m, of=row["scores"]: (of[f"{t}/{m}"]["mean"], of[f"{t}/{m}"]["half"]))
+        estimates = [row["scores"][f"{task}/{name}"] for task, name in summary["metrics"]]
+        found = figures((estimate["mean"], estimate["half"]) for estimate in estimates)
         cost = [_plain(row["forwards_per_sample"], 2), _plain(row["steps"]), _plain(row["train_seconds"])]
         rows.append([row["variant"], _retained(row["retention"]), *found, *cost, str(len(row["seeds"]))])
     for name, label in (("teachers", "(each task's teacher)"), ("base", "(base)")):
         kept = _retained({"mean": summary[name]["retention"], "half": None})
-        found = figures(lambda t, m, of=summary[name]["scores"]: (of[t].get(m), None))
+        scores = summary[name]["scores"]
+        found = figures((scores[task].get(metric), None) for task, metric in summary["metrics"])
         rows.append([label, kept, *found, *[""] * 4])
     return rows
 

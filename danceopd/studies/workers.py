@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 from danceopd.devices import usable_cores
 from danceopd.errors import Interrupted, UserError
@@ -85,7 +85,8 @@ def _environment(**settings: str) -> Iterator[None]:
 
 def _share(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterator[tuple[Any, Any]]:
     processes = _start(work, min(workers, len(items)))
-    todo, busy = items[::-1], {}
+    todo = items[::-1]
+    busy: dict[Connection, Any] = {}
 
     def give(line: Connection) -> None:
         busy[line] = todo.pop()
@@ -97,7 +98,7 @@ def _share(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterat
         for line in processes:
             give(line)
         while busy:
-            for line in wait(list(busy)):
+            for line in cast(list[Connection], wait(list(busy))):
                 item = busy.pop(line)
                 try:
                     result = line.recv()
@@ -123,7 +124,7 @@ def _share(work: Callable[[Any], Any], items: list[Any], workers: int) -> Iterat
 def _start(work: Callable[[Any], Any], count: int) -> dict[Connection, BaseProcess]:
     """Processes that wait for items at the other end of their lines."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
-    processes = {}
+    processes: dict[Connection, BaseProcess] = {}
     with _environment(OMP_NUM_THREADS=str(max(1, usable_cores() // max(1, count))), TQDM_DISABLE="1"):
         for _ in range(count):
             mine, theirs = context.Pipe()
@@ -148,5 +149,7 @@ def _serve(line: Connection, work: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only workers come here
+    parent.join()
     os._exit(1)

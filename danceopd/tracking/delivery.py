@@ -195,9 +195,22 @@ class _Sender:
         self.client, self.uri, self.folder, self.parent = client, uri, folder, parent
         self.name = mlflow_store.clean_key(f"{run.name}/{folder.name}")
         state = _state(folder)
-        self.run_id, self.experiment = state.get("run_id"), state.get("experiment")
+        self.run_id: str | None = state.get("run_id")
+        self.experiment: str | None = state.get("experiment")
         self.offset = state.get("offset", 0)
         self._models: dict[str, str] = {}
+
+    @property
+    def _run(self) -> str:
+        """The run's id; the journal's first line finds it or makes it."""
+        assert self.run_id is not None
+        return self.run_id
+
+    @property
+    def _in(self) -> str:
+        """The id of the run's experiment."""
+        assert self.experiment is not None
+        return self.experiment
 
     def send(self) -> bool:
         """Send what is new; afterwards the store has all the journal says."""
@@ -238,22 +251,22 @@ class _Sender:
         if self.run_id is None:
             tags = {JOURNAL_TAG: self.name} | ({PARENT_TAG: self.parent} if self.parent else {})
             tags |= mlflow_store.clean_tags(line["tags"])
-            self.run_id = self.client.create_run(self.experiment, line["time"], tags, line["title"]).info.run_id
+            self.run_id = self.client.create_run(self._in, line["time"], tags, line["title"]).info.run_id
         else:
             self.client.update_run(self.run_id, status=journal.RUNNING)
         self._save()  # found again though the rest of this delivery breaks off
-        mlflow_store.log_params(self.client, self.run_id, line["params"])
+        mlflow_store.log_params(self.client, self._run, line["params"])
 
     def _end(self, line: dict) -> None:
         if line["error"]:
-            self.client.set_tag(self.run_id, "error", mlflow_store.redact(line["error"])[:500])
-        self.client.set_terminated(self.run_id, line["status"], line["time"])
+            self.client.set_tag(self._run, "error", mlflow_store.redact(line["error"])[:500])
+        self.client.set_terminated(self._run, line["status"], line["time"])
 
     def _points(self, lines: list[dict]) -> None:
         for (model, data), same in itertools.groupby(lines, key=lambda line: (line["model"], line["dataset"])):
             points = [(n, value, line["time"], line["step"]) for line in same for n, value in line["values"].items()]
             of = None if data is None else (data["name"], data["digest"])
-            mlflow_store.log_points(self.client, self.run_id, points, self._model_of(model) if model else None, of)
+            mlflow_store.log_points(self.client, self._run, points, self._model_of(model) if model else None, of)
 
     def _image(self, line: dict) -> None:
         from PIL import Image
@@ -267,7 +280,7 @@ class _Sender:
         if path.is_file():
             with Image.open(path) as picture:
                 self.client.log_image(
-                    self.run_id,
+                    self._run,
                     picture.convert("RGB"),
                     key=key,
                     step=line["step"],
@@ -277,12 +290,12 @@ class _Sender:
 
     @functools.cached_property
     def _images_there(self) -> list[str]:
-        return [item.path for item in self.client.list_artifacts(self.run_id, "images")]
+        return [item.path for item in self.client.list_artifacts(self._run, "images")]
 
     def _file(self, line: dict) -> None:
         path = self.folder / journal.FILES / line["file"]
         if path.is_file():
-            self.client.log_artifact(self.run_id, str(path), line["place"] or None)
+            self.client.log_artifact(self._run, str(path), line["place"] or None)
 
     def _dataset(self, line: dict) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -291,7 +304,7 @@ class _Sender:
         profile = json.dumps({"records": line["counts"], "content": line["digest"]})
         source = mlflow_store.redact(json.dumps(line["source"], sort_keys=True))
         data = Dataset(line["name"], line["digest"][: mlflow_store.DIGEST], kind, source, profile=profile)
-        self.client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", line["context"])])])
+        self.client.log_inputs(self._run, [DatasetInput(data, [InputTag("mlflow.data.context", line["context"])])])
 
     def _model(self, line: dict) -> None:
         from mlflow.entities import LoggedModelOutput
@@ -299,18 +312,18 @@ class _Sender:
         model = self._model_of(line["digest"])
         if model is None:
             tags = {DIGEST_TAG: line["digest"]} | mlflow_store.clean_tags(line["tags"])
-            made = self.client.create_logged_model(self.experiment, line["name"], self.run_id, tags, model_type="field")
+            made = self.client.create_logged_model(self._in, line["name"], self._run, tags, model_type="field")
             model = made.model_id
             self.client.finalize_logged_model(model, "READY")
-        outputs = self.client.get_run(self.run_id).outputs
+        outputs = self.client.get_run(self._run).outputs
         if model not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model, line["step"])])
+            self.client.log_outputs(self._run, [LoggedModelOutput(model, line["step"])])
 
     def _uses(self, line: dict) -> None:
-        use_model(self.client, self.run_id, self.experiment, line["digest"])
+        use_model(self.client, self._run, self._in, line["digest"])
 
     def _model_of(self, digest: str) -> str | None:
-        if digest not in self._models and (model := _model_of(self.client, self.experiment, digest)) is not None:
+        if digest not in self._models and (model := _model_of(self.client, self._in, digest)) is not None:
             self._models[digest] = model
         return self._models.get(digest)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -66,7 +67,7 @@ def was_workspaces(tracking_uri: str, workspace: Path) -> bool:
     return gone or is_workspaces(tracking_uri, workspace)
 
 
-def import_mlflow():
+def import_mlflow() -> ModuleType:
     """The `mlflow` module, quiet, and not reporting its use to anyone; set its own variables to have it otherwise."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -238,7 +238,7 @@ class Keeper:
         if step % self.spec.checkpoint_every and not last and not asked and not self._due_by_time():
             return
         self.learner.check_finite()
-        state = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+        state: dict[str, Any] = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
         path = self.checkpoints.folder
         if self.learner.processes.main:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
 from danceopd.config.recipe import DistillRecipe, TrainRecipe
 from danceopd.errors import UserError
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field, VelocityField
 from danceopd.training.fsdp import forget_gathered, shard_network, synchronise_gradients
 from danceopd.training.optim import build_optimizer, lr_factor
 from danceopd.training.processes import Processes, this_process
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Learner:
 
     @torch.no_grad()
     def _follow(self) -> None:
-        if self.average is None:
+        if self.average is None or self.spec.ema is None:
             return
         # A short memory at first: the start is not what should be remembered.
         done = self.schedule.last_epoch
@@ -157,7 +161,7 @@ class Learner:
         final = self.best or self.average
         if final is not None:
             self._put(final)
-        network = self.field.network
+        network: ModelMixin = self.field.network
         if self.sharded:
             weights = {name: whole(weight) for name, weight in network.state_dict().items()}
             network = self.field.backbone.new_transformer().float()
@@ -205,7 +209,7 @@ def _like(tensor: Tensor, parameter: Tensor | None) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def _mapped(value, change):
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A tree of dicts and lists with `change` made to each tensor."""
     if isinstance(value, Tensor):
         return change(value)
@@ -216,7 +220,7 @@ def _mapped(value, change):
     return value
 
 
-def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: VelocityField | None = None) -> Learner:
+def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field | None = None) -> Learner:
     """Start a field from the base: a copy of all its weights, or a fresh LoRA on the shared base.
 
     Args:
@@ -230,7 +234,7 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Velocit
     """
     processes = this_process()
     if spec.trainable == "lora":
-        network = backbone.transformer
+        network: ModelMixin = backbone.transformer
         add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
         field, parameters = VelocityField(name, backbone, network, adapter=name), adapter_parameters(network, name)
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -21,18 +22,18 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self._step_one(parameter, parameter.grad, group)
         return loss
 
-    def _step_one(self, parameter: nn.Parameter, group: dict) -> None:
-        state, gradient = self.state[parameter], parameter.grad
+    def _step_one(self, parameter: nn.Parameter, gradient: torch.Tensor, group: dict) -> None:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
@@ -71,7 +72,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         params = [p for p in params if p.requires_grad]
         matrices = [p for p in params if p.ndim == 2]
         rest = [p for p in params if p.ndim != 2]
-        self._inner = []
+        self._inner: list[torch.optim.Optimizer] = []
         if matrices:
             self._inner.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if rest:
@@ -79,7 +80,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.param_groups = [group for inner in self._inner for group in inner.param_groups]
 
-    def step(self, closure=None):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = closure() if closure is not None else None
         for inner in self._inner:
             inner.step()

@@ -78,7 +78,7 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([parameter.grad for parameter in parameters]):
+        for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
             flat = torch._utils._flatten_dense_tensors(bucket)
             torch.distributed.all_reduce(flat)
             for gradient, total in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):

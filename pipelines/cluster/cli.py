@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from danceopd.errors import ExitCode, UserError
 from danceopd.text import parse_yaml_documents, read_text
 from danceopd.tracking.journal import RUN
 from pipelines.one_line import one_line_errors
+
+if TYPE_CHECKING:  # slow to import
+    from pipelines.cluster.connect import Cluster
+    from pipelines.cluster.jobs import Handle
 
 LAST_PATIENCE = 30.0  # seconds for an API call after a signal: whoever sent it waits
 WORKFLOW = "ARGO_WORKFLOW"  # set in a pipeline's step: the run it belongs to
@@ -243,13 +247,13 @@ def _labels(pairs: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in split}
 
 
-def _connect(namespace: str | None, context: str | None):
+def _connect(namespace: str | None, context: str | None) -> Cluster:
     from pipelines.cluster.connect import connect
 
     return connect(namespace, context)
 
 
-def _run_of(cluster) -> dict | None:
+def _run_of(cluster: Cluster) -> dict | None:
     """The pipeline run that a step's job belongs to, as an owner reference; None outside a run."""
     from pipelines.cluster.runs import owner_reference
 
@@ -257,7 +261,7 @@ def _run_of(cluster) -> dict | None:
     return owner_reference(cluster, name) if name else None
 
 
-def _wait(cluster, handle, minutes: int) -> int:
+def _wait(cluster: Cluster, handle: Handle, minutes: int) -> int:
     """Follow the job to its end and say by an exit code how it ended."""
     from pipelines.cluster import jobs
     from pipelines.cluster.logs import streaming
@@ -283,7 +287,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def _stopped(cluster, name: str) -> Iterator[None]:
+def _stopped(cluster: Cluster, name: str) -> Iterator[None]:
     """SIGTERM or SIGINT within the block ends the command, and the job too if its run was cancelled."""
 
     def stop(number: int, frame: object) -> None:
@@ -302,7 +306,7 @@ def _stopped(cluster, name: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(cluster, name: str) -> None:
+def _leave(cluster: Cluster, name: str) -> None:
     """What is done with the job when the command is told to stop; a cluster that is away is not waited for."""
     from pipelines.cluster import jobs
     from pipelines.cluster.runs import was_cancelled

@@ -385,7 +385,9 @@ def wait(
     Raises:
         UserError: if it does not start in time; the message gives the reason.
     """
-    last, running, said = None, time.monotonic(), set()
+    last: Status | None = None
+    running = time.monotonic()
+    said: set[str] = set()
     for status in statuses(cluster, handle, look_every):
         for why in () if last is None else _lost(last, status):
             if pattern(why) not in said:
@@ -402,6 +404,7 @@ def wait(
             cancel(cluster, handle)
             why = status.reason or "its pods did not start"
             raise UserError(f"{handle} did not run within {start_within / 60:.0f} min and was deleted: {why}")
+    assert last is not None  # there is a status as long as there is a job
     return last
 
 

@@ -76,7 +76,7 @@ class JobPlan:
     tolerations: tuple[str, ...] = ()
     run: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.step not in STEPS:
             raise unknown_name("job step", self.step, STEPS)
         if self.kind not in ("Job", "TrainJob"):
@@ -291,7 +291,7 @@ def _rendezvous(plan: JobPlan) -> list[dict]:
     """What torchrun reads when no argument says otherwise; Kubeflow Trainer sets the same for a TrainJob."""
     if not plan.together:
         return []
-    values = {"PET_NNODES": plan.nodes, "PET_NPROC_PER_NODE": plan.processes}
+    values: dict[str, int | str] = {"PET_NNODES": plan.nodes, "PET_NPROC_PER_NODE": plan.processes}
     if plan.nodes == 1:
         return [{"name": name, "value": str(value)} for name, value in values.items()]
     values |= {"PET_MASTER_ADDR": f"{plan.title}-0.{plan.title}", "PET_MASTER_PORT": PORT}

@@ -73,12 +73,56 @@ def kohya_file(base, name, folder: Path) -> Path:
     return folder / "kohya.safetensors"
 
 
+def comfyui_alpha_file(base, name, folder: Path) -> Path:
+    """ComfyUI's names with down, up and an alpha."""
+    state = {}
+    for key, value in load_file(comfyui_file(base, name, folder)).items():
+        module, _, part = key.partition(".lora_")
+        rank = float(value.shape[0] if part == "A.weight" else value.shape[1])
+        state[f"{module}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = value / (
+            1 if part == "A.weight" else 2
+        )
+        state[f"{module}.alpha"] = torch.tensor(2 * rank)
+    save_file(state, folder / "alpha.safetensors")
+    return folder / "alpha.safetensors"
+
+
+def diffusers_alpha_file(base, name, folder: Path) -> Path:
+    """Diffusers' names with an alpha beside each pair, and no header."""
+    state = load_file(diffusers_file(base, name, folder / "plain"))
+    alphas = {key.replace("lora_A.weight", "alpha"): torch.tensor(3.0) for key in state if "lora_A" in key}
+    save_file(state | alphas, folder / "alpha.safetensors")
+    return folder / "alpha.safetensors"
+
+
+def onetrainer_file(base, name, folder: Path) -> Path:
+    """Diffusers' names in one word after `lora_transformer_`, with down, up and alpha."""
+    state = {}
+    for key, value in load_file(diffusers_file(base, name, folder / "plain")).items():
+        module, _, part = key.removeprefix("transformer.").partition(".lora_")
+        word = f"lora_transformer_{module.replace('.', '_')}"
+        state[f"{word}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = value
+        state[f"{word}.alpha"] = torch.tensor(3.0)
+    save_file(state, folder / "onetrainer.safetensors")
+    return folder / "onetrainer.safetensors"
+
+
+LAYOUTS = (
+    "comfyui_file",
+    "comfyui_alpha_file",
+    "kohya_file",
+    "diffusers_file",
+    "diffusers_alpha_file",
+    "onetrainer_file",
+)
+
+
 def peft_folder(base, name, folder: Path) -> Path:
     save_lora(base.transformer, name, folder)
     return folder
 
 
-KINDS = [(family, make) for family in FAMILIES for make in (peft_folder, diffusers_file, comfyui_file, kohya_file)]
+KINDS = [(family, make) for family in FAMILIES for make in (peft_folder, *(globals()[name] for name in LAYOUTS))]
 
 
 @pytest.mark.parametrize(("family", "make"), KINDS, ids=[f"{f.name}-{m.__name__}" for f, m in KINDS])
@@ -144,11 +188,11 @@ def test_sd3s_modulations_are_turned_round_where_diffusers_has_them_so(bases, tm
     [
         (
             sd3_kohya({"double_blocks_0_img_attn_qkv": (torch.zeros(3, 1), torch.zeros(1, 1))}),
-            "no LoRA that StableDiffusion3Pipeline knows .*nothing there is called double_blocks_0_img_attn_qkv",
+            "(no LoRA|nothing) that StableDiffusion3Pipeline knows.*double_blocks_0_img_attn_qkv",
         ),
         (
             {"diffusion_model.final_layer.linear.lora_A.weight": torch.zeros(1, 32)},
-            r"diffusion_model\.final_layer\.linear holds first, which is no plain LoRA of a matrix",
+            r"diffusion_model\.final_layer\.linear has no B \(up\); half a LoRA changes nothing",
         ),
         (sd3_kohya({"final_layer_linear": (torch.zeros(9, 1), torch.zeros(1, 32))}), "gives 9 features, the base has"),
     ],
@@ -170,15 +214,98 @@ def wide(state):
     return state | {key: torch.zeros(2, 7)}
 
 
+def without(state, half):
+    """One half of one pair is gone."""
+    return {k: v for k, v in state.items() if k != next(key for key in state if half in key)}
+
+
+def spoilt(state, number):
+    key = list(state)[-1]
+    value = state[key].clone()
+    value[0, 0] = number
+    return state | {key: value}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_no_part_of_a_file_is_left_out(bases, family, layout, tmp_path):
+    """Each matrix of a file alone is loaded or refused by name: never the bare base."""
+    base = bases(family)
+    with_lora(base, own := f"{family.name}_{layout}_whole")
+    (tmp_path / "plain").mkdir()
+    state = load_file(globals()[layout](base, own, tmp_path))
+    halves = ("lora_A", "lora_B", "lora_down", "lora_up")
+    modules = sorted({key.partition(".lora_")[0] for key in state if any(half in key for half in halves)})
+    condition = condition_of(base, ["a red ring", ""], None, 64, 64)
+    bare = velocity(base_field(base))
+    for number, module in enumerate(modules[:: max(1, len(modules) // 4)]):
+        part = {
+            k: (v + 0.3 if "lora" in k[len(module) :] else v) for k, v in state.items() if k.startswith(f"{module}.")
+        }
+        save_file(part, tmp_path / "part.safetensors")
+        name = f"{own}_{number}"
+        field = load_field(base, name, tmp_path / "part.safetensors")
+        assert any(f".{name}." in key for key, _ in base.transformer.named_parameters()), module
+        assert (velocity(field) - bare).abs().max() > 0, module
+    assert len(modules) > 1 and len(condition) == 2
+
+
+def test_a_kohya_file_keeps_its_modulations(bases, tmp_path):
+    base = bases(FLUX2)
+    changed, state = base.new_transformer(), {}
+    for seed, name in enumerate(("double_stream_modulation_img", "single_stream_modulation")):
+        weight = changed.get_submodule(f"{name}.linear").weight
+        draw = torch.Generator().manual_seed(seed)
+        up, down = (torch.randn(shape, generator=draw) for shape in ((len(weight), 1), (1, weight.shape[1])))
+        weight.data += up @ down
+        state |= {f"lora_unet_{name}_lin.lora_up.weight": up, f"lora_unet_{name}_lin.lora_down.weight": down}
+    save_file(state, tmp_path / "lora.safetensors")
+    wanted = velocity(VelocityField("changed", base, changed))
+    torch.testing.assert_close(
+        velocity(load_field(base, "kept", tmp_path / "lora.safetensors")), wanted, atol=1e-4, rtol=1e-4
+    )
+    assert (wanted - velocity(base_field(base))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("broken", ["half", "nan"])
+def test_a_peft_folder_is_held_to_the_same(bases, broken, tmp_path):
+    base = bases(FLUX2)
+    with_lora(base, f"whole_{broken}")
+    save_lora(base.transformer, f"whole_{broken}", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file(without(state, "lora_A") if broken == "half" else spoilt(state, float("nan")), file)
+    with pytest.raises(UserError, match=r"has no A \(down\)" if broken == "half" else "not finite"):
+        load_field(base, f"broken_{broken}", tmp_path)
+    assert f"broken_{broken}" not in base.transformer.peft_config
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             lambda s: {k.replace("attn", "attention"): v for k, v in s.items()},
             r"LoRA weights do not fit the base's "
-            r"Flux2Transformer2DModel: \w*transformer_blocks\.0\.attention",
+            r"Flux2Transformer2DModel: transformer\.\w*transformer_blocks\.0\.attention",
         ),
         (wide, r"1 of \d+ LoRA weights do not fit .* takes 7 features, the base has"),
+        (lambda s: without(s, "lora_B"), r"has no B \(up\); half a LoRA changes nothing"),
+        (lambda s: without(s, "lora_A"), r"has no A \(down\); half a LoRA changes nothing"),
+        (
+            lambda s: {k.replace(".weight", ".default.weight"): v for k, v in s.items()},
+            "names of a PEFT model in memory",
+        ),
+        (lambda s: spoilt(s, float("nan")), "holds numbers that are not finite"),
+        (lambda s: spoilt(s, float("inf")), "holds numbers that are not finite"),
+        (
+            lambda s: s | {"transformer.norm_out.diff": torch.zeros(1)},
+            "no part of a plain LoRA: transformer.norm_out.diff",
+        ),
+        (lambda s: s | {"transformer.proj_out.lora_mid.weight": torch.zeros(1)}, "a Tucker adapter"),
+        (
+            lambda s: {k.replace("transformer.", "model.transformer.", 1): v for k, v in s.items()},
+            r"do not fit the base's .* what is read: a PEFT folder; .* OneTrainer \(lora_transformer_\)",
+        ),
         (lambda s: s | {"transformer.x.lokr_w1": torch.zeros(1)}, "a LoKr adapter, which is no plain LoRA"),
         (lambda s: s | {"transformer.x.dora_scale": torch.zeros(1)}, "a DoRA adapter, which is no plain LoRA"),
         (
@@ -187,7 +314,7 @@ def wide(state):
         ),
         (
             lambda s: {k.replace("transformer.", "diffusion_model.what."): v for k, v in s.items()},
-            "no LoRA that Flux2KleinPipeline knows",
+            "(no LoRA|nothing) that Flux2KleinPipeline knows",
         ),
     ],
 )
@@ -315,3 +442,19 @@ def test_what_is_no_checkpoint_of_the_family_is_named(bases, folder_of, tmp_path
     (tmp_path / "t" / "config.json").write_text(json.dumps(dict(bases(FLUX2).transformer.config)))
     with pytest.raises(UserError, match="no safetensors file there"):
         bases(FLUX2).new_transformer(tmp_path / "t")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_checkpoint_with_numbers_that_are_none_is_refused(bases, folder_of, single, tmp_path):
+    base = bases(FLUX2)
+    folder = shutil.copytree(folder_of(FLUX2) / "transformer", tmp_path / "transformer")
+    file = next(folder.glob("*.safetensors"))
+    state = load_file(file)
+    state["proj_out.weight"][0, 0] = float("nan")
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"proj_out\.weight holds numbers that are not finite"):
+        load_field(base, "nan", file if single else folder)
+    pipeline = shutil.copytree(folder_of(FLUX2), tmp_path / "pipeline")
+    shutil.copy(file, pipeline / "transformer" / file.name)
+    with pytest.raises(UserError, match=r"proj_out\.weight holds numbers that are not finite"):
+        load_backbone(pipeline, FLUX2.shape())

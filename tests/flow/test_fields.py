@@ -185,3 +185,9 @@ def test_folders_that_hold_no_field_are_refused(tmp_path):
     (tmp_path / "field.json").write_text(json.dumps({"kind": "fulll"}))
     with pytest.raises(UserError, match="'fulll' is not known; choose one of: base, full, lora"):
         field_kind(tmp_path)
+
+
+def test_a_lora_field_without_its_lora_is_refused(fresh, tmp_path):
+    (tmp_path / "field.json").write_text(json.dumps({"kind": "lora", "name": "t"}))
+    with pytest.raises(UserError, match=r"neither adapter_config.json nor a LoRA's safetensors file"):
+        load_field(fresh, "t", tmp_path)

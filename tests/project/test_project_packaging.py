@@ -109,6 +109,23 @@ def test_the_version_is_said_once_more_and_the_same():
     assert PROJECT["version"] == __version__
 
 
+def test_every_package_tells_that_it_is_typed():
+    """PEP 561: else whoever imports them gets no types."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    for name in tools["mypy"]["packages"]:
+        assert (ROOT / name / "py.typed").is_file()
+    assert {name.rstrip("*") for name in tools["setuptools"]["packages"]["find"]["include"]} == set(
+        tools["mypy"]["packages"]
+    )
+
+
+def test_no_module_of_ours_is_left_out_of_the_type_check():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["strict"] and not {"ignore_errors", "ignore_missing_imports", "exclude"} & set(settings)
+    named = {module.partition(".")[0] for each in settings["overrides"] for module in each["module"]}
+    assert not named & set(settings["packages"])
+
+
 ENTRIES = PROJECT["scripts"] | PROJECT["entry-points"]["danceopd.commands"]
 
 

@@ -258,7 +258,7 @@ def _fetch(name: str, where: str, spec: ImportSpec, file: InputFile) -> bytes:
         raise Refused("picture-unreadable", f"{where}: {plain(name)[:100]} cannot be read ({said})") from error
 
 
-def _system(location: str):
+def _system(location: str) -> tuple[Any, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(location)

@@ -145,7 +145,7 @@ def _lines(folder: InputFile, metadata: str) -> Iterator[tuple[int, dict[str, An
 
 
 def _captioned(spec: ImportSpec, folder: InputFile, names: list[str], left: set[str]) -> Iterator[Found]:
-    beside = {}
+    beside: dict[str, str] = {}
     for name in names:  # `A.TXT` is the caption of `A.png`
         stem, suffix = posixpath.splitext(name)
         beside.setdefault(stem + suffix.lower(), name)

@@ -164,7 +164,8 @@ def roles_of(spec: ImportSpec, values: dict[str, Any], where: str) -> tuple[dict
     for role in ("id", "prompt", "source", "target", "kind"):
         name = next((name for name in spec.column(role) if name in values), None)
         roles[role] = None if name is None else values[name]
-        used.add(name)
+        if name is not None:
+            used.add(name)
     names = (*spec.form.carried, *COMMON, *spec.scores)
     roles["carried"] = {name: values[name] for name in names if name in values}
     return roles, tuple((f"column {name!r}", where) for name in values if name not in used)

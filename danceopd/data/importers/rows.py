@@ -195,7 +195,9 @@ def _with_field(values: dict, tar: tarfile.TarFile, member: tarfile.TarInfo, fie
     name = plain(member.name)
     if member.size > MOST_BYTES:
         return Refused("file-too-large", f"{name}: {member.size} bytes; at most {MOST_BYTES} are read")
-    data = tar.extractfile(member).read()
+    opened = tar.extractfile(member)
+    assert opened is not None  # only files come here
+    data = opened.read()
     try:
         found = _field(field, data, name)
     except UserError as error:

@@ -265,7 +265,7 @@ def _report(spec: ImportSpec, journal: Journal, header: dict) -> dict:
 
 def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, workers: int) -> None:
     finder, ids, splits = _remembered(spec, journal)
-    tally, writer, last = journal.tally, None, None
+    tally, writer, last = journal.tally, None, journal.position
     told = started = time.monotonic()
     begun = tally.rows
     for outcome in _converted(spec, files, journal.position, workers):

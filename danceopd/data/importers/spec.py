@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -66,7 +66,7 @@ class ImportSpec(Part):
     examples: int = Field(5, gt=0, description="first examples listed of each refusal")
 
     @model_validator(mode="after")
-    def _known_layout(self):
+    def _known_layout(self) -> Self:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r} is not known; choose one of: {', '.join(sorted(LAYOUTS))}")
         return self
@@ -114,7 +114,7 @@ def load_spec(
     Raises:
         UserError: one line that names the field and the right values.
     """
-    data: object = {}
+    data: dict[str, Any] = {}
     if file is not None:
         data = read_yaml(Path(file), f"import settings {file}") or {}
         if not isinstance(data, dict):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ class Metric:
         if len(pictures) != len(records):
             raise ValueError(f"{len(pictures)} pictures for {len(records)} records")
         self.check(records)
-        return self.measure(pictures, records, tools) if records else []
+        # One that names no tools looks at none.
+        return self.measure(pictures, records, cast("Tools", tools)) if records else []
 
 
 def _has(record: Record, need: str) -> bool:
@@ -117,7 +118,8 @@ def read_picture(data: bytes, height: int, width: int, where: str) -> np.ndarray
 
 def picture_of(record: Record, field: str, shape: tuple[int, ...]) -> np.ndarray:
     """A record's source or target at the size (H, W, ...) of a drawn picture, (H, W, 3) uint8."""
-    return read_picture(getattr(record, field), *shape[:2], f"record {record.id!r}, field '{field}'")
+    height, width = shape[:2]
+    return read_picture(getattr(record, field), height, width, f"record {record.id!r}, field '{field}'")
 
 
 def pictures_of(records: list[Record], field: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def kernel_distance(drawn: Tensor, real: Tensor) -> float:
     return _compare(metric, drawn, real)
 
 
-def _compare(metric, drawn: Tensor, real: Tensor) -> float:
+def _compare(metric: Any, drawn: Tensor, real: Tensor) -> float:
     metric.update(real.double().cpu(), real=True)
     metric.update(drawn.double().cpu(), real=False)
     with torch.random.fork_rng(devices=[]):  # torchmetrics shuffles the subsets it draws; here there is one, of all

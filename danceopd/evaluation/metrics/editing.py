@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def edit_mask(record: Record, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def _given_mask(record: Record, text: object, height: int, width: int) -> np.ndarray:
+def _given_mask(record: Record, text: Any, height: int, width: int) -> np.ndarray:
     where = f"record {record.id!r}, provenance 'mask'"
     try:
         data = base64.b64decode(text, validate=True)
@@ -54,7 +55,7 @@ def _given_mask(record: Record, text: object, height: int, width: int) -> np.nda
     return read_picture(data, height, width, where).max(axis=-1) >= 128
 
 
-def _given_box(record: Record, box: object, height: int, width: int) -> np.ndarray:
+def _given_box(record: Record, box: Any, height: int, width: int) -> np.ndarray:
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
     if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise UserError(

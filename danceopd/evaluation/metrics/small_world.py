@@ -54,7 +54,7 @@ def _scene_accuracy(pictures: np.ndarray, records: list[Record], _: Tools) -> li
     scenes = [_scene(r) for r in records]
     right = np.ones(len(records), dtype=bool)
     for position in world.POSITIONS:
-        options, _ = _candidates(position)
+        options = _candidates(position)[0]
         wanted = [options.index((scene.background, scene.at(position))) for scene in scenes]
         right &= _distances(board, position).argmin(axis=1) == wanted
     return right.astype(float).tolist()
@@ -67,7 +67,7 @@ def _edit_success(pictures: np.ndarray, records: list[Record], _: Tools) -> list
     for position in sorted(set(places)):
         rows = [i for i, place in enumerate(places) if place == position]
         scenes = [_scene(records[i]) for i in rows]
-        options, _ = _candidates(position)
+        options = _candidates(position)[0]
         backgrounds = np.array([background for background, _ in options])
         elsewhere = backgrounds != np.array([scene.background for scene in scenes])[:, None]
         nearest = np.where(elsewhere, np.inf, _distances(board[rows], position)).argmin(axis=1)

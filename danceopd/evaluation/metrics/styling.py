@@ -64,7 +64,8 @@ def edges(pictures: Tensor) -> Tensor:
     across = pictures.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     kernels = (across.expand(1, 1, 3, 3), across.T.expand(1, 1, 3, 3))
     padded = functional.pad(luma, (1, 1, 1, 1), mode="replicate")
-    strength = sum(functional.conv2d(padded, kernel).square() for kernel in kernels).sqrt()
+    along, down = (functional.conv2d(padded, kernel).square() for kernel in kernels)
+    strength = (along + down).sqrt()
     return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 

@@ -90,26 +90,29 @@ class Tools:
 
         return best_device() if self._device is None else self._device
 
+    def _place(self, tool: str) -> Path:
+        return Path(getattr(self._spec.networks, tool))
+
     @cached_property
     def clip(self) -> Clip:
         """CLIP; raises UserError if its folder does not hold one."""
         from danceopd.evaluation.metrics.networks import Clip
 
-        return Clip(Path(self._spec.networks.clip), self.device)
+        return Clip(self._place("clip"), self.device)
 
     @cached_property
     def dino(self) -> Dino:
         """DINO; raises UserError if its folder does not hold one."""
         from danceopd.evaluation.metrics.networks import Dino
 
-        return Dino(Path(self._spec.networks.dino), self.device)
+        return Dino(self._place("dino"), self.device)
 
     @cached_property
     def inception(self) -> Inception:
         """The Inception network of FID and KID."""
         from danceopd.evaluation.metrics.networks import Inception
 
-        return Inception(Path(self._spec.networks.inception), self.device)
+        return Inception(self._place("inception"), self.device)
 
     @cached_property
     def lpips(self) -> Lpips:
@@ -123,6 +126,7 @@ class Tools:
         """The vision-language judge."""
         from danceopd.evaluation.judge import Judge
 
+        assert self._spec.judge is not None  # else it is lacking, and not asked for
         return Judge(self._spec.judge, self._cache)
 
     @property
