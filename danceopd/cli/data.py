@@ -141,6 +141,8 @@ def _tell_import(report: dict, out: Path) -> None:
             for label, entry in sorted(entries.items()):
                 lost.add_row(fate, label, str(entry["count"]), entry["examples"][0])
         console.print(lost)
+    if report.get("unused"):
+        typer.echo(f"no row is of the kind: {', '.join(report['unused'])}; is a --task or 'tasks' misspelt?")
     if report.get("ignored"):  # an import of an earlier version has none
         unread = Table("ignored", "how many", "first")
         for what, entry in sorted(report["ignored"].items()):

@@ -262,8 +262,10 @@ def test_kinds_without_a_rule_are_listed_and_the_table_overrides(tmp_path):
         "r.parquet, row 1: kind of edit 'relight' has no task"
     ]
     assert {r.task for r in records_of(tmp_path / "a")} == {"local_edit", "global_edit"}
-    spec = settings("omniedit", [path], tasks=["relight=global_edit", "style=", "*=edit"])
+    assert report["unused"] == []
+    spec = settings("omniedit", [path], tasks=["relight=global_edit", "style=", "*=edit", "styl=x"])
     report = run_import(spec, tmp_path / "b")
+    assert report["unused"] == ["styl"]
     assert sorted(r.task for r in records_of(tmp_path / "b")) == ["edit"] * 4 + ["global_edit"]
     assert report["dropped"]["left out"]["style"]["count"] == 1
     assert "unmapped" not in report["dropped"]

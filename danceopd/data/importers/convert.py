@@ -89,12 +89,17 @@ class Outcome:
     hashes: tuple[int, ...] = ()
 
 
+def kind_of(row: RawRow) -> str:
+    """The kind of edit that a row names."""
+    return str(row.values["kind"] or NO_KIND).strip()
+
+
 def convert(row: RawRow, spec: ImportSpec, file: InputFile) -> Outcome:
     """Make a record of a row. Cheap checks come first; pictures are decoded once."""
     try:
         if row.broken is not None:
             raise row.broken
-        kind = str(row.values["kind"] or NO_KIND).strip()
+        kind = kind_of(row)
         task = spec.task_of(kind)
         if task is None:
             decided = spec.has_rule(kind)

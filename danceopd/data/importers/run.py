@@ -22,10 +22,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from danceopd.data.dedup import DuplicateFinder
-from danceopd.data.importers.convert import Outcome, convert
+from danceopd.data.importers.convert import Outcome, convert, kind_of
 from danceopd.data.importers.inputs import InputFile, RawRow, find_inputs
 from danceopd.data.importers.rows import read_rows
-from danceopd.data.importers.spec import ImportSpec
+from danceopd.data.importers.spec import ANY, ImportSpec
 from danceopd.data.records import SCHEMA, Record, to_table
 from danceopd.data.splits import StreamedSplits
 from danceopd.errors import UserError
@@ -46,12 +46,14 @@ class Tally:
         kept: records by "task/split".
         dropped: by fate and label: how many, and the first of them in words.
         ignored: what lies there and is not read, by what it is: how many, and the first of them.
+        kinds: of edits that rows name.
     """
 
     rows: int = 0
     kept: Counter = field(default_factory=Counter)
     dropped: dict[str, dict[str, dict]] = field(default_factory=dict)
     ignored: dict[str, dict] = field(default_factory=dict)
+    kinds: set[str] = field(default_factory=set)
 
     def drop(self, fate: str, label: str, message: str, examples: int) -> None:
         """Count a row that is not kept."""
@@ -97,7 +99,13 @@ class Journal:
         if len(lines) > 1:
             self.position = tuple(lines[-1]["position"])
             kept = lines[-1]["tally"]
-            self.tally = Tally(kept["rows"], Counter(kept["kept"]), kept["dropped"], kept.get("ignored", {}))
+            self.tally = Tally(
+                kept["rows"],
+                Counter(kept["kept"]),
+                kept["dropped"],
+                kept.get("ignored", {}),
+                set(kept.get("kinds", ())),
+            )
         folder.mkdir(parents=True, exist_ok=True)
         # Written anew and renamed, so that a line cut short by a kill is gone.
         whole = "".join(json.dumps(line, sort_keys=True) + "\n" for line in [header, *lines[1:]])
@@ -128,7 +136,7 @@ class Journal:
             os.fsync(file.fileno())
         facts = {"rows": rows, "sha256": hash_file(scratch)}
         scratch.replace(path)
-        tally = vars(self.tally) | {"kept": dict(self.tally.kept)}
+        tally = vars(self.tally) | {"kept": dict(self.tally.kept), "kinds": sorted(self.tally.kinds)}
         line = {"shard": path.name, **facts, "position": list(position), "tally": tally}
         with open(self._path, "a") as file:
             file.write(json.dumps(line, sort_keys=True) + "\n")
@@ -259,6 +267,7 @@ def _report(spec: ImportSpec, journal: Journal, header: dict) -> dict:
         "counts": counts,
         "dropped": tally.dropped,
         "ignored": tally.ignored,
+        "unused": sorted(set(spec.tasks) - {ANY} - tally.kinds),
         "files": journal.shards,
     }
 
@@ -272,6 +281,8 @@ def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, wo
         row = outcome.row
         last = (row.file, row.number + 1)
         tally.rows += 1
+        if row.broken is None:
+            tally.kinds.add(kind_of(row))
         for what, example in row.ignored:
             tally.ignore(what, example, spec.examples)
         record = _admit(outcome, spec, finder, ids, splits, tally)
