@@ -202,15 +202,13 @@ class _Sender:
 
     @property
     def _run(self) -> str:
-        """The run's id; the journal's first line finds it or makes it."""
-        assert self.run_id is not None
-        return self.run_id
+        """The run's id; empty, which the store refuses, if it refused to make the run."""
+        return self.run_id or ""
 
     @property
     def _in(self) -> str:
-        """The id of the run's experiment."""
-        assert self.experiment is not None
-        return self.experiment
+        """The id of the run's experiment; empty as the run's is."""
+        return self.experiment or ""
 
     def send(self) -> bool:
         """Send what is new; afterwards the store has all the journal says."""
