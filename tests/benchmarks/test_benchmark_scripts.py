@@ -103,14 +103,14 @@ def test_forwards_are_counted_on_the_network(capsys, tmp_path):
 
 
 def test_a_forward_too_many_is_noticed(capsys, monkeypatch, setting):
-    honest = forwards.HardRoutedOnPolicy
+    honest = forwards.DanceOPD
 
     class Wasteful(honest):
         def accumulate(self, setup, learner, group, figures):
             learner.field(group.noise, torch.ones(len(group.rows)), group.condition)
             honest().accumulate(setup, learner, group, figures)
 
-    monkeypatch.setattr(forwards, "HardRoutedOnPolicy", Wasteful)
+    monkeypatch.setattr(forwards, "DanceOPD", Wasteful)
     assert forwards.main(["--windows", "mid", "--batch", "3"]) == 1
     assert "MISSED" in capsys.readouterr().out
 
@@ -281,6 +281,6 @@ def test_figures_of_one_update_are_the_engines(setting):
     groups = setting.groups("semantic", 6, seed=2)
     figures = UpdateFigures()
     for group in groups:
-        engine.HardRoutedOnPolicy().accumulate(setting.distillation, setting.learner, group, figures)
+        engine.DanceOPD().accumulate(setting.distillation, setting.learner, group, figures)
     setting.learner.optimizer.zero_grad()
     assert figures.forwards == sum(int(group.stop.sum()) for group in groups) + 4 * 6
