@@ -24,8 +24,9 @@ def check_start(recipe: Recipe, counts: Counts | None, store: str) -> list[Findi
         counts: the dataset's records by task and split; None: not known, unless the recipe generates them.
         store: address of the MLflow store.
     """
-    known = recipe.data.world if counts is None else counts
-    return ([] if known is None else check_splits(recipe, known)) + check_store(store)
+    if counts is None and recipe.data.world is not None:
+        counts = {task: {str(split): size for split, size in of.items()} for task, of in recipe.data.world.items()}
+    return ([] if counts is None else check_splits(recipe, counts)) + check_store(store)
 
 
 def check_splits(recipe: Recipe, counts: Counts) -> list[Finding]:
