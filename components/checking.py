@@ -11,6 +11,8 @@ from components.running import Step
 from components.training import Way, pod_of
 from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.files import content_key, write_atomic, write_json
+from danceopd.preflight.at_start import check_start
+from danceopd.preflight.findings import settle
 from danceopd.registry.champion_teacher import find_champion, needs_champion
 from danceopd.tracking.mlflow_store import default_tracking_uri
 
@@ -44,6 +46,7 @@ def check(
     Raises:
         UserError: if the parameters do not fit each other, or the data's revision cannot be told.
     """
+    settle(check_start(step.recipe, None, tracking_uri or default_tracking_uri(step.workspace)))
     pod = pod_of(Way(distill_on, nodes, gpus), placement)
     revision = data_revision or inputs_revision(step.recipe, step.workspace, tracking_uri)
     step.results["data_revision"] = revision

@@ -32,9 +32,13 @@ def check(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Say what a recipe loads, the memory of each GPU, the forwards of an update, and about how long it takes."""
+    from danceopd.preflight.at_start import check_start
+    from danceopd.preflight.findings import settle
     from danceopd.preflight.outlook import look_ahead, what_is_there
+    from danceopd.tracking.mlflow_store import default_tracking_uri
 
     loaded, place = open_recipe(recipe, overrides, workspace)
+    settle(check_start(loaded, None, default_tracking_uri(place)))
     console, rows = Console(), what_is_there(loaded)
     table = Table("loads", "from", "")
     for what, source, lacking in rows:

@@ -485,6 +485,11 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
+        if self.distill.method not in MERGES and self.distill.batch < len(self.tasks):
+            raise ValueError(
+                f"distill.batch is {self.distill.batch}, and each of the {len(self.tasks)} tasks takes a sample of "
+                "every batch; give at least as many"
+            )
         if taken := sorted(set(MODULE_WORDS.split()) & set(self.teachers)):
             raise ValueError(
                 f"teachers.{taken[0]}: torch's modules have a part of that name; call the teacher otherwise"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import secrets
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from danceopd.inference.generate import Sample, decode_picture, to_fitted
 from danceopd.serving.errors import RequestError
 from danceopd.serving.guard import BodyTooLarge, Guard
 from danceopd.serving.metrics import CONTENT_TYPE, Metrics
-from danceopd.serving.schema import Generation, Limits, answer_of, edit_form, samples_of
+from danceopd.serving.schema import Generation, Limits, answer_of, edit_form, generation_body, samples_of
 from danceopd.serving.worker import Served, Worker
 
 log = logging.getLogger(__name__)
@@ -110,9 +111,10 @@ def _add_errors(app: FastAPI) -> None:
 def _add_images(app: FastAPI, worker: Worker, name: str, limits: Limits) -> None:
     decoding = asyncio.Semaphore(DECODERS)
 
-    @app.post("/v1/images/generations")
-    async def generations(asked: Generation, request: Request, response: Response) -> dict:
+    @app.post("/v1/images/generations", openapi_extra=generation_body())
+    async def generations(request: Request, response: Response) -> dict:
         """Draw pictures from a prompt."""
+        asked = await _read_json(request)
         served = worker.admit()
         _name_version(response, served)
         return await _draw(request, worker, served, samples_of(asked, 0, served.drawer, name, limits))
@@ -136,13 +138,31 @@ def _add_images(app: FastAPI, worker: Worker, name: str, limits: Limits) -> None
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "danceopd"}]}
 
 
+def _media_type(request: Request) -> str:
+    """What a body says that it is, without parameters; letters of either size are one."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _read_json(request: Request) -> Generation:
+    """A body that says it is JSON, or says nothing."""
+    kind = _media_type(request)
+    if kind and kind != "application/json":
+        raise RequestError(415, "send application/json with a prompt", None, "unsupported_media_type")
+    try:
+        return Generation.model_validate(json.loads(await request.body()))
+    except ValidationError as error:
+        raise _field_error(error.errors()) from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON ({' '.join(str(error).split())[:80]})") from error
+
+
 def _name_version(response: Response, served: Served) -> None:
     if served.version:
         response.headers[VERSION] = served.version
 
 
 async def _read_form(request: Request, limits: Limits) -> tuple[Generation, list[bytes]]:
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if _media_type(request) != "multipart/form-data":
         raise RequestError(415, "send a multipart/form-data form with image and prompt", None, "unsupported_media_type")
     fields, uploads = {}, []
     async with request.form(max_files=limits.max_sources + 1, max_fields=32, max_part_size=200_000) as form:

@@ -6,10 +6,10 @@ import base64
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from danceopd.errors import UserError
 from danceopd.inference.generate import (
@@ -61,6 +61,15 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        """OpenAI's clients may send null for what is not given."""
+        if not isinstance(data, dict):
+            return data
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: value for key, value in data.items() if value is not None or key not in optional}
+
     prompt: Annotated[str, Field(max_length=32_000), AfterValidator(_prompt)]
     model: str | None = None
     n: Annotated[int, Field(ge=1, description="pictures; their seeds count up from `seed`")] = 1
@@ -74,6 +83,12 @@ class Generation(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="none: one is drawn and told")
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance: Annotated[float, Field(ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)] | None = None
+
+
+def generation_body() -> dict:
+    """The body of `POST /v1/images/generations`, for OpenAPI."""
+    content = {"application/json": {"schema": Generation.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def edit_form() -> dict:

@@ -11,6 +11,8 @@ from danceopd.config.recipe import Weight
 from danceopd.errors import UserError
 from danceopd.export.student import export_student
 from danceopd.files import write_json
+from danceopd.preflight.at_start import check_start
+from danceopd.preflight.findings import settle
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
 from danceopd.steps.teachers import load_teachers
@@ -33,6 +35,7 @@ def distill_student(run: Run, teachers: dict[str, Product]) -> Product:
     used, inputs = _student_inputs(run, teachers)
 
     def build(scratch: Path, checkpoints: Path) -> dict:
+        settle(check_start(run.recipe, run.data.facts["counts"], run.store))
         return _build_student(run, used, scratch, checkpoints)
 
     return make_product(run.workspace, STUDENTS, run.recipe.name, inputs, build, together=True)
@@ -130,7 +133,6 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     from danceopd.evaluation.validate import GateValidator
     from danceopd.export.model_card import write_card
     from danceopd.preflight.checks import preflight
-    from danceopd.preflight.findings import settle
     from danceopd.training.checkpoints import Checkpoints
     from danceopd.training.processes import this_process
 

@@ -12,6 +12,8 @@ from danceopd.backbones.bases import hash_weights
 from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.errors import UserError
 from danceopd.files import FIELD, write_json
+from danceopd.preflight.at_start import check_start
+from danceopd.preflight.findings import settle
 from danceopd.steps.cost import TRAINED
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
@@ -72,6 +74,8 @@ def finetune_teacher(run: Run, teacher: str) -> Product:
         inputs.append([(t, s.metrics) for t, s in recipe.tasks.items() if s.teacher == teacher])
 
     def build(scratch: Path, checkpoints: Path) -> dict:
+        if isinstance(spec, FinetunedTeacher):
+            settle(check_start(recipe, data.facts["counts"], run.store))
         if champion is None:
             return _build_teacher(run, teacher, scratch, checkpoints, weights)
         with tempfile.TemporaryDirectory(dir=workspace) as fetched:
@@ -122,7 +126,6 @@ def _build_teacher(
         facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
     elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
         from danceopd.preflight.compatibility import check_pipeline
-        from danceopd.preflight.findings import settle
 
         assert fetched is not None
         settle(check_pipeline(teacher, fetched, base.pipeline))

@@ -41,7 +41,7 @@ def make_recipe(**tasks: dict) -> Recipe:
                 "local": {"kind": "checkpoint", "path": "local"},
                 "style": {"kind": "lora", "path": "style"},
             },
-            "distill": {"lr": 0.001, "steps": 1, "batch": 1},
+            "distill": {"lr": 0.001, "steps": 1, "batch": 3},
             "evaluate": {"per_task": 4, "steps": 2, "batch": 3, "pictures": 3},
             "register_as": {"model": "tiny"},
         },

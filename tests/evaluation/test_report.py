@@ -48,7 +48,7 @@ def make_recipe(gates: list[dict], task: str = TASK) -> Recipe:
                 },
             },
             "teachers": {"base": {"kind": "base"}, TEACHER: {"kind": "checkpoint", "path": "x"}},
-            "distill": {"lr": 0.001, "steps": 1, "batch": 1},
+            "distill": {"lr": 0.001, "steps": 1, "batch": 3},
             "register_as": {"model": "m"},
         },
         "test",

@@ -72,7 +72,7 @@ def new_recipe(model: str) -> Recipe:
         "data": {"world": {"t2i": {"train": 4, "val": 2, "test": 2}}},
         "tasks": tasks,
         "teachers": {"base": {"kind": "base"}},
-        "distill": {"lr": 0.01, "steps": 1, "batch": 1},
+        "distill": {"lr": 0.01, "steps": 1, "batch": 3},
         "register_as": {"model": model, "experiment": "tiny"},
     }
     return parse_recipe(data, "test")

@@ -208,6 +208,70 @@ def test_what_is_no_json_or_no_route_is_said(client):
     assert (answer.status_code, answer.json()["error"]["message"]) == (405, f"GET is not for {GENERATIONS}")
 
 
+OPTIONAL = ["model", "n", "size", "response_format", "output_format", "quality", "background", "stream", "user"]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in OPTIONAL), [*OPTIONAL, "seed", "steps", "guidance"]])
+def test_null_is_what_is_not_given(client, names):
+    answer = client.post(GENERATIONS, json={"prompt": "red ring", "seed": 1} | dict.fromkeys(names))
+    assert len(pictures(answer)) == 1
+
+
+def test_null_is_no_prompt_and_no_unknown_parameter(client):
+    for body, param in (({"prompt": None}, "prompt"), ({"prompt": "a", "moderation": None}, "moderation")):
+        answer = client.post(GENERATIONS, json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("kind", [None, "", "application/json", "Application/JSON; charset=utf-8", "APPLICATION/JSON"])
+def test_a_body_without_a_type_or_in_other_letters_is_json(client, kind):
+    headers = {} if kind is None else {"content-type": kind}
+    answer = client.post(GENERATIONS, content=b'{"prompt": "red ring", "seed": 1}', headers=headers)
+    assert len(pictures(answer)) == 1
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_type_is_refused_without_its_text(client, kind):
+    answer = client.post(GENERATIONS, content=b'{"prompt": "a secret"}', headers={"content-type": kind})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+    assert "secret" not in answer.text
+    for body in (b"a secret", b"\xff\xfe", b"[" * 5000, b'"a secret"'):
+        answer = client.post(GENERATIONS, content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["Multipart/Form-Data", "MULTIPART/FORM-DATA"])
+def test_a_form_in_other_letters_is_one(client, kind):
+    body = b"\r\n".join(
+        [
+            b"--x",
+            b'Content-Disposition: form-data; name="prompt"',
+            b"",
+            b"make it red",
+            b"--x",
+            b'Content-Disposition: form-data; name="image"; filename="a.png"',
+            b"Content-Type: image/png",
+            b"",
+            png(),
+            b"--x--",
+            b"",
+        ]
+    )
+    answer = client.post(EDITS, content=body, headers={"content-type": f"{kind}; boundary=x"})
+    assert len(pictures(answer)) == 1
+
+
+def test_openais_own_client_draws_and_edits(client):
+    openai = pytest.importorskip("openai")
+    asked = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+    drawn = asked.images.generate(prompt="red ring", model="tiny", n=2, response_format="b64_json", size="auto")
+    assert len(drawn.data) == 2 and base64.b64decode(drawn.data[0].b64_json)[:4] == b"\x89PNG"
+    edited = asked.images.edit(prompt="make it red", image=("a.png", png()), model="tiny")
+    assert base64.b64decode(edited.data[0].b64_json)[:4] == b"\x89PNG"
+    with pytest.raises(openai.BadRequestError, match="at most"):
+        asked.images.generate(prompt="red ring", n=100)
+
+
 def test_half_a_character_is_refused(client):
     answer = client.post(GENERATIONS, content=b'{"prompt": "a \\ud800"}', headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt"), answer.text

@@ -334,7 +334,8 @@ def test_missing_things_are_named(recipe, workspace, made):
 
 def test_a_task_without_training_records_is_named(recipe, workspace, made, base_folder):
     base, _, teachers, _ = made
-    sizes = "data.world={t2i: {train: 3, val: 2}, global_style: {train: 3, val: 2}, local_edit: {val: 2}}"
+    whole = "{train: 3, val: 2, test: 2}"
+    sizes = f"data.world={{t2i: {whole}, global_style: {whole}, local_edit: {{val: 2, test: 2}}}}"
     bare = load_recipe("world", [f"model.base={base_folder}", *SMALL, sizes])
     data = steps.build_data(bare, workspace, repo=workspace)
     with pytest.raises(UserError, match=r"no training records for task\(s\) local_edit"):
