@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +21,8 @@ from filelock import FileLock, Timeout
 from danceopd.errors import UserError
 from danceopd.text import parse_json, read_text
 from danceopd.text import read_json as read_json
+
+log = logging.getLogger(__name__)
 
 FIELD = "field.json"  # in a field's folder (see `flow/field_io.py`): its kind and name
 CHECKPOINT = "step-"  # a checkpoint's folder, before the step
@@ -208,6 +213,48 @@ def lock_output(path: Path) -> Iterator[None]:
         for parent in made:  # of an output that was not made
             with suppress(OSError):
                 parent.rmdir()
+
+
+@contextmanager
+def hold(path: Path, lock: Path, wait: bool) -> Iterator[None]:
+    """Hold a product's place against other processes that would make the same one.
+
+    A killed process holds nothing. On a file system that knows no locks nothing is held.
+
+    Args:
+        path: of the product.
+        lock: a file that stands for it, and stays.
+        wait: whether to wait for the other process.
+
+    Raises:
+        UserError: if another process holds it, and there is no waiting.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
+        waited = 0
+        while (locked := _try_lock(file.fileno())) is False:
+            if not wait:
+                raise UserError(f"{path}: another process is making it; run it again when that one has ended")
+            if waited % 60 == 0:
+                log.info("%s: another process is making it; waiting for it", path)
+            waited += 1
+            time.sleep(1)
+        try:
+            yield
+        finally:
+            if locked:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """True if the file is ours now, False if another holds it, None if its file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def write_json(path: Path, value: Any) -> Path:

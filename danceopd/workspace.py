@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.errors import UserError
-from danceopd.files import CHECKPOINT, atomic_folder, content_key, hash_file, hash_folder, read_json, write_json
+from danceopd.files import CHECKPOINT, atomic_folder, content_key, hash_file, hash_folder, hold, read_json, write_json
 from danceopd.tracking import recording
 from danceopd.tracking.journal import open_journal
 
@@ -132,7 +132,12 @@ def make_product(
         shutil.rmtree(checkpoints, ignore_errors=True)
         log.info("%s %s: reused from %s", step, name, folder)
     else:
-        _build(Path(workspace), folder, checkpoints, step, name, key, build)
+        lock = Path(workspace) / ".locks" / checkpoints.name
+        with hold(folder, lock, wait=processes is None):  # several processes have no one to wait with
+            if (folder / STEP).is_file():
+                log.info("%s %s: made by another process meanwhile, %s", step, name, folder)
+            else:
+                _build(Path(workspace), folder, checkpoints, step, name, key, build)
     if processes is not None:
         processes.wait()
     return open_product(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from danceopd.data.assemble import assemble, open_dataset, strangers
 from danceopd.data.importers.run import run_import
 from danceopd.data.importers.spec import ImportSpec, load_spec
 from danceopd.errors import UserError
-from danceopd.files import check_output, check_output_file, lock_output, output_folder, write_json
+from danceopd.files import check_output, check_output_file, hold, lock_output, output_folder, write_json
+from danceopd.workspace import make_product
 
 
 def records():
@@ -195,3 +198,31 @@ def test_an_import_touches_nothing_of_others(tmp_path):
         run_import(spec, tmp_path / "new")
     assert contents(tmp_path) == before
     assert run_import(spec, tmp_path / "empty") == run_import(spec, tmp_path / "new")
+
+
+def test_the_second_maker_of_a_product_waits_and_takes_the_firsts(tmp_path, caplog):
+    made = []
+
+    def build(scratch, checkpoints):
+        made.append(scratch)
+        time.sleep(1.5)
+        return {"n": 1}
+
+    def make():
+        return make_product(tmp_path, "data", "x", ["same"], build)
+
+    with caplog.at_level("INFO", "danceopd"), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(make)
+        time.sleep(0.5)
+        second = pool.submit(make)
+        assert first.result().folder == second.result().folder and len(made) == 1
+    assert "another process is making it; waiting" in caplog.text and "made by another process" in caplog.text
+
+
+def test_one_that_cannot_wait_is_told(tmp_path):
+    place, lock = tmp_path / "x", tmp_path / "locks" / "x"
+    refused = pytest.raises(UserError, match="another process is making it")
+    with hold(place, lock, wait=False), refused, hold(place, lock, wait=False):
+        pass
+    with hold(place, lock, wait=False):  # it is free again
+        pass

@@ -159,7 +159,7 @@ def test_recipe_check_tells_what_every_shipped_recipe_takes(folder_of, name, tmp
     with pytest.raises(UserError, match="no such file or folder") if absent else nullcontext() as refused:
         check(name, settings, gpus=8, tflops=300.0, workspace=tmp_path)
     told = capsys.readouterr().out
-    for word in ("base", *shipped.teachers, "data", "memory per GPU", "activations", "an update of", "on 8 GPUs that"):
+    for word in ("base", *shipped.teachers, "data", "memory per GPU", "activations", "per update of", "on 8 GPUs that"):
         assert word in told
     assert all(path in told and path in str(refused.value) for path in absent)
     if "local_global" in name:  # as published (arXiv 2606.27377): what decides how long it takes
