@@ -189,7 +189,7 @@ def test_training_is_the_same_with_a_cache_made_by_the_command(tiny_base, tmp_pa
     monkeypatch.chdir(tmp_path)
     settings = [
         f"model.base={tiny_base}",
-        "data.world={t2i: {train: 6, val: 2}, local_edit: {train: 6, val: 2}}",
+        "data.world={t2i: {train: 6, val: 2, test: 2}, local_edit: {train: 6, val: 2, test: 2}}",
         "tasks={t2i: {teacher: base, needs_source: false, metrics: [psnr]}, "
         "local_edit: {teacher: base, needs_source: true, metrics: [psnr]}}",
         "teachers={base: {kind: base}}",
