@@ -16,9 +16,9 @@ from danceopd.methods.table import MERGED, TRAINED, merge_rule_of, method_of, ne
 def test_the_recipes_names_are_the_tables(bench):
     assert set(METHODS) == {*TRAINED, *MERGED} and set(MERGES) == set(MERGED)
     assert isinstance(method_of(bench.spec()), DanceOPD)
-    with pytest.raises(UserError, match=r"method that trains 'merge_ties'.*danceopd"):
+    with pytest.raises(UserError, match=r"method that trains: 'merge_ties'.*danceopd"):
         method_of(bench.spec(method="merge_ties"))
-    with pytest.raises(UserError, match=r"weight merge 'dense'.*merge_average"):
+    with pytest.raises(UserError, match=r"weight merge: 'dense'.*merge_average"):
         merge_rule_of(bench.spec(method="dense"))
 
 
