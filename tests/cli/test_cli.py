@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +144,9 @@ def test_a_workspace_that_cannot_be_one_is_one_line(monkeypatch, capsys, tmp_pat
         lines = [line for line in err.splitlines() if line.startswith("danceopd: ")]
         assert (code, len(lines), "Traceback" in err) == (2, 1, False), place
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a place that nobody may write to")
+def test_a_workspace_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    code, _, told = run(monkeypatch, capsys, "distill", "--workspace", "/sys/danceopd")
+    assert code == 2 and len(told.splitlines()) == 1 and told.startswith("danceopd: ") and "/sys/danceopd" in told

@@ -31,7 +31,8 @@ BASE_ONLY = [
     "tasks.local_edit.teacher=base",
     "tasks.global_style.teacher=base",
     "distill.start=base",
-    "data.world={t2i: {train: 1}}",
+    "data.world={t2i: {train: 1, val: 1, test: 1}, local_edit: {train: 1, val: 1, test: 1}, "
+    "global_style: {train: 1, val: 1, test: 1}}",
 ]
 
 

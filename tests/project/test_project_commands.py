@@ -59,8 +59,8 @@ def test_make_run_runs_the_pipeline():
 @needs_make
 def test_make_test_checks_and_tests_everything():
     commands = dry_run("-o", READY, "test")
-    assert commands[:2] == [".venv/bin/ruff check .", ".venv/bin/ruff format --check ."]
-    assert len(commands) == 3 and commands[2].endswith("-m pytest -n 2")
+    assert commands[:3] == [".venv/bin/ruff check .", ".venv/bin/ruff format --check .", ".venv/bin/mypy"]
+    assert len(commands) == 4 and commands[3].endswith("-m pytest -n 2")
 
 
 @needs_make

@@ -8,8 +8,10 @@ import copy
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from danceopd.flow.fields import VelocityField
 from danceopd.registry.champion import below_champion, measured_unlike
 from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.register import Registration, register_student
-from danceopd.registry.versions import DECISION, RegisteredModel
+from danceopd.registry.versions import DECISION, RegisteredModel, open_model
 from danceopd.tracking import mlflow_store
 
 LINEAGE = {
@@ -766,3 +768,14 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     assert not [name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")]
     assert {"code/danceopd/inference/generate.py", "pyfunc_model.py", "artifacts/pipeline/danceopd.json"} <= files
     assert all(name.endswith((".py", ".pyc")) for name in files if name.startswith("code/"))
+
+
+@pytest.mark.slow
+def test_a_store_under_another_writers_lock_is_one_line(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    mlflow_store.open_client(uri).create_registered_model("m")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="database is locked"):
+            open_model(uri, "m")
+    assert open_model(uri, "m").lines() == []
