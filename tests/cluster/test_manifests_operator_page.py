@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from diffusers import SD3Transformer2DModel
 
 from danceopd.backbones.sd3 import SD3
@@ -59,3 +60,20 @@ def test_a_row_of_the_sizes_is_what_the_preflight_counts():
     assert [float(full), float(sharded), float(small)] == pytest.approx(
         [16 * every / gib, 2 * every / gib, 10 * every / gib], abs=0.05
     )
+
+
+def test_the_cores_it_asks_for_hold_mlflow_and_one_local_job():
+    folder = ROOT / "manifests" / "overlays" / "local" / "jobs"
+    jobs = [yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/job.yaml"))]
+    asked = {cores(job["spec"]["template"]["spec"]) for job in jobs}
+    base = yaml.safe_load_all((ROOT / "manifests" / "base" / "mlflow.yaml").read_text())
+    mlflow = sum(cores(found["spec"]["template"]["spec"]) for found in base if found["kind"] == "Deployment")
+    cluster = 1.0  # what a single node's own pods ask for, as kind and minikube ship them
+    assert asked and mlflow > 0 and 2 < max(asked) + mlflow + cluster <= 4
+    assert "A node with four cores" in PAGE and "two cores do not" in PAGE
+
+
+def cores(pod: dict) -> float:
+    """CPU that a pod's containers request."""
+    asked = [str(container["resources"]["requests"]["cpu"]) for container in pod["containers"]]
+    return sum(float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1) for text in asked)
