@@ -31,9 +31,9 @@ def check_start(recipe: Recipe, counts: Counts | None, store: str) -> list[Findi
 
 def check_splits(recipe: Recipe, counts: Counts) -> list[Finding]:
     """Tasks without records in a split that the run reads: to train, to prove teachers and select by, to evaluate."""
-    wanted = {recipe.evaluate.split: "is evaluated on (evaluate.split)"}
+    wanted = {recipe.evaluate.split: "the run is evaluated (evaluate.split)"}
     if recipe.distill.select is not None:
-        wanted["val"] = "is selected on (distill.select)"
+        wanted["val"] = "the student is selected (distill.select)"
     if any(not isinstance(teacher, BaseTeacher | ChampionTeacher) for teacher in recipe.teachers.values()):
         wanted.setdefault("val", "")
     found = []
@@ -43,8 +43,8 @@ def check_splits(recipe: Recipe, counts: Counts) -> list[Finding]:
             if not why and isinstance(teacher, BaseTeacher | ChampionTeacher):
                 continue
             if not counts.get(task, {}).get(split):
-                told = why or f"measures teacher {spec.teacher!r} against the base"
-                text = f"task {task!r}: no records in split {split!r}, which the run {told}; add some before it trains"
+                told = why or f"teacher {spec.teacher!r} is measured against the base"
+                text = f"task {task!r}: no records in split {split!r}, on which {told}; add some before it trains"
                 found.append(Finding("error", "splits", text))
     return found
 
