@@ -166,4 +166,4 @@ def test_recipe_check_tells_what_every_shipped_recipe_takes(folder_of, name, tmp
         spec = shipped.distill
         assert (spec.lora.rank, spec.lr, spec.rollout_steps, spec.steps) == (128, 2e-4, 16, 3000)
         assert (shipped.model.height, shipped.model.width) == (1024, 1024)
-        assert "an update of 32" in told and "in 3,000 updates" in told
+        assert "per update of 32" in told and "in 3,000 updates" in told
