@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,3 +78,27 @@ def cores(pod: dict) -> float:
     """CPU that a pod's containers request."""
     asked = [str(container["resources"]["requests"]["cpu"]) for container in pod["containers"]]
     return sum(float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1) for text in asked)
+
+
+def test_the_controllers_patches_are_json_that_says_what_the_page_says():
+    patches = [json.loads(text) for text in re.findall(r"COMPILED_PIPELINE_SPEC_PATCH=(\{.*\})", PAGE)]
+    assert len(patches) == 2
+    # Argo merges `templateDefaults` into every template, and `podSpecPatch` (itself JSON) into every pod.
+    assert all(patch["templateDefaults"] == {"retryStrategy": {"retryPolicy": "Always"}} for patch in patches)
+    assert json.loads(patches[1]["podSpecPatch"]) == {"securityContext": {"fsGroup": 1000}}  # a pod's field in core/v1
+
+
+def test_the_token_that_lasts_is_the_schedules_own_account():
+    page = (ROOT / "docs" / "submitting.md").read_text()
+    [account, audience] = re.findall(r"create token (\S+) --audience (\S+) --duration", page)[0]
+    objects = list(yaml.safe_load_all((ROOT / "manifests" / "schedules" / "access.yaml").read_text()))
+    accounts = [found["metadata"]["name"] for found in objects if found["kind"] == "ServiceAccount"]
+    retrain = (ROOT / "manifests" / "schedules" / "retrain.yaml").read_text()
+    assert (
+        account in accounts and f"audience: {audience}" in retrain
+    )  # the CronJob's own token is for the same audience
+
+
+def test_the_page_says_what_kubeflows_own_plugin_does():
+    said = PAGE.split("**MLflow.**")[1]
+    assert "MLflow plugin (2.17) makes a parent run of its own beside ours; leave it off" in " ".join(said.split())
