@@ -168,7 +168,7 @@ def stop_when_asked() -> Iterator[StopRequest]:
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGINT and not request.asked:
             log.warning("stopping after this step, which is saved; Ctrl-C again stops at once, without saving")
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what was there before may ignore it
         request.asked = True
 
     before = {number: signal.signal(number, ask) for number in STOPS}

@@ -277,7 +277,16 @@ def test_a_signal_in_the_loop_saves_and_exits_with_the_code_to_retry(tiny_base, 
     assert_same(train("distill", tiny_base, small_data, tmp_path, preview_every=1), wanted)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(caplog):
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])  # a background job's ignores it
+def test_a_second_ctrl_c_interrupts_at_once(caplog, before):
+    kept = signal.signal(signal.SIGINT, before)
+    try:
+        interrupt_twice(caplog)
+    finally:
+        signal.signal(signal.SIGINT, kept)
+
+
+def interrupt_twice(caplog):
     with stop_when_asked() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked and "Ctrl-C again stops at once" in caplog.text
