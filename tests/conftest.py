@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from judge_server import serve_judge
 
 torch.set_num_threads(1)
 
@@ -55,3 +56,11 @@ def small_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "world"
     assemble(world.world_records({t: {"train": 12, "val": 6, "test": 6} for t in world.TASKS}), folder)
     return folder
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """A judge over HTTP; see `judge_server.Server` for what it says."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve_judge() as server:
+        yield server

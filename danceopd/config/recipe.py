@@ -376,6 +376,9 @@ class JudgeRecipe(_Part):
     price_prompt: float | None = Field(None, ge=0, description="of a million prompt tokens")
     price_completion: float | None = Field(None, ge=0, description="of a million completion tokens")
     currency: str = "USD"
+    canary_tolerance: float = Field(
+        0.1, ge=0, le=10, description="how far its canaries may move, in points of 10, before old figures count no more"
+    )
 
     @model_validator(mode="after")
     def _plain(self) -> Self:

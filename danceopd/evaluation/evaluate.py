@@ -24,6 +24,7 @@ from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record, spread
 from danceopd.errors import UserError
+from danceopd.evaluation.canaries import judge_canaries
 from danceopd.evaluation.conditions import groups_of, note_conditions
 from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.gates import Scores, gate_allowance, judge, retention, score_of
@@ -317,7 +318,9 @@ def evaluate(
     for name, reason in skipped.items():
         log.warning("evaluate: %s is not measured: %s", name, reason)
     results: dict[str, _TaskResult] = {}
-    for task, records in _held_out(recipe, dataset, skipped).items():
+    held_out = _held_out(recipe, dataset, skipped)
+    canaries = judge_canaries(tools, recipe, held_out, skipped)
+    for task, records in held_out.items():
         metrics = recipe.tasks[task].metrics
         encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
         ceiling = score_ceiling(backbone, encoded, records, metrics, spec.batch, tools)
@@ -338,7 +341,7 @@ def evaluate(
             {name: part.whole for name, part in scored.items()},
         )
     return Evaluation(
-        _metrics(recipe, list(fields), results, skipped, tools.judge_usage),
+        _metrics(recipe, list(fields), results, skipped, tools.judge_usage) | {"canaries": canaries},
         _values(list(fields), results),
         {task: result.examples for task, result in results.items()},
         {task: result.worst for task, result in results.items()},
@@ -365,6 +368,7 @@ def measure_field(
     tools = open_tools(recipe, next(field.backbone.transformer.parameters()).device, cache, judged)
     skipped = skipped_metrics({n: None for task in recipe.tasks.values() for n in task.metrics}, tools)
     held_out = _held_out(recipe, dataset, skipped)
+    canaries = judge_canaries(tools, recipe, held_out, skipped)
     scored = {}
     for task, records in held_out.items():
         encoded = encode_records(field.backbone, records, *size, cache, base_key, targets=True)
@@ -373,6 +377,7 @@ def measure_field(
         "scores": {STUDENT: {t: {n: finite(v) for n, v in found.means.items()} for t, found in scored.items()}},
         "records": {task: len(records) for task, records in held_out.items()},
         "judge": tools.judge_usage,
+        "canaries": canaries,
     }
     values: dict = {STUDENT: {t: {n: _row(part) for n, part in found.values.items()} for t, found in scored.items()}}
     return metrics, values | {"ids": {task: [r.id for r in records] for task, records in held_out.items()}}

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ from PIL import Image
 from danceopd.config.recipe import JudgeRecipe
 from danceopd.data.records import Record
 from danceopd.errors import UserError
-from danceopd.files import content_key, write_json
+from danceopd.files import content_key, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ BEST = 10
 MAX_WAIT = 300.0  # seconds an endpoint may ask to wait
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # of the back-off, which doubles
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # what may be gone at the next attempt
+_NOTE = "canaries.json"
 _FENCE = re.compile(r"^```(?:json)?\s*\n(.*)\n```$", re.DOTALL)
 
 _ANSWER = (
@@ -205,6 +207,7 @@ class Judge:
         sources: Sequence[np.ndarray | None],
         records: Sequence[Record],
         parts: Sequence[str] = ("semantic", "quality"),
+        anew: bool = False,
     ) -> list[Verdict | None]:
         """One verdict per picture; None where the judge gave no readable answer in all its attempts.
 
@@ -213,6 +216,7 @@ class Judge:
             sources: B pictures that were edited, or None for drawings.
             records: B records.
             parts: what to ask: `semantic`, `quality`.
+            anew: take no answer from the cache.
 
         Raises:
             UserError: if the endpoint refuses the requests, or does not answer; what it said is kept.
@@ -221,7 +225,7 @@ class Judge:
             "semantic": [self._semantic(*row) for row in zip(pictures, sources, records, strict=True)],
             "quality": [self._question(QUALITY, "", (p,), r) for p, r in zip(pictures, records, strict=True)],
         }
-        self._ask_all([question for part in parts for question in asked[part]])
+        self._ask_all([question for part in parts for question in asked[part]], anew)
         return [self._verdict([asked[part][row] for part in parts]) for row in range(len(records))]
 
     def _semantic(self, picture: np.ndarray, source: np.ndarray | None, record: Record) -> _Question:
@@ -271,9 +275,9 @@ class Judge:
 
     # --- questions to answers ---
 
-    def _ask_all(self, questions: list[_Question]) -> None:
+    def _ask_all(self, questions: list[_Question], anew: bool) -> None:
         fresh = {q.key: q for q in questions if q.key not in self._known}
-        for key in list(fresh):
+        for key in [] if anew else list(fresh):
             if (answer := self._remembered(fresh[key])) is not None:
                 self._known[key] = answer
                 self._counts["cached"] += 1
@@ -440,6 +444,22 @@ class Judge:
             self._counts[name] += 1
 
     # --- answers on disk ---
+
+    def kept_note(self) -> dict[str, Any] | None:
+        """What `keep_note` left beside the answers, or None."""
+        if self._cache is None or not (self._cache / _NOTE).is_file():
+            return None
+        return read_json(self._cache / _NOTE)
+
+    def keep_note(self, note: dict[str, Any]) -> None:
+        """Leave a note beside the answers that are kept from now on."""
+        if self._cache is not None:
+            write_json(self._cache / _NOTE, note)
+
+    def forget(self) -> None:
+        """Drop the answers that earlier runs kept."""
+        if self._cache is not None:
+            shutil.rmtree(self._cache)
 
     @staticmethod
     def _place(cache: Path, key: str) -> Path:

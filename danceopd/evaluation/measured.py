@@ -64,6 +64,11 @@ class Measured:
         return {name: self.metrics.get(name) for name in CONDITIONS}
 
     @property
+    def canaries(self) -> Mapping[str, Any] | None:
+        """What the judge said of its canaries in this evaluation, or None where it was not asked."""
+        return self.metrics.get("canaries")
+
+    @property
     def groups(self) -> Mapping[str, list[str]] | None:
         """The group of each record by task (those that share a picture), or None where that was not kept."""
         return None if self.values is None else self.values.get("groups")

@@ -252,7 +252,9 @@ def _view(evaluation: Evaluation, provenance: dict, plots: dict[str, bytes]) -> 
         "plots": _plots(metrics, plots),
         "galleries": [_gallery(evaluation, task, evaluation.examples[task]) for task in evaluation.examples],
         "worst": [_gallery(evaluation, task, shown) for task, shown in evaluation.worst.items() if shown],
-        "provenance": _sections(provenance | ({"judge": metrics["judge"]} if metrics["judge"] else {})),
+        "provenance": _sections(
+            provenance | {name: metrics[name] for name in ("judge", "canaries") if metrics.get(name)}
+        ),
     }
 
 

@@ -82,7 +82,23 @@ def side_by_side(ours: Candidate, theirs: Candidate) -> tuple[Measured, Measured
         return ours.measured, again, []
     if (again := theirs.measured.version(ours.model, ours.number)) is not None:
         return again, theirs.measured, []
-    return ours.measured, theirs.measured, measured_unlike(ours.measured.conditions, theirs.measured.conditions)
+    return ours.measured, theirs.measured, cannot_compare(ours.measured, theirs.measured)
+
+
+def cannot_compare(ours: Measured, theirs: Measured) -> list[str]:
+    """Why two evaluations' figures cannot be compared: other conditions, or a judge that moved between them."""
+    unlike = measured_unlike(ours.conditions, theirs.conditions)
+    moved = "" if JUDGE in unlike else judge_moved(ours, theirs)
+    return [*unlike, *([moved] if moved else [])]
+
+
+def judge_moved(ours: Measured, theirs: Measured) -> str:
+    """In words how the judge changed between two evaluations that it scored; nothing where it did not."""
+    from danceopd.evaluation.canaries import say_moved
+
+    if not all(JUDGE in (of.conditions["tools"] or {}) for of in (ours, theirs)):
+        return ""
+    return say_moved(ours.canaries, theirs.canaries)
 
 
 _NAMES = {"size": "picture size", "steps": "sampling steps", "seed": "seed"}

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import Measured
-from danceopd.evaluation.names import JUDGE
-from danceopd.registry.champion import measured_unlike
+from danceopd.registry.champion import cannot_compare
 from danceopd.registry.versions import RegisteredModel
 
 
@@ -31,8 +30,8 @@ class MeasuredAnew:
 def needs_measuring(model: RegisteredModel, student: str, measured: Measured) -> bool:
     """Whether the champion's own figures do not tell how a student compares with it.
 
-    They do not where it was measured otherwise, or by a judge: a judge behind an endpoint may change from one day to
-    another under the same name, so both are judged in one run.
+    They do not where it was measured otherwise, or by a judge that has moved on its canaries since: a judge behind an
+    endpoint may change from one day to another under the same name, so both are then judged in one run.
 
     Args:
         model: the registered model.
@@ -48,9 +47,7 @@ def needs_measuring(model: RegisteredModel, student: str, measured: Measured) ->
         theirs = model.measured(champion)
     except UserError:  # its figures are gone
         return True
-    ours = measured.conditions
-    judged = JUDGE in (ours["tools"] or {})
-    return judged or _lacks_a_figure(measured, theirs) or bool(measured_unlike(ours, theirs.conditions))
+    return _lacks_a_figure(measured, theirs) or bool(cannot_compare(measured, theirs))
 
 
 def _lacks_a_figure(ours: Measured, theirs: Measured) -> bool:

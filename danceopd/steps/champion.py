@@ -28,12 +28,13 @@ log = logging.getLogger(__name__)
 def measure_champion(run: Run, student: Product, evaluation: Product) -> MeasuredAnew | None:
     """Draw and score the registered model's champion as `evaluation` did the student.
 
-    Kept in the workspace: asked again, it is read back. With a judge it is made anew for every evaluation.
+    Kept in the workspace: asked again, it is read back. With a judge it is kept for each evaluation apart.
 
     Returns:
         The champion's figures, or why it could not be measured; None where its own figures can be compared, where
         there is no champion, and for a student that failed a gate.
     """
+    from danceopd.registry.champion import judge_moved
     from danceopd.registry.champion_teacher import find_champion
     from danceopd.registry.measure_anew import MeasuredAnew, needs_measuring
     from danceopd.registry.versions import RegisteredModel
@@ -64,6 +65,10 @@ def measure_champion(run: Run, student: Product, evaluation: Product) -> Measure
         log.warning("%s could not be measured anew: %s", champion.name, error)
         return MeasuredAnew(champion.model, champion.version, None, str(error))
     measured = Measured(read_json(made.folder / METRICS), read_json(made.folder / VALUES))
+    if moved := judge_moved(mine, measured):
+        told = f"{moved} since the student was judged; remove {evaluation.folder} and run it again"
+        log.warning("%s cannot be compared: %s", champion.name, told)
+        return MeasuredAnew(champion.model, champion.version, None, told)
     return MeasuredAnew(champion.model, champion.version, measured)
 
 

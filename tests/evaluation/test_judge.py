@@ -7,13 +7,12 @@ import io
 import json
 import logging
 import math
-import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from judge_server import GOOD, Server, completion
 from PIL import Image
 
 from danceopd.config.recipe import EvaluateRecipe, JudgeRecipe
@@ -24,50 +23,6 @@ from danceopd.evaluation.metrics import metric
 from danceopd.evaluation.metrics.tools import Tools
 
 KEY = "sk-very-secret-123"
-GOOD = {"instruction": 8, "preservation": 6, "naturalness": 9, "artifacts": 6, "reason": "fine"}
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each request with the next of `script`, then with `GOOD`; keeps what it was sent."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list = []
-        self.seen: list[tuple[str, dict, dict]] = []
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append((self.path, dict(self.headers), body))
-            said = self.server.script.pop(0) if self.server.script else GOOD
-        if said == "drop":
-            self.close_connection = True
-            return
-        status, headers, text = said if isinstance(said, tuple) else (200, {}, completion(said))
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-def completion(answer: object, usage: bool = True) -> str:
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    body: dict = {"choices": [{"message": {"role": "assistant", "content": text}}]}
-    return json.dumps(body | ({"usage": {"prompt_tokens": 100, "completion_tokens": 20}} if usage else {}))
 
 
 class Time:
@@ -85,16 +40,9 @@ class Time:
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(judge_server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    found = Server()
-    thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield found
-    found.shutdown()
-    thread.join()
-    found.server_close()
+    return judge_server
 
 
 def make(server: Server, cache=None, time: Time | None = None, **settings) -> Judge:

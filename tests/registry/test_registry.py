@@ -27,7 +27,7 @@ from danceopd.evaluation.measured import Measured, read_evaluation
 from danceopd.export.student import WEIGHT_FILES, check_export, prove_export, write_probe
 from danceopd.files import hash_folder, read_json
 from danceopd.flow.fields import VelocityField
-from danceopd.registry.champion import below_champion, measured_unlike
+from danceopd.registry.champion import below_champion, cannot_compare, measured_unlike
 from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.register import Registration, register_student
 from danceopd.registry.versions import DECISION, RegisteredModel, open_model
@@ -319,6 +319,23 @@ def test_measurements_are_alike_only_in_every_condition():
     older = ours | {"held_out": None, "tools": None}
     assert all("did not note them" in told for told in measured_unlike(ours, older))
     assert len(measured_unlike(older, ours)) == 2
+
+
+def judged_metrics(**moved) -> dict:
+    canaries = {"pictures": "p", "at": "t", "tolerance": 0.1, "verdicts": {"a": [8, 6, 6, 6], "b": [4, 4, 6, 5]}}
+    return new_metrics() | {"tools": {"judge": "j"}, "canaries": canaries | moved}
+
+
+def test_a_judge_that_moved_on_its_canaries_is_another_condition():
+    ours = Measured(judged_metrics(), None)
+    assert cannot_compare(ours, Measured(judged_metrics(at="later"), None)) == []
+    moved = Measured(judged_metrics(verdicts={"a": [8, 6, 6, 6], "b": [5, 4, 6, 5]}), None)
+    [told] = cannot_compare(ours, moved)
+    assert told == "the judge has moved by 0.5 of 10 on its canaries (tolerance 0.1)"
+    assert "not asked" in cannot_compare(ours, Measured(judged_metrics() | {"canaries": None}, None))[0]
+    assert cannot_compare(ours, Measured(new_metrics(), None)) == []  # one that no judge scored
+    other = Measured(judged_metrics(pictures="q") | {"tools": {"judge": "k"}}, None)
+    assert cannot_compare(ours, other) == ["judge"]
 
 
 # ------------------------------------------------------------------------------------------------------- the export

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from judge_server import GOOD
 
 from danceopd import steps
 from danceopd.backbones import load_backbone
@@ -541,6 +542,46 @@ def test_a_champion_measured_otherwise_is_measured_anew(base_folder, workspace, 
     shutil.rmtree(workspace / "champions")
     refused = register(third, other)
     assert refused.alias == ["challenger"] and "its files cannot be fetched" in refused.reasons[0]
+
+
+@pytest.mark.slow
+def test_a_champion_is_judged_again_where_the_judge_has_moved(base_folder, workspace, made, tmp_path, judge_server):
+    base, data, teachers, student = made
+    settings = [
+        f"model.base={base_folder}",
+        *SMALL,
+        "tasks.global_style.metrics=[psnr, judge_overall]",
+        "tasks.global_style.gates=[{metric: judge_overall, max_drop: 9, champion_margin: 0.5}]",
+        "register_as.model=judged",
+        f"evaluate.judge={{url: {judge_server.url}, model: m}}",
+    ]
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    first, second = (
+        steps.Run(load_recipe("world", [*settings, *more]), workspace, base, data, store)
+        for more in ([], ["distill.window=semantic"])
+    )
+
+    def evaluate(run, student):
+        return steps.evaluate_student(run, teachers, student)
+
+    def register(run, student):
+        return steps.register_student(run, teachers, student, evaluate(run, student))
+
+    assert register(first, student).alias == ["champion"]
+    other = steps.distill_student(second, teachers)
+    before = evaluate(second, other)
+    assert steps.measure_champion(second, other, before) is None  # the judge said the same of the canaries
+    shutil.rmtree(before.folder)
+    judge_server.usual = GOOD | {"instruction": 7, "preservation": 7}  # another judge under the same name
+    stale = evaluate(second, other)
+    judge_server.usual = GOOD | {"instruction": 5, "preservation": 5}  # and another one
+    refused = steps.measure_champion(second, other, stale)
+    assert refused.measured is None and f"since the student was judged; remove {stale.folder}" in refused.reason
+    shutil.rmtree(stale.folder)
+    found = steps.measure_champion(second, other, evaluate(second, other))
+    assert found.measured.scores["global_style"]["judge_overall"] == pytest.approx(30**0.5)
+    done = register(second, other)
+    assert (done.alias, done.reasons) == (["champion"], [])  # below the old figure, 6, by more than the margin
 
 
 def test_what_selects_a_state_names_the_student(base_folder, made, workspace, tmp_path):
