@@ -73,14 +73,13 @@ def decode(data: bytes, where: str) -> str:
     """
     _refuse_marked(data, where)
     data = data.removeprefix(codecs.BOM_UTF8)
+    if (nul := data.find(b"\0")) >= 0:
+        line = data[:nul].count(b"\n") + 1
+        raise UserError(f"{where}, line {line}: holds a NUL byte: UTF-16 without a mark, or no text; save it as UTF-8")
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(data, error.start, where) from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{where}, line {line}: holds a NUL byte: UTF-16 without a mark, or no text; save it as UTF-8")
-    return text
 
 
 def _refuse_marked(data: bytes, where: str) -> None:
@@ -148,6 +147,31 @@ def read_json(path: Path) -> Any:
         UserError: if the file is missing, cannot be read, or is no JSON.
     """
     return parse_json(read_text(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: if it cannot be read, is no UTF-8, no JSON, or something else than an object.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: no JSON object; copy the file anew")
+    return found
+
+
+def check_json_files(folder: Path) -> None:
+    """Whether a checkpoint's JSON files, in its folder and in those of its parts, are as the libraries read them.
+
+    Raises:
+        UserError: naming the first that is not UTF-8, or begins with a byte-order mark.
+    """
+    for path in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
+        data = read_bytes(path)
+        decode(data, str(path))
+        if data.startswith(codecs.BOM_UTF8):
+            raise UserError(f"{path}, line 1: begins with a byte-order mark; save the file as UTF-8 without one")
 
 
 def json_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any] | UserError]]:

@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 
 from danceopd.errors import UserError
-from danceopd.files import atomic_folder, content_key, hash_file, hash_folder, read_json
+from danceopd.files import atomic_folder, content_key, hash_file, hash_folder
+from danceopd.text import read_object
 
 SHIPPED = {"world": "world_base"}
 INDEX = "model_index.json"
@@ -110,8 +111,8 @@ def fetch_configs(base: str, revision: str | None, workspace: Path) -> Path:
 
 def components(index: Path) -> list[str]:
     """Names of a pipeline's parts, each a folder beside its `model_index.json`."""
-    found = read_json(index).items()
-    return [name for name, kind in found if isinstance(kind, list) and not name.startswith("_") and kind[0] is not None]
+    found = {name: kind for name, kind in read_object(index).items() if isinstance(kind, list) and kind}
+    return [name for name, kind in found.items() if not name.startswith("_") and kind[0] is not None]
 
 
 def _check_whole(base: str, folder: Path) -> None:

@@ -23,7 +23,8 @@ from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.weights import read_transformer
 from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
-from danceopd.files import forget_origin, read_json
+from danceopd.files import forget_origin
+from danceopd.text import check_json_files, read_object
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class PipelineBackbone:
             UserError: if the folder holds no such pipeline.
         """
         kind, network = cls._kinds(folder)
-        index = read_json(folder / INDEX)
+        index = read_object(folder / INDEX)
         parts: dict[str, Any] = dict.fromkeys(components(folder / INDEX))
         try:
             for name, of in (("transformer", network), ("vae", getattr(diffusers, str(index["vae"][1])))):
@@ -96,7 +97,8 @@ class PipelineBackbone:
         takes = " or ".join(known)
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder}: no {takes} folder (no {INDEX} there)")
-        index = read_json(folder / INDEX)
+        check_json_files(folder)
+        index = read_object(folder / INDEX)
         if index.get("_class_name") not in known:
             raise UserError(f"{folder}: a {index.get('_class_name')} folder, and this model.backbone takes {takes}")
         name = str((index.get("transformer") or [None])[-1])

@@ -20,6 +20,7 @@ from torch import nn
 
 from danceopd.backbones.lora_factors import check_finite
 from danceopd.errors import UserError
+from danceopd.text import check_json_files
 
 Shape = tuple[int, ...]
 _PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # before every name in files of some programs
@@ -41,6 +42,7 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
     if path.is_file():
         return _read_file(kind, path, dtype, config)
     try:
+        check_json_files(path)
         config = kind.load_config(str(path), local_files_only=True)
         wanted = _shapes(_empty(kind, config))
         found: dict[str, Shape] = {}

@@ -19,9 +19,10 @@ from danceopd.backbones.lora import CONFIG, load_lora, save_lora
 from danceopd.backbones.lora_import import load_lora_file, lora_file
 from danceopd.backbones.offload import OffloadedWeights
 from danceopd.errors import UserError, unknown_name
-from danceopd.files import FIELD, forget_origin, hash_folder, read_json, write_json
+from danceopd.files import FIELD, forget_origin, hash_folder, write_json
 from danceopd.flow.fields import Field, VelocityField
 from danceopd.flow.guidance import GuidedField
+from danceopd.text import read_object
 
 KINDS = ("base", "full", "lora")
 
@@ -58,7 +59,7 @@ def field_kind(folder: Path) -> str:
     """
     folder = Path(folder)
     if (folder / FIELD).is_file():
-        kind = read_json(folder / FIELD).get("kind")
+        kind = read_object(folder / FIELD).get("kind")
         if kind not in KINDS:
             raise unknown_name(f"{folder / FIELD}: kind", kind, KINDS)
         return kind
@@ -83,7 +84,7 @@ def field_guidance(folder: Path) -> dict | None:
         UserError: if it does not fit.
     """
     path = Path(folder) / FIELD
-    found = read_json(path).get("guidance") if path.is_file() else None
+    found = read_object(path).get("guidance") if path.is_file() else None
     if found is None:
         return None
     fits = isinstance(found, dict) and set(found) == {"scale", "batched"} and isinstance(found["batched"], bool)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from danceopd.files import hash_file, read_json
+from danceopd.files import hash_file
 from danceopd.preflight.findings import Finding
+from danceopd.text import read_object
 
 # Keys that say who wrote a file and how, not what is in it.
 _ASIDE = {
@@ -53,7 +54,7 @@ def check_pipeline(teacher: str, folder: Path, base: Path) -> list[Finding]:
     for part, (what, file, keys) in parts.items():
         theirs, ours = folder / part / file, base / part / file
         if theirs.is_file() and ours.is_file():
-            found += _differing_keys(teacher, what, f"{part}/{file}", read_json(theirs), read_json(ours), keys)
+            found += _differing_keys(teacher, what, f"{part}/{file}", read_object(theirs), read_object(ours), keys)
     for part, what, largest in (("vae", "latent space", None), ("text_encoder", "text encoder", _SMALL)):
         name = _differing_tensor(folder / part, base / part, largest)
         if name is not None:

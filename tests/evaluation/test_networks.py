@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +186,12 @@ def test_a_folder_with_something_else_is_one_line(tmp_path, clip_folder, dino_fo
     with pytest.raises(UserError, match=said) as error:
         getattr(Tools(EvaluateRecipe(networks={tool: str(folder)}), "cpu"), tool)
     assert "\n" not in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_a_configuration_in_another_encoding_is_one_line(tmp_path, clip_folder, name):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "copy"))
+    (folder / name).write_bytes((folder / name).read_text().encode("utf-16"))
+    with pytest.raises(UserError, match=rf"{name}, line 1: UTF-16, not UTF-8") as error:
+        _ = Tools(EvaluateRecipe(networks={"clip": str(folder)}), "cpu").clip
+    assert "\n" not in str(error.value)

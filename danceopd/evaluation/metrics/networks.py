@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from danceopd.errors import UserError
+from danceopd.text import check_json_files
 
 
 def _open(folder: Path, what: str, load: Callable[[], Any]) -> Any:
+    check_json_files(folder)
     try:
         return load()
     except Exception as error:  # transformers raises many kinds for files it cannot use
