@@ -70,7 +70,10 @@ def running(
         with _noted(label, folder) as results:
             read = read_recipe(recipe, overrides)
             with tracked(read, folder, os.environ.get(RUN_ID, ""), tracking_uri):
-                yield Step(read, folder, results)
+                try:
+                    yield Step(read, folder, results)
+                except KeyboardInterrupt as stop:
+                    raise Interrupted("interrupted; run again, it goes on from what is saved") from stop
 
 
 @contextmanager

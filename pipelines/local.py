@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import shutil
-import signal
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +21,14 @@ from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd.config.recipe import FinetunedTeacher, Recipe
 from danceopd.devices import usable_cores
+from danceopd.errors import Interrupted
 from danceopd.files import read_json
 from danceopd.workspace import STEP, code_revision
 from pipelines.distillation import build_pipeline
 from pipelines.one_line import StepFailed
 from pipelines.options import PipelineOptions, Threads
 from pipelines.placement import Placement
+from pipelines.processes import stoppable_steps
 from pipelines.steplog import readable_steps
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
 
     Raises:
         StepFailed: if a step ended badly.
+        Interrupted: if it was asked to end (Ctrl-C, SIGTERM); its running steps have saved what they could.
     """
     # no workspace_root: the runner deletes that folder when it is done
     local.init(
@@ -102,11 +103,14 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
         enable_caching=True,
         cache_root=str(workspace / "kfp" / "cache"),
     )
-    with _run_id(run), readable_steps(), _first_ctrl_c_waits():
+    with _run_id(run), readable_steps(), stoppable_steps() as steps:
         try:
             return pipeline(**arguments)
         except RuntimeError as error:
-            raise StepFailed(_failure(workspace, run, error)) from error
+            told = _failure(workspace, run, error)
+            if steps.asked:
+                raise Interrupted(f"{told}; no other step was started") from error
+            raise StepFailed(told) from error
 
 
 def share_cores(recipe: Recipe) -> Threads:
@@ -151,25 +155,6 @@ def _artifacts(value: Any) -> Iterator[dict]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _artifacts(item)
-
-
-@contextmanager
-def _first_ctrl_c_waits() -> Iterator[None]:
-    """A terminal sends Ctrl-C to the running steps as well, and training saves then: the first one waits for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def wait(number: int, frame: object) -> None:
-        log.warning("waiting for the running step to end; Ctrl-C again ends at once")
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

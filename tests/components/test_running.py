@@ -120,6 +120,15 @@ def test_a_step_that_was_interrupted_says_so_and_asks_to_be_retried(tmp_path, ca
     assert "distill | interrupted after step 3 of 8" in capsys.readouterr().err
 
 
+def test_ctrl_c_in_a_step_that_cannot_save_is_no_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught, running("evaluate", RECIPE.model_dump_json(), str(tmp_path)):
+        raise KeyboardInterrupt
+    assert caught.value.code == 75
+    [note] = read_notes(tmp_path)
+    assert note["state"] == "interrupted" and "run again, it goes on from what is saved" in note["error"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_retried_step_leaves_one_note(tmp_path):
     with pytest.raises(SystemExit), running("distill", RECIPE.model_dump_json(), str(tmp_path)):
         raise UserError("once")
