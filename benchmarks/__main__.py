@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import checkpoints, engine, forwards, rollout
+from benchmarks import checkpoints, displacement, engine, forwards, rollout
 from benchmarks.harness import Report, arguments, names, run_script
 from benchmarks.setting import SIZES
 
@@ -14,7 +14,7 @@ from benchmarks.setting import SIZES
 def measure(options: argparse.Namespace) -> list[Report]:
     reports: list[Report] = []
     small = [size for size in options.sizes if size != "large"] or options.sizes
-    for script in (engine, forwards, rollout, checkpoints):
+    for script in (engine, forwards, displacement, rollout, checkpoints):
         print(f"benchmarks: {script.__name__.rpartition('.')[2]} ...", file=sys.stderr)
         chosen = script.parser().parse_args([])
         if hasattr(chosen, "sizes"):

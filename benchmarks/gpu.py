@@ -266,18 +266,19 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         side,
         side,
     )
+    distillation = Distillation(backbone, encoded, teachers, dict(zip(TEACHERS, TEACHERS, strict=True)), STEPS)
     group = Group(
         rows=list(range(count)),
         tags=tags,
         weights=torch.full((count,), 1 / count),
         condition=Condition(prompt, None, side, side),
         noise=torch.randn(count, *shape, device=device),
-        grid=backbone.sigmas(STEPS, side, side),
+        grid=distillation.grid(side, side),
+        levels=distillation.levels(side, side),
         stop=torch.zeros(count, 1, dtype=torch.int64),
         seeds=[],
         last=True,
     )
-    distillation = Distillation(backbone, encoded, teachers, dict(zip(TEACHERS, TEACHERS, strict=True)), STEPS)
     return Contest(backbone, distillation, learner, group)
 
 

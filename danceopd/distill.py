@@ -17,7 +17,7 @@ from danceopd.methods.groups import draw_groups
 from danceopd.methods.merges import merge
 from danceopd.methods.queries import WindowSchedule, query_window
 from danceopd.methods.routing import task_counts, weights_at
-from danceopd.methods.table import merge_rule_of, method_of
+from danceopd.methods.table import merge_rule_of, method_of, target_of
 from danceopd.training.checkpoints import Checkpoints, resumable
 from danceopd.training.finite import FiniteGuard, not_finite
 from danceopd.training.learner import new_learner
@@ -80,7 +80,7 @@ def distill(
     sampler = TaskSampler(encoded.rows_by_task(), spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
-    setup = Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps)
+    setup = Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps, target_of(spec))
     progress = StepProgress("distill", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])

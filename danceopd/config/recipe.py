@@ -144,7 +144,10 @@ def check_phases(what: str, ends: list[float]) -> None:
         raise ValueError(f"{what}: the phases end at {ends}; 'until' must rise and the last be 1")
 
 
-Window = Literal["semantic", "mid", "low_noise", "uniform", "early_steps", "late_steps"] | tuple[Fraction, Fraction]
+Window = (
+    Literal["semantic", "mid", "low_noise", "uniform", "early_steps", "late_steps", "every_step"]
+    | tuple[Fraction, Fraction]
+)
 
 
 class WindowPhase(_Part):
@@ -187,6 +190,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 # Which methods read a knob that the others have no use for.
 READ_BY = {
     "queries": ("dense",),
+    "target_steps": ("danceopd", "dense", "off_policy"),
+    "target_solver": ("danceopd", "dense", "off_policy"),
     "merge_scale": ("merge_task_arithmetic", "merge_ties"),
     "merge_density": ("merge_ties",),
 }
@@ -208,7 +213,18 @@ class DistillRecipe(TrainRecipe):
         None, gt=0, le=1, description="merge_ties: share of each task vector's entries kept; default 0.2"
     )
     start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
-    rollout_steps: int = Field(16, gt=0)
+    rollout_steps: int = Field(16, gt=0, description="of the student's own sampling grid")
+    target: Literal["velocity", "displacement"] = Field(
+        "velocity",
+        description="what the student matches at its query state: the teacher's velocity there, or its mean velocity "
+        "over the student's next grid interval, for a student that draws in rollout_steps",
+    )
+    target_steps: int | None = Field(
+        None, gt=0, description="displacement: the teacher's small steps per interval; default 4"
+    )
+    target_solver: Literal["euler", "heun"] | None = Field(
+        None, description="displacement: of the small steps; heun asks twice a step; default euler"
+    )
     window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
     preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
     select: SelectRecipe | None = Field(None, description="keep the best state rather than the last")
@@ -225,6 +241,18 @@ class DistillRecipe(TrainRecipe):
         for knob, methods in READ_BY.items():
             if getattr(self, knob) is not None and self.method not in methods:
                 raise ValueError(f"{knob} is for method {' or '.join(methods)}, and method is {self.method}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> Self:
+        if self.target == "displacement" and self.method not in READ_BY["target_steps"]:
+            raise ValueError(
+                f"target: displacement is for method {' or '.join(READ_BY['target_steps'])}, and method is "
+                f"{self.method}; take one of them, or target: velocity"
+            )
+        for knob in ("target_steps", "target_solver"):
+            if getattr(self, knob) is not None and self.target != "displacement":
+                raise ValueError(f"{knob} is for target: displacement, and target is {self.target}; remove it")
         return self
 
     @model_validator(mode="after")

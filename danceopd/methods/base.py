@@ -12,9 +12,11 @@ from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
+from danceopd.flow.displacement import VELOCITY, SmallSteps
 from danceopd.flow.fields import Field
 from danceopd.flow.losses import velocity_matching_loss
 from danceopd.methods.queries import QueryWindow
+from danceopd.methods.routing import Answer, routed_displacement
 from danceopd.training.learner import Learner
 
 
@@ -69,6 +71,7 @@ class Group:
         condition: of the same n samples.
         noise: where each sample's path starts, (n, N, C).
         grid: the sampling grid at the samples' picture size, (steps + 1,).
+        levels: noise levels of the teacher's small steps in each interval of the grid, (steps, count + 1).
         stop: indices of the query states on the grid, (n, K), int64 on the CPU, rising along K.
         seeds: one per sample, for methods that draw more along the path; empty for those that do not.
         last: whether no group of this process follows in the update: its last backward pass synchronises.
@@ -80,6 +83,7 @@ class Group:
     condition: Condition
     noise: Tensor
     grid: Tensor
+    levels: Tensor
     stop: Tensor
     seeds: list[int]
     last: bool
@@ -95,6 +99,7 @@ class Distillation:
         teachers: frozen fields by name.
         teacher_of: task -> teacher's name, the routing.
         rollout_steps: steps of the sampling grid the student rolls out on.
+        target: the teacher's small steps over the student's next grid interval; one Euler step: its velocity.
     """
 
     backbone: Backbone
@@ -102,10 +107,27 @@ class Distillation:
     teachers: Mapping[str, Field]
     teacher_of: dict[str, str]
     rollout_steps: int
+    target: SmallSteps = VELOCITY
 
     def grid(self, height: int, width: int) -> Tensor:
         """The sampling grid for a picture size, (rollout_steps + 1,)."""
         return self.backbone.sigmas(self.rollout_steps, height, width)
+
+    def levels(self, height: int, width: int) -> Tensor:
+        """Noise levels of the teacher's small steps at a picture size, (rollout_steps, target.count + 1)."""
+        fine = self.backbone.sigmas(self.rollout_steps * self.target.count, height, width)
+        return self.target.levels(self.grid(height, width), fine)
+
+    def ask(self, group: Group, state: Tensor, stop: Tensor) -> Answer:
+        """What each sample's own teacher, and no other, says at a group's states.
+
+        Args:
+            group: the samples.
+            state: (n, N, C).
+            stop: index of each state on the group's grid, (n,).
+        """
+        routes = self.routes(group.tags)
+        return routed_displacement(self.teachers, routes, state, group.levels[stop], group.condition, self.target)
 
     def routes(self, tags: list[str]) -> list[str]:
         """The teacher's name of each sample."""

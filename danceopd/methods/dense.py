@@ -8,7 +8,6 @@ from torch import Tensor
 from danceopd.flow.rollout import states_on_the_way
 from danceopd.methods.base import Distillation, Group, Method, UpdateFigures, match_velocity
 from danceopd.methods.queries import QueryWindow
-from danceopd.methods.routing import routed_velocity
 from danceopd.training.learner import Learner
 
 
@@ -34,13 +33,14 @@ class Dense(Method):
         """See `Method`."""
         states = states_on_the_way(learner.field, group.noise, group.grid, group.stop, group.condition)
         sigmas = group.grid[group.stop].to(group.noise)
-        routes, losses = setup.routes(group.tags), []
+        losses, asked = [], 0
         for k in range(self.queries):
             state, sigma = states[:, k], sigmas[:, k]
-            target = routed_velocity(setup.teachers, routes, state, sigma, group.condition)
+            answer = setup.ask(group, state, group.stop[:, k])
+            asked += answer.forwards
             sync = group.last and k == self.queries - 1
-            loss, _ = match_velocity(setup, learner, group, state, sigma, target, sync, 1 / self.queries)
+            loss, _ = match_velocity(setup, learner, group, state, sigma, answer.velocity, sync, 1 / self.queries)
             losses.append(loss * self.queries)
-        a_query = setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
-        spent = int(group.stop[:, -1].sum()) + self.queries * a_query
+        learned = self.queries * len(group.rows) * learner.update_forwards
+        spent = int(group.stop[:, -1].sum()) + asked + learned
         figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas.flatten(), spent)

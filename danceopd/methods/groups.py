@@ -47,7 +47,7 @@ def draw_groups(
     for positions in setup.encoded.shape_groups(rows):
         count = len(positions)
         size = setup.encoded.size(rows[positions[0]])
-        grid, shape = setup.grid(*size), setup.backbone.latent_shape(*size)
+        grid, levels, shape = setup.grid(*size), setup.levels(*size), setup.backbone.latent_shape(*size)
         stop = method.draw_queries(window, count, grid, generator)
         noise = torch.randn(count, *shape, generator=generator)
         seeds = torch.randint(2**62, (count,), generator=generator).tolist() if method.seeded else []
@@ -62,6 +62,7 @@ def draw_groups(
                     condition=setup.encoded.condition(picked, device),
                     noise=noise[part].to(device),
                     grid=grid,
+                    levels=levels,
                     stop=stop[part],
                     seeds=[seeds[i] for i in part] if seeds else [],
                     last=False,

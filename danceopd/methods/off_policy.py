@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from danceopd.methods.base import Distillation, Group, Method, UpdateFigures, match_velocity
-from danceopd.methods.routing import routed_velocity
 from danceopd.training.learner import Learner
 
 
@@ -23,7 +22,7 @@ class OffPolicy(Method):
         sigma = group.grid[group.stop[:, 0]].to(group.noise)
         clean = setup.encoded.target(group.rows, learner.device).to(group.noise)
         state = torch.lerp(clean, group.noise, sigma[:, None, None])
-        target = routed_velocity(setup.teachers, setup.routes(group.tags), state, sigma, group.condition)
-        losses, _ = match_velocity(setup, learner, group, state, sigma, target, sync=group.last)
-        spent = setup.teacher_forwards(group.tags) + len(group.rows) * learner.update_forwards
+        answer = setup.ask(group, state, group.stop[:, 0])
+        losses, _ = match_velocity(setup, learner, group, state, sigma, answer.velocity, sync=group.last)
+        spent = answer.forwards + len(group.rows) * learner.update_forwards
         figures.add(group.tags, losses, sigma, spent)

@@ -2,9 +2,9 @@
 
 A window is a distribution over the noise level sigma (1 = noise, 0 = clean), not over step numbers: on a shifted grid
 the same step has another noise level, and what a teacher has to say depends on the noise. Each sample has a draw of its
-own, which is then moved to the nearest state that the grid visits. Two windows are over the grid's steps instead, as
-the paper's release draws (arXiv 2606.27377, `sample_query_indices`): for its published settings, and for grids that
-crowd their steps at high noise, where an early noise level comes late on the path.
+own, which is then moved to the nearest state that the grid visits. Others are over the grid's steps instead, as
+the paper's release draws (arXiv 2606.27377, `sample_query_indices`): for its published settings, for grids that crowd
+their steps at high noise, where an early noise level comes late on the path, and for grids of few steps.
 
 Names. `semantic` here is the early, high-noise part of the path, where layout and meaning are decided. The paper and
 its release give the name "semantic" to the low-noise query instead; here that one is `low_noise`, or `late_steps` for
@@ -25,8 +25,9 @@ from danceopd.errors import UserError, unknown_name
 # Beta(a, b) over sigma. `semantic`: the early, high-noise part, where layout and meaning are decided.
 # `low_noise`: the late part.
 NAMED = {"semantic": (5.0, 2.0), "mid": (4.0, 4.0), "low_noise": (2.0, 5.0), "uniform": (1.0, 1.0)}
-# Beta(a, b) over the share of the steps that are done: the release's `high_t` and `low_t`.
-BY_STEP = {"early_steps": (2.0, 5.0), "late_steps": (5.0, 2.0)}
+# Beta(a, b) over the share of the steps that are done: the release's `high_t` and `low_t`; and every step alike, for
+# students of few steps, each of which is an answer to be learned.
+BY_STEP = {"early_steps": (2.0, 5.0), "late_steps": (5.0, 2.0), "every_step": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.config.recipe import Weight
+from danceopd.flow.displacement import SmallSteps, average_velocity
 from danceopd.flow.fields import Field
 
 
@@ -30,6 +32,44 @@ def routed_velocity(
         index = torch.tensor([i for i, route in enumerate(routes) if route == name], device=z.device)
         velocity[index] = fields[name](z[index], sigma[index], condition.rows(index)).to(z.dtype)
     return velocity
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What teachers said.
+
+    Attributes:
+        velocity: (B, N, C), to be matched.
+        forwards: network passes it took, over all samples.
+    """
+
+    velocity: Tensor
+    forwards: int
+
+
+@torch.no_grad()
+def routed_displacement(
+    fields: Mapping[str, Field], routes: list[str], z: Tensor, levels: Tensor, condition: Condition, how: SmallSteps
+) -> Answer:
+    """Each sample's mean velocity over its interval from its own teacher; with one Euler step its `routed_velocity`.
+
+    Args:
+        fields: teachers by name.
+        routes: the teacher's name of each sample, length B.
+        z: states (B, N, C), each at its interval's start.
+        levels: noise levels of the small steps, (B, count + 1), on the CPU.
+        condition: of the same B samples.
+        how: the small steps.
+    """
+    velocity, forwards = torch.empty_like(z), 0
+    asked, ends = how.asked(levels), (levels[:, -1] == 0).tolist()
+    kinds = [(route, how.solver == "heun" and end) for route, end in zip(routes, ends, strict=True)]
+    for kind in sorted(set(kinds)):
+        rows = torch.tensor([i for i, one in enumerate(kinds) if one == kind])
+        index, teacher = rows.to(z.device), fields[kind[0]]
+        velocity[index] = average_velocity(teacher, z[index], levels[rows].to(z), condition.rows(index), how)
+        forwards += teacher.forwards * int(asked[rows].sum())
+    return Answer(velocity, forwards)
 
 
 def task_counts(weights: dict[str, float], batch: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from danceopd.config.recipe import DistillRecipe
 from danceopd.errors import unknown_name
+from danceopd.flow.displacement import VELOCITY, SmallSteps
 from danceopd.methods.base import Method
 from danceopd.methods.danceopd import DanceOPD
 from danceopd.methods.dense import Dense
@@ -46,6 +47,13 @@ def method_of(spec: DistillRecipe) -> Method:
     if spec.method not in TRAINED:
         raise unknown_name("method that trains", spec.method, TRAINED)
     return TRAINED[spec.method](spec)
+
+
+def target_of(spec: DistillRecipe) -> SmallSteps:
+    """How a recipe's teachers are asked: for a velocity, or by small steps for a displacement."""
+    if spec.target == "velocity":
+        return VELOCITY
+    return SmallSteps(spec.target_steps or 4, spec.target_solver or "euler")
 
 
 def merge_rule_of(spec: DistillRecipe) -> Rule:

@@ -22,7 +22,7 @@ from danceopd.methods.base import Distillation, UpdateFigures
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.queries import WindowSchedule, query_window
 from danceopd.methods.routing import task_counts, weights_at
-from danceopd.methods.table import method_of
+from danceopd.methods.table import method_of, target_of
 from danceopd.training.learner import Learner
 from danceopd.training.processes import Processes
 
@@ -104,7 +104,7 @@ def expected_forwards(
         name: CountedField(name, free, free.new_transformer(), passes=fields[name].forwards)
         for name in teacher_of.values()
     }
-    setup = Distillation(free, encoded, teachers, teacher_of, spec.rollout_steps)
+    setup = Distillation(free, encoded, teachers, teacher_of, spec.rollout_steps, target_of(spec))
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
     weights = {task: of.weight for task, of in recipe.tasks.items()}
     sampler, generator = TaskSampler(encoded.rows_by_task(), 0), torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import checkpoints, engine, forwards, gpu, harness, rollout
+from benchmarks import checkpoints, displacement, engine, forwards, gpu, harness, rollout
 from benchmarks.harness import Bar, Report
 from benchmarks.plain import PlainLoop
 from benchmarks.setting import SIZES, STEPS, make_setting
@@ -100,6 +100,13 @@ def test_forwards_are_counted_on_the_network(capsys, tmp_path):
         assert 4 < row[1] < row[2] < STEPS + 4  # the shifted grid asks later
         assert row[3] == row[4]
         assert row[-2] == STEPS + 4
+
+
+def test_forwards_of_few_steps_are_counted_on_the_network(capsys, tmp_path):
+    code, text, figures = run(capsys, tmp_path, displacement.main, "--batch", "6", "--windows", "uniform")
+    assert code == 0
+    check_table(text, figures["displacement"])
+    assert all(row[3] == row[4] for row in figures["displacement"]["rows"])
 
 
 def test_a_forward_too_many_is_noticed(capsys, monkeypatch, setting):

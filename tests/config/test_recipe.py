@@ -35,7 +35,10 @@ def test_recipes_of_the_paper_hold_its_settings(name):
     [
         ("distill.stps=3", r"distill\.stps: no such field; here are: accumulate, .*steps, "),
         ("teachers.local_edit.train.lrr=1", r"lrr: no such field; here are: accumulate, .*lr, "),
-        ("distill.window=sematic", "distill.window: Input should be .semantic., .* .early_steps. or .late_steps."),
+        (
+            "distill.window=sematic",
+            "distill.window: Input should be .semantic., .* .early_steps., .late_steps. or .every_step.",
+        ),
         ("distill.window=[0.5, 0.2]", "sigma_lo < sigma_hi"),
         ("distill.window=[{until: 0.5, window: mid}]", "'until' must rise and the last be 1"),
         ("distill.window=[{until: 1, window: [0.5, 0.2]}]", "sigma_lo < sigma_hi"),

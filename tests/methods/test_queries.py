@@ -68,7 +68,7 @@ def test_a_range_that_is_none_is_refused(spec):
 
 
 def test_an_unknown_name_lists_the_right_ones():
-    with pytest.raises(UserError, match="'sematic' is not known; choose one of: early_steps, late_steps, low_noise, m"):
+    with pytest.raises(UserError, match="'sematic' is not known; choose one of: early_steps, every_step, late_steps"):
         query_window("sematic")
 
 

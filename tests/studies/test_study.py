@@ -249,6 +249,15 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
     assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
 
 
+@pytest.mark.parametrize(("solver", "mean"), [("euler", 3), ("heun", 6 - 1 / 2)])
+def test_small_steps_of_a_displacement_are_counted(backbone, training_set, solver, mean):
+    """On two steps half of the queries are in the last interval, where Heun's last step is Euler's."""
+    few = ["distill.target=displacement", "distill.target_steps=3", f"distill.target_solver={solver}"]
+    few += ["distill.rollout_steps=2", "distill.window=every_step"]
+    assert cost(backbone, training_set, *few, method="off_policy") == pytest.approx(mean + 3, rel=0.02)
+    assert cost(backbone, training_set, *few) == pytest.approx(1 / 2 + mean + 3, rel=0.02)
+
+
 # Where a method's count does not depend on drawn stops it is known: 8 grid steps, 3 teachers of the world.
 EXACT = {"off_policy": 4, "joint": 3, "diffusion_opd": 8 * 4, "flow_opd": 7 * 4} | dict.fromkeys(MERGES, 0)
 
