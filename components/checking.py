@@ -10,7 +10,7 @@ from typing import Any
 from components.running import Step
 from components.training import Way, pod_of
 from danceopd.config.recipe import CheckpointTeacher, Recipe
-from danceopd.files import content_key, write_atomic, write_json
+from danceopd.files import at_home, content_key, write_atomic, write_json
 from danceopd.preflight.at_start import check_start
 from danceopd.preflight.findings import settle
 from danceopd.registry.champion_teacher import find_champion, needs_champion
@@ -91,7 +91,8 @@ def inputs_revision(recipe: Recipe, workspace: Path | None = None, tracking_uri:
     from danceopd import steps  # loads torch, which whoever only compiles or submits does without
 
     teachers = [teacher.path for teacher in recipe.teachers.values() if isinstance(teacher, CheckpointTeacher)]
-    states: list[Any] = [_files(Path(path)) for path in (recipe.model.base, *teachers) if Path(path).exists()]
+    places = [at_home(path) for path in (recipe.model.base, *teachers)]
+    states: list[Any] = [_files(place) for place in places if place.exists()]
     if needs_champion(recipe):
         store = tracking_uri or default_tracking_uri(workspace or Path("runs") / recipe.name)
         states.append(asdict(find_champion(recipe, store)))

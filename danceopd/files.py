@@ -28,6 +28,12 @@ FIELD = "field.json"  # in a field's folder (see `flow/field_io.py`): its kind a
 CHECKPOINT = "step-"  # a checkpoint's folder, before the step
 
 
+def at_home(location: str | Path) -> Path:
+    """A path as people write it: `~/x` lies below the home folder, which no shell puts into a recipe or `--set`."""
+    path = Path(location)
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, as hex."""
     with open(path, "rb") as file:
@@ -152,7 +158,7 @@ def check_output_file(path: Path, endings: Sequence[str], own: Callable[[Path], 
 
 def _place(path: Path) -> Path:
     try:
-        place = Path(path).resolve()
+        place = at_home(path).resolve()
         place.exists()  # what is wrong with the name shows here
         nearest = next(parent for parent in place.parents if parent.exists())
     except (OSError, ValueError, RuntimeError) as error:

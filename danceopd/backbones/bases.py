@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from danceopd.errors import UserError
-from danceopd.files import atomic_folder, content_key, hash_file, hash_folder
+from danceopd.files import at_home, atomic_folder, content_key, hash_file, hash_folder
 from danceopd.text import read_object
 
 SHIPPED = {"world": "world_base"}
@@ -57,14 +57,14 @@ def fetch_base(base: str, revision: str | None, workspace: Path) -> BaseSource:
         return _shipped(base)
     if "://" in base:
         folder = _download(base, workspace, "model.base")
-    elif Path(base).is_dir():
-        folder = Path(base).resolve()
-    elif Path(base).is_file():
+    elif at_home(base).is_dir():
+        folder = at_home(base).resolve()
+    elif at_home(base).is_file():
         raise UserError(
             f"model.base {base!r}: a single file holds a transformer alone; name the pipeline it belongs "
             "to as model.base, and the file as model.transformer"
         )
-    elif base.count("/") == 1 and not base.startswith((".", "/")):
+    elif base.count("/") == 1 and not base.startswith((".", "/", "~")):
         folder = _snapshot(base, revision)
     else:
         raise UserError(f"model.base {base!r}: not a folder, hub id or URI; shipped bases: {', '.join(SHIPPED)}")
@@ -85,9 +85,9 @@ def fetch_weights(location: str, workspace: Path, what: str) -> Path:
     """
     if "://" in location:
         return _download(location, workspace, what)
-    if not Path(location).exists():
+    if not at_home(location).exists():
         raise UserError(f"{what} {location!r}: no such file or folder; the hub's are written hf://owner/name")
-    return Path(location)
+    return at_home(location)
 
 
 def fetch_configs(base: str, revision: str | None, workspace: Path) -> Path:
@@ -100,8 +100,8 @@ def fetch_configs(base: str, revision: str | None, workspace: Path) -> Path:
         return shipped_folder(base)
     if "://" in base:
         folder = _download(base, workspace, "model.base", only=".json")
-    elif Path(base).is_dir():
-        folder = Path(base)
+    elif at_home(base).is_dir():
+        folder = at_home(base)
     else:
         return _snapshot(base, revision, only="*.json")
     if not (folder / INDEX).is_file():

@@ -165,8 +165,7 @@ def data_cache(
     from danceopd.data.cache import strangers
     from danceopd.files import check_output
 
-    loaded = load_recipe(recipe, overrides)
-    place = workspace or Path("runs") / loaded.name
+    loaded, place = open_recipe(recipe, overrides, workspace)
     share = _share(worker)
     check_output(out, strangers)
     rows = steps.cache_encodings(steps.open_run(loaded, place), out, share)

@@ -9,6 +9,7 @@ import typer
 
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import Recipe
+from danceopd.files import at_home
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
@@ -19,4 +20,4 @@ WorkspaceOption = Annotated[Path | None, typer.Option(help="where products go; d
 def open_recipe(recipe: str, overrides: list[str], workspace: Path | None) -> tuple[Recipe, Path]:
     """The recipe, and the workspace that is named or its own."""
     loaded = load_recipe(recipe, overrides)
-    return loaded, workspace or Path("runs") / loaded.name
+    return loaded, at_home(workspace or Path("runs") / loaded.name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from importlib import resources
-from pathlib import Path
 
 from danceopd.errors import UserError
+from danceopd.files import at_home
 from danceopd.text import parse_yaml, read_text
 
 
@@ -16,8 +16,8 @@ def shipped_names(package: str) -> list[str]:
 
 def _is_file(name: str) -> bool:
     try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return at_home(name).is_file()
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, or holds a NUL
         return False
 
 
@@ -36,7 +36,7 @@ def read_settings(kind: str, package: str, name_or_path: str) -> dict:
     if name_or_path in names:
         text = resources.files(package).joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif _is_file(name_or_path):
-        text = read_text(Path(name_or_path), where)
+        text = read_text(at_home(name_or_path), where)
     else:
         shown = name_or_path if len(name_or_path) <= 100 else f"{name_or_path[:100]}..."
         raise UserError(f"{kind} {shown!r}: neither a file nor a shipped {kind}; shipped: {', '.join(names)}")

@@ -35,7 +35,7 @@ from danceopd.data.records import (
 from danceopd.data.splits import Pictures, TwoSides, count_alike, on_two_sides, settle_splits
 from danceopd.data.world import world_records
 from danceopd.errors import UserError
-from danceopd.files import hash_file, output_folder, read_json, write_json
+from danceopd.files import at_home, hash_file, output_folder, read_json, write_json
 from danceopd.text import json_lines, parse_csv, read_bytes, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -119,7 +119,7 @@ def read_input(location: str) -> Iterator[Record]:
         UserError: if it is none of these.
     """
     try:
-        path = Path(location).expanduser()
+        path = at_home(location)
         there = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"data input {location}: no such file or folder ({error})") from error
@@ -366,7 +366,7 @@ def open_dataset(folder: Path) -> DatasetFolder:
     Raises:
         UserError: if it has no manifest, or a shard is missing.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder}: no {MANIFEST}; build the dataset first with 'danceopd data build'")
     manifest = read_json(folder / MANIFEST)

@@ -17,6 +17,7 @@ from danceopd.backbones.bases import SHIPPED, fetch_configs
 from danceopd.backbones.weights import file_shapes, weight_files
 from danceopd.config.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.data.encoded import EncodedRecords
+from danceopd.files import at_home
 from danceopd.flow.fields import VelocityField
 from danceopd.preflight.fake_pass import Samples, forward_operations
 from danceopd.preflight.forwards import CountedField, expected_forwards
@@ -95,7 +96,7 @@ def _adapters(recipe: Recipe, backbone: Backbone) -> int:
         if isinstance(teacher, FinetunedTeacher) and teacher.train.trainable == "lora":
             numbers += trained_parameters(backbone.transformer, teacher.train, backbone.lora_targets)
         elif isinstance(teacher, CheckpointTeacher) and teacher.kind == "lora":
-            files = [] if "://" in teacher.path else weight_files(Path(teacher.path))
+            files = [] if "://" in teacher.path else weight_files(at_home(teacher.path))
             alike = recipe.distill.model_copy(update={"trainable": "lora"})
             numbers += (
                 sum(math.prod(shape) for file in files for shape in file_shapes(file).values())
@@ -153,4 +154,4 @@ def what_is_there(recipe: Recipe) -> list[tuple[str, str, str | None]]:
 
 
 def _lacking(location: str) -> str | None:
-    return None if "://" in location or Path(location).exists() else "no such file or folder"
+    return None if "://" in location or at_home(location).exists() else "no such file or folder"

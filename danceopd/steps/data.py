@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from danceopd.config.recipe import Recipe
-from danceopd.files import content_key, write_json
+from danceopd.files import at_home, content_key, write_json
 from danceopd.tracking import recording
 from danceopd.workspace import Product, joined_processes, main_first, make_product, portable
 
@@ -75,7 +75,7 @@ def _tracked_use(recipe: Recipe, repo: Path | None) -> tuple[bool, bool]:
     entry = None if repo is None else versioning.tracked(repo, repo / "data")
     if entry is None:
         return False, False
-    inside = [Path(location).resolve().is_relative_to(entry.path) for location in recipe.data.inputs]
+    inside = [at_home(location).resolve().is_relative_to(entry.path) for location in recipe.data.inputs]
     return entry.meta.get("recipe_data") == _data_key(recipe), any(inside)
 
 
@@ -95,7 +95,7 @@ def data_revision(recipe: Recipe, repo: Path | None = None) -> str:
 
     repo = versioning.find_repo(Path.cwd()) if repo is None else repo
     entry = versioning.tracked(repo, repo / "data") if repo is not None else None
-    inputs = [_input_state(Path(location)) for location in recipe.data.inputs]
+    inputs = [_input_state(at_home(location)) for location in recipe.data.inputs]
     return content_key(recipe.data.model_dump(mode="json"), entry.md5 if entry else None, inputs)
 
 

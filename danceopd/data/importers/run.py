@@ -29,7 +29,7 @@ from danceopd.data.importers.spec import ANY, ImportSpec
 from danceopd.data.records import SCHEMA, Record, to_table
 from danceopd.data.splits import StreamedSplits
 from danceopd.errors import UserError
-from danceopd.files import check_output, hash_file, lock_output, read_json, write_json
+from danceopd.files import at_home, check_output, hash_file, lock_output, read_json, write_json
 
 log = logging.getLogger(__name__)
 JOURNAL, REPORT = "journal.jsonl", "import.json"
@@ -200,7 +200,7 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
     Raises:
         UserError: if inputs cannot be read, nothing is kept, or `out` is there already or being written.
     """
-    out = Path(out)
+    out = at_home(out)
     files = find_inputs(spec)
     _check_apart(out, spec)
     with lock_output(out):
@@ -210,7 +210,7 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
 def _check_apart(out: Path, spec: ImportSpec) -> None:
     """Refuse an output inside of what is read: the next run would read it."""
     for location in spec.inputs:
-        if "://" not in location and out.resolve().is_relative_to(Path(location).resolve()):
+        if "://" not in location and out.resolve().is_relative_to(at_home(location).resolve()):
             raise UserError(f"{out}: lies in the input {location}; name a place outside of it")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danceopd.config.recipe import EvaluateRecipe
-from danceopd.files import hash_file, hash_folder
+from danceopd.files import at_home, hash_file, hash_folder
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def lacks(tool: str, spec: EvaluateRecipe) -> str | None:
     place = getattr(spec.networks, tool)
     if place is None:
         return f"evaluate.networks.{tool} does not name {_WHAT[tool]}"
-    there = Path(place).is_file() if tool == "inception" else Path(place).is_dir()
+    there = at_home(place).is_file() if tool == "inception" else at_home(place).is_dir()
     return None if there else f"{place}: not there (evaluate.networks.{tool}: {_WHAT[tool]})"
 
 
@@ -62,7 +62,7 @@ def weights_of(tool: str, spec: EvaluateRecipe) -> str | None:
     """A hash of the weights a tool that is there looks with; None for the judge."""
     if tool == "judge":
         return None
-    place = alexnet_path() if tool == "lpips" else Path(getattr(spec.networks, tool))
+    place = alexnet_path() if tool == "lpips" else at_home(getattr(spec.networks, tool))
     return hash_folder(place) if place.is_dir() else hash_file(place)
 
 
@@ -91,7 +91,7 @@ class Tools:
         return best_device() if self._device is None else self._device
 
     def _place(self, tool: str) -> Path:
-        return Path(getattr(self._spec.networks, tool))
+        return at_home(getattr(self._spec.networks, tool))
 
     @cached_property
     def clip(self) -> Clip:
