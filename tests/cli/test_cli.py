@@ -80,6 +80,30 @@ def test_every_command_leaves_other_peoples_files(monkeypatch, capsys, tmp_path,
         assert (code, "base.json: is there already" in err) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["loop", "n" * 300, "a\0b"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "import", "folder", "IT", "--out", "out"],
+        ["data", "import-benchmark", "geneval", "IT", "--task", "t2i", "--out", "out"],
+        ["data", "validate", "IT"],
+        ["data", "build", "--set", "data.world=null", "--set", "data.inputs=[IT]", "--workspace", "ws"],
+        ["recipe", "check", "IT"],
+        ["study", "IT"],
+        ["generate", "IT", "a ring"],
+        ["serve", "IT"],
+        ["job", "render", "distill", "--out", "IT"],
+    ],
+)
+def test_names_that_no_system_opens_are_one_line(monkeypatch, capsys, tmp_path, command, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    code, _, err = run(monkeypatch, capsys, *(part.replace("IT", name) for part in command))
+    said = [line for line in err.splitlines() if line.startswith("danceopd: ")]
+    assert (code, len(said), "Traceback" in err) == (2, 1, False), err
+    assert [p.name for p in tmp_path.iterdir()] == ["loop"]
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(28, "No space left on device", "x"), UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), EOFError("cut")],

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from danceopd.backbones import load_backbone
-from danceopd.backbones.lora import add_lora
+from danceopd.backbones.lora import add_lora, save_diffusers_lora
 from danceopd.cli import main as cli
 from danceopd.config.recipe import LoraRecipe
+from danceopd.errors import UserError
 from danceopd.files import write_json
 from danceopd.flow.field_io import load_field, save_field
 from danceopd.flow.fields import VelocityField
@@ -209,8 +211,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(run, student, 
 
 
 def test_teachers_that_are_not_known_or_gone_are_said(student, workspace, student_pipeline, tmp_path):
-    from danceopd.errors import UserError
-
     with pytest.raises(UserError, match=r"not in the workspace it was made in.*--teacher NAME=WEIGHTS"):
         find_origins(student_pipeline)
     copy = tmp_path / "w"
@@ -223,6 +223,40 @@ def test_teachers_that_are_not_known_or_gone_are_said(student, workspace, studen
         find_origins(copy / "students" / "world-1" / "pipeline")
     with pytest.raises(UserError, match="teacher 'style' is no whole checkpoint: it needs the base"):
         named_origins(None, {"style": str(workspace / "teachers" / "style-1")}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda s: {k.replace(".weight", ".default.weight"): v for k, v in s.items()},
+            "names of a PEFT model in memory",
+        ),
+        (lambda s: {k: v for k, v in s.items() if "lora_A" not in k}, "has no A (down)"),
+        (lambda s: {k: v * float("nan") for k, v in s.items()}, "holds numbers that are not finite"),
+    ],
+)
+def test_a_grids_teacher_is_held_to_what_a_recipes_is(run, student, tiny_base, tmp_path, spoil, said):
+    backbone = load_backbone(tiny_base, SHAPE)
+    add_lora(backbone.transformer, "t", LoraRecipe(rank=2), backbone.lora_targets, seed=0)
+    state = load_file(save_diffusers_lora(backbone.transformer, "t", tmp_path / "plain"))
+    save_file(spoil(state), tmp_path / "lora.safetensors")
+    more = ("--grid", "--base", tiny_base, "--teacher", f"x={tmp_path / 'lora.safetensors'}")
+    code, _, err = run(student, "a ring", *more, "--out", "drawn")
+    assert code == 2 and said in err.splitlines()[-1] and "Traceback" not in err
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_students_pipeline_with_numbers_that_are_none_draws_nothing(run, student, tmp_path, value):
+    copy = Path(shutil.copytree(student, tmp_path / "copy"))
+    [file] = (copy / "transformer").glob("*.safetensors")
+    state = load_file(file)
+    save_file({k: v * float(value) for k, v in state.items()}, file)
+    code, _, err = run(copy, "a ring", "--out", "a.png")
+    assert code == 2 and "not finite" in err.splitlines()[-1] and not (tmp_path / "a.png").exists()
+    with pytest.raises(UserError, match="not finite"):  # as `danceopd serve` opens it
+        open_student(copy)
 
 
 def test_a_failure_while_drawing_leaves_nothing(run, student, tmp_path, monkeypatch):

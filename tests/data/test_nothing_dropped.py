@@ -237,6 +237,18 @@ def test_a_struct_of_nulls_is_no_picture(tmp_path, value):
     assert imported(tmp_path / "a.tar", tmp_path / "out", "webdataset")["kept"] == 1
 
 
+@pytest.mark.parametrize("prompt", [5, {"a": "b"}, True, 0.5])
+def test_a_prompt_of_another_type_is_not_called_empty(tmp_path, prompt):
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        (tmp_path / "in" / f"{number}.png").write_bytes(picture(number))
+    lines = [{"file_name": "0.png", "text": prompt}, {"file_name": "1.png", "text": "a sea"}]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = imported(tmp_path / "in", tmp_path / "out")
+    assert (report["kept"], refused(report)) == (1, {"prompt-not-text": 1})
+    assert type(prompt).__name__ in report["dropped"]["refused"]["prompt-not-text"]["examples"][0]
+
+
 # -------------------------------------------------------------------------------------------------------- data.inputs
 
 
