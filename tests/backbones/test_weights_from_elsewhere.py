@@ -209,6 +209,33 @@ def lora_state(base, tmp_path):
     return load_file(diffusers_file(base, name, tmp_path / "made"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, "ranks"])
+def test_a_lora_of_few_bits_or_several_ranks_is_read(bases, dtype, tmp_path):
+    base = bases(FLUX2)
+    state = lora_state(base, tmp_path)
+    if dtype == "ranks":  # every other module has its second rank taken away
+        modules = sorted({key.partition(".lora_")[0] for key in state})[::2]
+        for key in [k for k in state if k.partition(".lora_")[0] in modules]:
+            state[key] = (state[key][:1] if "lora_A" in key else state[key][:, :1]).contiguous()
+        same = {k: v if k.partition(".lora_")[0] not in modules else padded(k, v) for k, v in state.items()}
+    else:
+        state = {key: value.to(dtype) for key, value in state.items()}
+        same = {key: value.float() for key, value in state.items()}
+    fields = []
+    for name, tensors in (("given", state), ("plain", same)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        fields.append(
+            velocity(load_field(base, f"{name}_{str(dtype).rpartition('.')[-1]}", tmp_path / f"{name}.safetensors"))
+        )
+    assert (fields[0] - velocity(base_field(base))).abs().max() > 1e-3
+    torch.testing.assert_close(*fields, atol=1e-5, rtol=1e-5)
+
+
+def padded(key, value):
+    """A half of rank 1 as one of rank 2, whose second part does nothing."""
+    return torch.cat([value, torch.zeros_like(value)], dim=0 if "lora_A" in key else 1)
+
+
 def wide(state):
     key = next(k for k in state if "lora_A" in k)
     return state | {key: torch.zeros(2, 7)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +80,17 @@ def test_every_command_leaves_other_peoples_files(monkeypatch, capsys, tmp_path,
         (tmp_path / "base.json").write_text("mine")
         code, _, err = run(monkeypatch, capsys, *command, "--out", "base")
         assert (code, "base.json: is there already" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_without_a_home_or_a_language_names_of_any_script_are_read(tmp_path):
+    place = tmp_path / "東京 café"
+    assemble(world_records({"t2i": {"train": 1, "val": 1}}), place)
+    environment = {"PATH": os.environ["PATH"], "LANG": "C", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    line = [sys.executable, "-m", "danceopd", "data", "validate", str(place)]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "東京 café" in (done.stdout + done.stderr).decode().replace("\n", "")
 
 
 @pytest.mark.parametrize("name", ["loop", "n" * 300, "a\0b"])
