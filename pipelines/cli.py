@@ -56,7 +56,8 @@ def run(
     """Run the chain, here or with --host on a cluster; what is unchanged is not run again.
 
     Exit code 0: done, started, or nothing to do; 1: a step failed; 2: bad input; 4: every step went well and the
-    student fails a gate, so that it was not registered; 75: a server is away.
+    student fails a gate, so that it was not registered; 75: a server is away, or a run here was interrupted: the same
+    command goes on.
     """
     from pipelines.compile import compile_pipeline
     from pipelines.local import run_local
