@@ -20,10 +20,13 @@ from danceopd.methods.routing import task_counts, weights_at
 from danceopd.methods.table import merge_rule_of, method_of, target_of
 from danceopd.training.checkpoints import Checkpoints, resumable
 from danceopd.training.finite import FiniteGuard, not_finite
+from danceopd.training.fsdp import share_out
 from danceopd.training.learner import new_learner
+from danceopd.training.processes import this_process
 from danceopd.training.progress import StepProgress
 from danceopd.training.selection import Selection, Validation
 
+STUDENT = "student"  # its field's name, and its adapter's
 SIGMA_BINS = 10  # of the histogram of query noise levels
 
 
@@ -41,7 +44,8 @@ def distill(
 ) -> tuple[VelocityField, list[dict]]:
     """Distill the teachers into one student that starts from the base, or from the teacher `spec.start` names.
 
-    With several processes every one of them calls this with the same arguments and gets the same student.
+    With several processes every one of them calls this with the same arguments and gets the same student. With
+    `parallel: shard` base, teachers and student are shared out among them in place, and the student stays so.
 
     Args:
         backbone: the base; its own weights stay as they are.
@@ -74,7 +78,8 @@ def distill(
     starts = dict.fromkeys(("base", *teachers))
     if spec.start not in starts:
         raise UserError(f"distill.start {spec.start!r}: no such field was given; there are: {', '.join(starts)}")
-    learner = new_learner(backbone, "student", spec, teachers.get(spec.start))
+    share_out(backbone, teachers.values(), spec, STUDENT, this_process())
+    learner = new_learner(backbone, STUDENT, spec, teachers.get(spec.start))
     if spec.batch < learner.processes.count:
         raise UserError(f"distill.batch {spec.batch}: {learner.processes.count} processes need a sample each")
     sampler = TaskSampler(encoded.rows_by_task(), spec.seed)

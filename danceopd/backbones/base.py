@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from danceopd.config.recipe import ModelRecipe
 
@@ -47,8 +48,13 @@ class Condition:
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """A transformer's blocks: the modules diffusers lists as repeated, or as never split; none if it lists neither."""
-    kinds = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ()
-    return [module for module in network.modules() if type(module).__name__ in set(kinds)]
+    kinds = set(getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or ())
+    return [module for module in network.modules() if kind_of(module).__name__ in kinds]
+
+
+def kind_of(network: nn.Module) -> type:
+    """A network's class as its library has it: sharding puts one of its own, called otherwise, in front."""
+    return type(network).__mro__[2] if isinstance(network, FSDPModule) else type(network)
 
 
 class Backbone(Protocol):

@@ -127,8 +127,8 @@ class TrainRecipe(_Part):
 
     @model_validator(mode="after")
     def _sharding_fits(self) -> Self:
-        if self.parallel == "shard" and (self.trainable != "full" or self.optimizer != "adamw"):
-            raise ValueError("parallel: shard is for trainable: full with optimizer: adamw; use replicate otherwise")
+        if self.parallel == "shard" and self.optimizer == "adamw8bit":
+            raise ValueError("parallel: shard cannot share out the state of optimizer adamw8bit; use adamw or muon")
         return self
 
 

@@ -1,7 +1,8 @@
 """Training that goes on where it was stopped, bit for bit: checkpoints of a loop's whole state, SIGTERM, Ctrl-C.
 
 A checkpoint is a folder `step-00000200` with `state.json` (plain data, and where each tensor belongs),
-`state.safetensors` (the tensors) and `manifest.json` (SHA-256 of both). It appears by one rename.
+`state.safetensors` (the tensors), of processes that share their tensors a file each with the rows it holds
+(`shard_files.py`), and `manifest.json` (SHA-256 of all of them). It appears by one rename.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from danceopd.config.recipe import TrainRecipe
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import CHECKPOINT, atomic_folder, hash_file, read_json, write_json
+from danceopd.training.processes import ALONE, Processes
+from danceopd.training.shard_files import SavedTensor, write_rows
 
 if TYPE_CHECKING:
     from danceopd.data.sampler import TaskSampler
@@ -40,6 +44,9 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     Raises:
         TypeError: for any other value.
     """
+    if isinstance(value, DTensor):
+        tensors[path] = value
+        return {"shared": [path, list(value.shape), value.device_mesh.size()]}
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {"tensor": path}
@@ -53,16 +60,21 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{path}: a {type(value).__name__} cannot be kept in a checkpoint")
 
 
-def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `flatten` was given. Tensors are copies, laid out in memory as fresh ones are."""
+def unflatten(value: Any, tensors: dict[str, Tensor], folder: Path | None = None) -> Any:
+    """What `flatten` was given. Tensors are copies, laid out in memory as fresh ones are; of those that were shared it
+    is told where in `folder` their rows lie."""
     if not isinstance(value, dict):
         return value
     [(kind, content)] = value.items()
     if kind == "tensor":
         return tensors[content].clone()
+    if kind == "shared":
+        name, shape, files = content
+        assert folder is not None, "shared tensors lie in a checkpoint's folder"
+        return SavedTensor(folder, name, torch.Size(shape), files)
     if kind == "dict":
-        return {key: unflatten(item, tensors) for key, item in content}
-    items = [unflatten(item, tensors) for item in content]
+        return {key: unflatten(item, tensors, folder) for key, item in content}
+    items = [unflatten(item, tensors, folder) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 
@@ -78,69 +90,117 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, run: str):
         self.folder, self.keep, self.run = Path(folder), keep, run
 
-    def save(self, step: int, state: dict) -> Path:
-        """Write the state after `step` updates whole or not at all, then remove those no longer needed."""
+    def save(self, step: int, state: dict, processes: Processes = ALONE) -> Path:
+        """Write the state after `step` updates whole or not at all, then remove those no longer needed.
+
+        Args:
+            step: updates done.
+            state: plain data and tensors.
+            processes: every one must call it with the same state: each writes its rows of the tensors they share, the
+                main one all else.
+
+        Raises:
+            UserError: if a process cannot write; nothing is left then.
+        """
         tensors: dict[str, Tensor] = {}
         plain = {"run": self.run, "step": step, "state": flatten(state, "state", tensors)}
+        shared = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         path = self.folder / f"{CHECKPOINT}{step:08d}"
-        with atomic_folder(path) as scratch:
-            save_file(tensors, scratch / TENSORS)
-            (scratch / STATE).write_text(json.dumps(plain))
-            write_json(scratch / MANIFEST, {name: hash_file(scratch / name) for name in (STATE, TENSORS)})
-        found = self._all()
-        # One ahead of this step was passed over when the run was restored.
-        stays = [other for other in found if other.name <= path.name][-self.keep :]
-        for other in found:
-            if other not in stays:
-                shutil.rmtree(other)
+        with atomic_folder(path) if processes.main else nullcontext() as scratch:
+            hashes = _write_shared(shared, scratch, processes) if shared else {}
+            if processes.main:
+                assert scratch is not None
+                save_file({name: tensor for name, tensor in tensors.items() if name not in shared}, scratch / TENSORS)
+                (scratch / STATE).write_text(json.dumps(plain))
+                hashes |= {name: hash_file(scratch / name) for name in (STATE, TENSORS)}
+                write_json(scratch / MANIFEST, hashes)
+        if processes.main:
+            found = self._all()
+            # One ahead of this step was passed over when the run was restored.
+            stays = [other for other in found if other.name <= path.name][-self.keep :]
+            for other in found:
+                if other not in stays:
+                    shutil.rmtree(other)
+        processes.wait()
         return path
 
-    def newest(self) -> tuple[int, dict] | None:
+    def newest(self, processes: Processes = ALONE) -> tuple[int, dict] | None:
         """The step and state of the newest whole checkpoint; None if there is none. Damaged ones are passed over with
         a warning, and what a killed save left behind is removed.
 
+        Args:
+            processes: every one must call it; they share out the files to look through.
+
         Raises:
-            UserError: if the folder's newest whole checkpoint is another run's.
+            UserError: if the folder's newest whole checkpoint is another run's, or not all processes see the same.
         """
-        for leftover in self.folder.glob(f".{CHECKPOINT}*"):
-            shutil.rmtree(leftover)
+        if processes.main:
+            for leftover in self.folder.glob(f".{CHECKPOINT}*"):
+                shutil.rmtree(leftover)
+        processes.wait()
         found = self._all()
+        self._check_seen(processes.gather([path.name for path in found]))
         for path in reversed(found):
-            try:
+            said = [error for error in processes.gather(_damage(path, processes)) if error is not None]
+            processes.wait()
+            if not said:
                 return self._read(path)
-            except _Damaged as error:
-                log.warning("%s; passing it over", error)
+            log.warning("%s; passing it over", said[0])
         if found:
             log.warning("%s: none of %d checkpoint(s) is whole; training starts anew", self.folder, len(found))
         return None
+
+    def _check_seen(self, seen: list[list[str]]) -> None:
+        if any(names != seen[0] for names in seen):
+            newest = [int(names[-1].removeprefix(CHECKPOINT)) if names else None for names in seen]
+            raise UserError(
+                f"{self.folder}: the processes see checkpoints of different steps {newest}; "
+                "the folder must lie on a volume that all of them share"
+            )
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob(f"{CHECKPOINT}*"))
 
     def _read(self, path: Path) -> tuple[int, dict]:
-        _verify(path)
         plain = json.loads((path / STATE).read_text())
         if plain["run"] != self.run:
             raise UserError(
                 f"{path}: a checkpoint of another run ({plain['run']}, this is {self.run}); "
                 "give this run a folder of its own, or remove that checkpoint"
             )
-        return plain["step"], unflatten(plain["state"], load_file(path / TENSORS))
+        return plain["step"], unflatten(plain["state"], load_file(path / TENSORS), path)
 
 
-class _Damaged(Exception):
-    pass
+def _write_shared(shared: dict[str, DTensor], scratch: Path | None, processes: Processes) -> dict[str, str]:
+    """Let each process write its rows into the main one's folder; their files' hashes."""
+    folder = Path(processes.gather(str(scratch))[0])
+    said: tuple[str, str | None, str]
+    try:
+        file = write_rows(shared, folder, processes.rank, processes.count)
+        said = (file.name, hash_file(file), "")
+    except OSError as error:  # the others must not wait for it
+        said = (str(folder), None, f"process {processes.rank} cannot write its shard ({error.strerror or error})")
+    processes.wait()  # writing takes its time
+    told = processes.gather(said)
+    for where, digest, why in told:
+        if digest is None:
+            raise UserError(f"{where}: {why}; nothing was saved: free some space, or mend the volume")
+    return {name: digest for name, digest, _ in told}
 
 
-def _verify(path: Path) -> None:
+def _damage(path: Path, processes: Processes) -> str | None:
+    """What is wrong with a checkpoint; of several processes each looks at some of its files."""
     try:
         manifest = read_json(path / MANIFEST)
     except (ValueError, OSError) as error:
-        raise _Damaged(f"checkpoint {path / MANIFEST} cannot be read ({error})") from error
-    for name in (STATE, TENSORS):
+        return f"checkpoint {path / MANIFEST} cannot be read ({error})"
+    hashes = manifest if isinstance(manifest, dict) else {}
+    shards = sorted(set(hashes) - {STATE, TENSORS})
+    for name in [STATE, TENSORS, *shards][processes.rank :: processes.count]:
         file = path / name
-        if not file.is_file() or not isinstance(manifest, dict) or manifest.get(name) != hash_file(file):
-            raise _Damaged(f"checkpoint file {file} is damaged (its SHA-256 is not the manifest's)")
+        if not file.is_file() or hashes.get(name) != hash_file(file):
+            return f"checkpoint file {file} is damaged (its SHA-256 is not the manifest's)"
+    return None
 
 
 @dataclass
@@ -203,14 +263,7 @@ class Keeper:
         """Put the newest checkpoint's state back, if there is one."""
         if self.checkpoints is None:
             return
-        with self.learner.processes.main_first():
-            found = self.checkpoints.newest()
-        starts = self.learner.processes.gather(None if found is None else found[0])
-        if len(set(starts)) > 1:
-            raise UserError(
-                f"{self.checkpoints.folder}: the processes see checkpoints of different steps {starts}; "
-                "the folder must lie on a volume that all of them share"
-            )
+        found = self.checkpoints.newest(self.learner.processes)
         if found is None:
             return
         self.start, state = found
@@ -240,10 +293,7 @@ class Keeper:
         self.learner.check_finite()
         state: dict[str, Any] = {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
         state |= {"generator": self.generator.get_state(), "figures": figures}
-        path = self.checkpoints.folder
-        if self.learner.processes.main:
-            path = self.checkpoints.save(step, state)
-        self.learner.processes.wait()
+        path = self.checkpoints.save(step, state, self.learner.processes)
         self.saved_at = time.monotonic()
         if asked:
             raise Interrupted(

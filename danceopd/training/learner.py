@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
+from danceopd.backbones.sharded import local, rows_here, sharded_like, whole
 from danceopd.config.recipe import DistillRecipe, TrainRecipe
 from danceopd.errors import UserError
 from danceopd.flow.fields import Field, VelocityField
-from danceopd.training.fsdp import forget_gathered, shard_network, synchronise_gradients
+from danceopd.training.fsdp import Shares, mixed_precision, share_out
 from danceopd.training.optim import build_optimizer, lr_factor
 from danceopd.training.processes import Processes, this_process
+from danceopd.training.shard_files import SavedTensor
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -39,6 +41,7 @@ class Learner:
         spec: the recipe's section.
         average: exponential moving average of `parameters`, or None.
         best: the weights that validated best so far, or None.
+        shares: what the processes share, of every weight; None: each holds all weights.
     """
 
     field: VelocityField
@@ -49,6 +52,7 @@ class Learner:
     spec: TrainRecipe
     average: list[Tensor] | None = None
     best: list[Tensor] | None = None
+    shares: Shares | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,11 +64,6 @@ class Learner:
         """What one forward and backward pass cost, in forwards; recomputed activations are one more."""
         return 4 if self.spec.activation_checkpointing else 3
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds only a part of every weight."""
-        return self.processes.count > 1 and self.spec.parallel == "shard"
-
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Run the block's matrix products in the recipe's precision; weights and their updates stay float32."""
@@ -73,16 +72,22 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
             yield
 
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """What a pass that learns is made in: the recipe's precision, with this field's adapter on."""
+        with self.precision(), self.field.active():
+            yield
+
     def backward(self, loss: Tensor, sync: bool = True) -> None:
         """Add a loss's gradient to what there is.
 
         Args:
             loss: this process's part of the global loss: parts add up, over calls and processes.
-            sync: whether this is the process's last call before `update`.
+            sync: whether this is the process's last call before `update`. Shards are added up at every call, so that
+                no whole gradient is kept.
         """
-        if self.sharded:
-            synchronise_gradients(self.field.network, sync)
-            loss = loss * self.processes.count  # sharded gradients are averaged, not added
+        if self.shares is not None:
+            self.shares.lockstep.before_backward()
         with torch.autocast(self.device.type, enabled=False):
             loss.backward()
 
@@ -91,8 +96,11 @@ class Learner:
 
         With a norm that is not finite, the same in all processes, no weight changes: only the schedule goes on.
         """
-        if not self.sharded:
+        if self.shares is None:
             self.processes.sum_gradients(self.parameters)
+        else:
+            with self.precision():
+                self.shares.lockstep.end()
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.spec.max_grad_norm)))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -124,7 +132,7 @@ class Learner:
         Raises:
             UserError: if one is not a finite number.
         """
-        broken = any(not bool(torch.isfinite(p.detach()).all()) for p in map(_local, self.parameters))
+        broken = any(not bool(torch.isfinite(p.detach()).all()) for p in map(local, self.parameters))
         if self.processes.any(broken):
             raise UserError(
                 f"{self.section}: weights are not finite numbers any more; nothing is saved or exported. Lower "
@@ -133,16 +141,20 @@ class Learner:
 
     @contextmanager
     def shown(self) -> Iterator[VelocityField]:
-        """The field as it would be handed over now: with the averaged weights, if there is an average."""
-        if self.average is None:
-            yield self.field
-            return
-        kept = [p.detach().clone() for p in self.parameters]
-        self._put(self.average)
-        try:
-            yield self.field
-        finally:
-            self._put(kept)
+        """The field as it would be handed over now: with the averaged weights, if there is an average.
+
+        Shares that are gathered in 16 bits need the products in those, too.
+        """
+        with nullcontext() if self.shares is None else self.precision():
+            if self.average is None:
+                yield self.field
+                return
+            kept = [p.detach().clone() for p in self.parameters]
+            self._put(self.average)
+            try:
+                yield self.field
+            finally:
+                self._put(kept)
 
     @torch.no_grad()
     def keep_best(self) -> None:
@@ -153,37 +165,36 @@ class Learner:
     def _put(self, weights: list[Tensor]) -> None:
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.copy_(weight)
-        if self.sharded:
-            forget_gathered(self.field.network)
 
     def finish(self) -> VelocityField:
-        """The trained field, whole and frozen: the best weights if any were kept, else the average, else the last."""
+        """The trained field, frozen: the best weights if any were kept, else the average, else the last.
+
+        A field whose processes share it stays shared; its weights are float32 and gathered as that.
+        """
         final = self.best or self.average
         if final is not None:
             self._put(final)
         network: ModelMixin = self.field.network
-        if self.sharded:
-            weights = {name: whole(weight) for name, weight in network.state_dict().items()}
-            network = self.field.backbone.new_transformer().float()
-            network.load_state_dict(weights)
+        if self.shares is not None and self.field.adapter is None and self.spec.precision == "bfloat16":
+            network = self.shares.copy(network, self.field.backbone.settings.attention, torch.float32)
         if self.spec.activation_checkpointing:
             network.disable_gradient_checkpointing()
         network.requires_grad_(False).eval()
         return replace(self.field, network=network)
 
     def state_dict(self) -> dict:
-        """Weights, averages, optimizer and schedule: all that an update changes. Every process must call it."""
+        """Weights, averages, optimizer and schedule: all that an update changes; what is shared, as it is shared."""
         return {
-            "weights": [whole(p.detach()) for p in self.parameters],
-            "average": None if self.average is None else [whole(w) for w in self.average],
-            "best": None if self.best is None else [whole(w) for w in self.best],
-            "optimizer": _mapped(self.optimizer.state_dict(), whole),
+            "weights": [p.detach() for p in self.parameters],
+            "average": self.average,
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Put back what `state_dict` gave for a learner of the same recipe."""
+        """Put back what `state_dict` gave for a learner of the same recipe, however many processes shared that one."""
         self._put([_like(saved, p) for saved, p in zip(state["weights"], self.parameters, strict=True)])
         for name in ("average", "best"):
             saved = state[name]
@@ -193,25 +204,19 @@ class Learner:
         self.schedule.load_state_dict(state["schedule"])
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's whole value (every process must ask); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(tensor: Tensor, parameter: Tensor | None) -> Tensor:
-    """A whole tensor laid out as a parameter is."""
+def _like(saved: Tensor | SavedTensor, parameter: Tensor | None) -> Tensor:
+    """A saved tensor, or of one that is shared the rows that lie here, laid out as a parameter is."""
     if not isinstance(parameter, DTensor):
+        tensor = saved.rows() if isinstance(saved, SavedTensor) else saved
         return tensor if parameter is None else tensor.to(parameter.device)
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    start, stop = rows_here(parameter)
+    rows = saved.rows(start, stop) if isinstance(saved, SavedTensor) else saved[start:stop].clone()
+    return sharded_like(rows, parameter)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: Any, change: Callable[[Any], Tensor]) -> Any:
     """A tree of dicts and lists with `change` made to each tensor."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | SavedTensor):
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(item, change) for key, item in value.items()}
@@ -233,15 +238,20 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
         UserError: if nothing would train.
     """
     processes = this_process()
+    shares = share_out(backbone, [] if start is None else [start], spec, name, processes)
+    network: ModelMixin = backbone.transformer
     if spec.trainable == "lora":
-        network: ModelMixin = backbone.transformer
-        add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
+        if shares is None:
+            add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
         field, parameters = VelocityField(name, backbone, network, adapter=name), adapter_parameters(network, name)
     else:
-        network = backbone.new_transformer() if start is None else plain_copy(start.network, merge=start.adapter)
-        network = network.to(processes.device).float().requires_grad_(True)
-        if processes.count > 1 and spec.parallel == "shard":
-            shard_network(network, processes)
+        if shares is not None:
+            origin, merge = (network, None) if start is None else (start.network, start.adapter)
+            attention, policy = backbone.settings.attention, mixed_precision(spec)
+            network = shares.copy(origin, attention, torch.float32, merge, policy).requires_grad_(True)
+        else:
+            network = backbone.new_transformer() if start is None else plain_copy(start.network, merge=start.adapter)
+            network = network.to(processes.device).float().requires_grad_(True)
         field, parameters = VelocityField(name, backbone, network), list(network.parameters())
     if spec.activation_checkpointing:
         network.enable_gradient_checkpointing()
@@ -251,4 +261,7 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
     optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]
-    return Learner(field, processes, parameters, optimizer, schedule, spec, average)
+    learner = Learner(field, processes, parameters, optimizer, schedule, spec, average, shares=shares)
+    if shares is not None:
+        shares.lockstep.learns(network, learner.learning)
+    return learner

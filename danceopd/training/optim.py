@@ -8,14 +8,18 @@ from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from danceopd.backbones.sharded import rows_here, sharded_like, whole
 from danceopd.errors import UserError, unknown_name
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which on a CPU orthogonalises in float32 instead of bfloat16.
+    """torch's Muon, which on a CPU orthogonalises in float32 instead of bfloat16, and takes matrices that are shared out.
+
+    Of those every process gathers one update at a time, orthogonalises all of it and keeps its rows.
 
     Only the newest CPUs multiply bfloat16 matrices fast: with AVX-512 alone it takes three times as long as float32,
     with AVX2 sixteen times, which is more than the rest of a small network's step. And float32 rounds alike on all.
@@ -23,7 +27,8 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(p.device.type != "cpu" and not isinstance(p, DTensor) for p in parameters):
             return super().step(closure)
         loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -38,7 +43,10 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        matrix = whole(update) if parameter.device.type == "cpu" else whole(update).bfloat16()
+        update = orthogonalised(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            update = sharded_like(update[slice(*rows_here(parameter))].contiguous(), parameter)
         rows, columns = parameter.shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))

@@ -48,6 +48,15 @@ class Processes:
         torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         return bool(said)
 
+    def least(self, number: int) -> int:
+        """The smallest of every process's number, told without a device, so that none waits for what it computes."""
+        if self.count == 1:
+            return number
+        said = torch.tensor(number)
+        group = _patient_group(torch.distributed.group.WORLD)
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=group)
+        return int(said)
+
     def gather(self, value: object) -> list:
         """Every process's plain value, by rank."""
         if self.count == 1:
@@ -83,6 +92,9 @@ class Processes:
             torch.distributed.all_reduce(flat)
             for gradient, total in zip(bucket, torch._utils._unflatten_dense_tensors(flat, bucket), strict=True):
                 gradient.copy_(total)
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def share(count: int, processes: Processes, parts: int, before: int = 0) -> list[list[int]]:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from danceopd.backbones import load_backbone
+from danceopd.backbones.sharded import whole
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
@@ -80,7 +81,8 @@ def train(kind, base_folder, data, out, rank, changes, saves=None, stop_after=No
 
         spec = DistillRecipe(rollout_steps=3, preview_every=1, **settings)
         field, history = distill(base, encoded, teachers, teacher_of, WEIGHTS, spec, preview, checkpoints)
-    save_file({n: p.detach().contiguous() for n, p in field.network.named_parameters()}, out / f"{rank}.safetensors")
+    weights = {n: whole(p.detach()).contiguous() for n, p in field.network.named_parameters()}
+    save_file(weights, out / f"{rank}.safetensors")
     write_json(out / f"{rank}.json", history)
 
 
@@ -184,8 +186,9 @@ def assert_close(found, wanted):
         {"trainable": "lora", "accumulate": 2, "ema": 0.5},
         {"trainable": "full", "parallel": "shard", "ema": 0.5},
         {"trainable": "full", "parallel": "shard", "accumulate": 2},
+        {"trainable": "lora", "parallel": "shard", "accumulate": 2},
     ],
-    ids=["full", "lora-parts", "sharded", "sharded-parts"],
+    ids=["full", "lora-parts", "sharded", "sharded-parts", "sharded-lora"],
 )
 def test_the_update_of_two_processes_is_that_of_one(tiny_base, small_data, tmp_path, changes):
     changes = changes | {"optimizer": "adamw"}
