@@ -23,8 +23,16 @@ __all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline"]
 FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwen_image": "QwenImage"}
 
 
-def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Backbone:
+def load_backbone(
+    folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu", transformer: bool = True
+) -> Backbone:
     """Load the back end that `settings.backbone` names from a pipeline folder, onto a device.
+
+    Args:
+        folder: the pipeline's.
+        settings: of the recipe.
+        device: where it computes.
+        transformer: whether the transformer goes there, too; else it stays on the CPU, to be shared out from there.
 
     Raises:
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
@@ -32,7 +40,7 @@ def load_backbone(folder: Path, settings: ModelRecipe, device: torch.device | st
     from danceopd.backbones.kernels import quantize_frozen, set_attention
     from danceopd.backbones.lora_factors import check_finite
 
-    backbone = _family(settings).load(Path(folder), settings, device)
+    backbone = _family(settings).load(Path(folder), settings, device, transformer)
     check_finite(Path(folder) / "transformer", backbone.transformer.state_dict())
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:

@@ -15,9 +15,10 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from danceopd.backbones.lora_factors import read_factors
+from danceopd.backbones.sharded import whole, writes
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
@@ -79,12 +80,28 @@ def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for key, p in network.named_parameters() if _is_of(key, name)]
 
 
+def adapter_state(network: ModelMixin, name: str) -> dict[str, Tensor]:
+    """One adapter's weights by PEFT's names, whole and on the CPU; of a sharded network every process must ask, and
+    only the one that writes gets them."""
+    state, keeps = get_peft_model_state_dict(network, adapter_name=name), writes(network)
+    found = {}
+    for key, value in state.items():
+        tensor = whole(value.detach())
+        if keeps:
+            found[key] = tensor.cpu().contiguous()
+    return found
+
+
 def save_lora(network: ModelMixin, name: str, folder: Path) -> None:
-    """Write one adapter as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`)."""
-    folder = Path(folder)
+    """Write one adapter as a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
+
+    Of processes that share the network every one must call it, and the first one writes.
+    """
+    folder, state = Path(folder), adapter_state(network, name)
+    if not writes(network):
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(network, adapter_name=name)
-    save_file({f"base_model.model.{k}": v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS)
+    save_file({f"base_model.model.{key}": value for key, value in state.items()}, folder / WEIGHTS)
     config = network.peft_config[name].to_dict()
     write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()})
 
@@ -92,10 +109,12 @@ def save_lora(network: ModelMixin, name: str, folder: Path) -> None:
 def save_diffusers_lora(network: ModelMixin, name: str, folder: Path) -> Path:
     """Write one adapter as the file that a diffusers pipeline's `load_lora_weights` takes, and return its path.
 
-    Rank, alpha and targets travel in the file's header, so that the adapter comes back at its own strength.
+    Rank, alpha and targets travel in the file's header, so that the adapter comes back at its own strength. Of
+    processes that share the network every one must call it, and the first one writes.
     """
-    state = get_peft_model_state_dict(network, adapter_name=name)
-    state = {key: value.contiguous().cpu() for key, value in state.items()}
+    state = adapter_state(network, name)
+    if not writes(network):
+        return Path(folder) / LORA_WEIGHT_NAME_SAFE
     config = network.peft_config[name].to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     LoraBaseMixin.write_lora_layers(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from danceopd.backbones.base import kind_of
 from danceopd.backbones.lora import freeze_adapter
 from danceopd.backbones.lora_factors import Factors, read_factors
 from danceopd.backbones.original_names import ORIGINAL, SD3_MODULATIONS, module_pattern
@@ -117,7 +118,7 @@ def _by_own_names(factors: Mapping[str, Factors], network: nn.Module) -> tuple[d
         bare = _bare(name)
         if bare in known:
             found[known[bare]] = of
-        elif parts := _original(type(network).__name__, bare, of):
+        elif parts := _original(kind_of(network).__name__, bare, of):
             found |= parts
         else:
             rest[name] = of
@@ -159,7 +160,7 @@ def _by_converter(
     if direct:  # no converter has another name for these
         words = ", ".join(direct[:_SHOWN])
         raise UserError(
-            f"{file}: {len(direct)} of its LoRA weights do not fit the base's {type(network).__name__}: {words}; "
+            f"{file}: {len(direct)} of its LoRA weights do not fit the base's {kind_of(network).__name__}: {words}; "
             f"what is read: {LAYOUTS}"
         )
     found = _converted(file, pipeline, {name: (of.first, of.second) for name, of in factors.items()})
@@ -228,5 +229,5 @@ def _check_fit(file: Path, factors: Mapping[str, Factors], network: nn.Module) -
     if wrong:
         raise UserError(
             f"{file}: {len(wrong)} of {len(factors)} LoRA weights do not fit the base's "
-            f"{type(network).__name__}: {'; '.join(wrong[:_SHOWN])}"
+            f"{kind_of(network).__name__}: {'; '.join(wrong[:_SHOWN])}"
         )

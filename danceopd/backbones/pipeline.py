@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from danceopd.backbones.base import LOADING, SETTINGS, Condition
+from danceopd.backbones.base import LOADING, SETTINGS, Condition, kind_of
 from danceopd.backbones.bases import INDEX, components
 from danceopd.backbones.lora import plain_copy
 from danceopd.backbones.packing import to_latents, to_tokens
+from danceopd.backbones.sharded import is_sharded, outline_of
 from danceopd.backbones.weights import read_transformer
 from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
@@ -49,8 +50,16 @@ class PipelineBackbone:
                 module.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls, folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu", transformer: bool = True
+    ) -> Self:
         """Load a pipeline folder onto a device.
+
+        Args:
+            folder: the pipeline's.
+            settings: of the recipe.
+            device: where it computes.
+            transformer: whether the transformer goes there, too; else it stays on the CPU, to be shared out from there.
 
         Raises:
             UserError: if the folder holds no such pipeline, or its transformer's weights do not fit.
@@ -65,7 +74,11 @@ class PipelineBackbone:
             pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes, **given)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
-        return cls(pipeline.to(device), settings, folder)
+        for name in components(folder / INDEX):
+            part = getattr(pipeline, name, None)
+            if isinstance(part, nn.Module) and (transformer or name != "transformer"):
+                part.to(device)
+        return cls(pipeline, settings, folder)
 
     @classmethod
     def outline(cls, folder: Path, settings: ModelRecipe) -> Self:
@@ -198,7 +211,7 @@ class PipelineBackbone:
         found = {name: getattr(again, name) for name in self.encoders}
         for module in found.values():
             if module is not None:
-                module.to(self.transformer.device).requires_grad_(False).eval()
+                module.to(self.pipeline.vae.device).requires_grad_(False).eval()
         self.pipeline.register_modules(**found)
         self._freed = False
 
@@ -208,7 +221,7 @@ class PipelineBackbone:
         folder = Path(folder)
         dtype = dtype or getattr(torch, self.settings.dtype)
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        other = read_transformer(type(self.transformer), folder, dtype, self.transformer.config)
+        other = read_transformer(kind_of(self.transformer), folder, dtype, self.transformer.config)
         if other.config.in_channels != self.transformer.config.in_channels:
             raise UserError(
                 f"{folder}: {other.config.in_channels} latent channels, the base has "
@@ -226,7 +239,7 @@ class PipelineBackbone:
                 backend.no_truncation()
         frozen = self.pipeline.transformer
         try:
-            self.pipeline.transformer = transformer
+            self.pipeline.transformer = _class_of(transformer) if is_sharded(transformer) else transformer
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         finally:
             self.pipeline.transformer = frozen
@@ -236,6 +249,13 @@ class PipelineBackbone:
 
     def _to_vae(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
+
+
+def _class_of(network: Any) -> Any:
+    """What stands in a pipeline's folder for a sharded transformer, whose files all that share it write together."""
+    outline = outline_of(network)
+    outline.save_pretrained = lambda folder: None
+    return outline
 
 
 class ShiftedLatentsBackbone(PipelineBackbone):

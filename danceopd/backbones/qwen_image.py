@@ -137,8 +137,8 @@ class QwenImage(PipelineBackbone):
                     "this Qwen-Image base cannot edit a source image: its folder is a QwenImagePipeline's; "
                     "take a Qwen-Image-Edit-Plus base (2509 or later)"
                 )
-            return pipeline._get_qwen_prompt_embeds([prompt], pictures)[0][0].float()
-        return self._drawing()._get_qwen_prompt_embeds([prompt])[0][0].float()
+            return pipeline._get_qwen_prompt_embeds([prompt], pictures, device=pipeline.vae.device)[0][0].float()
+        return self._drawing()._get_qwen_prompt_embeds([prompt], device=pipeline.vae.device)[0][0].float()
 
     def _shown(self, pixels: Tensor) -> Image.Image:
         """A source image (3, H, W) as the text encoder is shown it."""

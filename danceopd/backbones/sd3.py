@@ -47,6 +47,7 @@ class SD3(ShiftedLatentsBackbone):
             prompts,
             None,
             None,
+            device=self.pipeline.vae.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.settings.max_sequence_length,
         )

@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -29,6 +30,12 @@ FILE, INDEX = "diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.in
 def is_sharded(network: nn.Module) -> bool:
     """Whether a network's weights are shared out."""
     return isinstance(network, FSDPModule)
+
+
+def outline_of(network: ModelMixin) -> ModelMixin:
+    """A network of the same class and configuration without memory for its weights, and without adapters."""
+    with init_empty_weights():
+        return cast(Any, kind_of(network)).from_config(network.config)
 
 
 def writes(network: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from danceopd.backbones.lora_factors import check_finite
+from danceopd.backbones.sharded import whole
 from danceopd.errors import UserError
 from danceopd.text import check_json_files
 
@@ -64,7 +65,7 @@ def same_weights(network: nn.Module, folder: Path) -> bool:
     """Whether a network holds the weights of a transformer folder, as far as bfloat16 tells them apart.
 
     Args:
-        network: of plain weights under diffusers' names.
+        network: of plain weights under diffusers' names; if it is sharded every process must ask.
         folder: holds safetensors files of the same class of transformer.
     """
     state = network.state_dict()
@@ -74,7 +75,7 @@ def same_weights(network: nn.Module, folder: Path) -> bool:
                 mine = state.get(key)
                 if mine is None or mine.shape != tuple(opened.get_slice(key).get_shape()):
                     return False
-                if not torch.equal(mine.cpu().bfloat16(), opened.get_tensor(key).bfloat16()):
+                if not torch.equal(whole(mine).cpu().bfloat16(), opened.get_tensor(key).bfloat16()):
                     return False
     return True
 

@@ -54,9 +54,10 @@ class ZImage(ShiftedLatentsBackbone):
     def encode_prompts(self, prompts: list[str], sources: list[list[Tensor]] | None = None) -> Tensor:
         self._need_encoders()
         longest, pipeline = self.settings.max_sequence_length, self.pipeline
-        drawing = pipeline._encode_prompt(list(prompts), max_sequence_length=longest)
+        device = pipeline.vae.device
+        drawing = pipeline._encode_prompt(list(prompts), device, max_sequence_length=longest)
         editing = ZImageOmniPipeline._encode_prompt(
-            pipeline, list(prompts), max_sequence_length=longest, num_condition_images=1
+            pipeline, list(prompts), device, max_sequence_length=longest, num_condition_images=1
         )
         before, _, after = editing[0]  # these two are the same for every prompt
         parts = [[one.float(), *(part.float() for part in three)] for one, three in zip(drawing, editing, strict=True)]

@@ -71,6 +71,13 @@ def _tell(console: Console, recipe: Recipe, ahead: Outlook, gpus: int, tflops: f
         f"{say_size(ahead.held + ahead.training.total)}: frozen weights "
         f"{say_size(ahead.held)}, training {ahead.training}",
     )
+    if ahead.other is not None:
+        mine, other = say_size(ahead.held + ahead.training.total), say_size(ahead.other)
+        whole, shared = (other, mine) if spec.parallel == "shard" else (mine, other)
+        table.add_row(
+            f"of {gpus} GPUs",
+            f"each {whole} with parallel: replicate, {shared} with shard; replicate is faster where it fits",
+        )
     table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
     table.add_row(
         "forwards",

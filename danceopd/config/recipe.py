@@ -114,7 +114,7 @@ class TrainRecipe(_Part):
     )
     activation_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     parallel: Literal["replicate", "shard"] = Field(
-        "replicate", description="many processes: whole weights in each, or each a part (FSDP2; full weights only)"
+        "replicate", description="many processes: whole weights in each, or each a part of base, teachers and student"
     )
     skip_bad_batches: int = Field(
         0, ge=0, description="batches whose loss or gradient is not a number that may be left out; one more ends it"
@@ -513,6 +513,18 @@ class Recipe(_Part):
         if isinstance(teachers, dict):
             data = data | {"teachers": {name: taught(teacher) for name, teacher in teachers.items()}}
         return data | {"distill": seeded(data.get("distill"))}
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        sections = {"distill": self.distill} | {
+            f"teachers.{n}.train": t.train for n, t in self.teachers.items() if isinstance(t, FinetunedTeacher)
+        }
+        for where, spec in sections.items():
+            if spec.parallel == "shard" and self.model.quantize is not None:
+                raise ValueError(f"{where}.parallel: shard cannot share out a base in 8 bits; remove model.quantize")
+        if self.distill.parallel == "shard" and self.model.offload:
+            raise ValueError("distill.parallel: shard shares the teachers out as well; remove model.offload")
+        return self
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from danceopd.backbones.base import Condition
-from danceopd.backbones.lora import save_diffusers_lora
+from danceopd.backbones.base import Condition, kind_of
+from danceopd.backbones.lora import adapter_state, save_diffusers_lora
 from danceopd.backbones.lora_import import read_lora_file
 from danceopd.backbones.original_names import ORIGINAL, module_pattern
+from danceopd.backbones.sharded import is_sharded, writes
 from danceopd.errors import UserError
 from danceopd.flow.field_io import probe
 from danceopd.flow.fields import VelocityField
+from danceopd.training.processes import this_process
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _CHECK = "read_back"
 
 def export_lora(student: VelocityField, folder: Path, condition: Condition) -> list[Path]:
     """Write a LoRA student's files for diffusers and, where its names are known, ComfyUI; read each back.
+
+    Of processes that share the student every one must call it, with a folder that all of them see.
 
     Args:
         student: a field with an adapter.
@@ -54,6 +57,8 @@ def export_lora(student: VelocityField, folder: Path, condition: Condition) -> l
     named = save_comfyui_lora(student.network, student.adapter, folder)
     if named is not None:
         files.append(named)
+    if is_sharded(student.network):
+        files = this_process().gather(files)[0]
     for file in files:
         prove_lora_file(student, file, condition)
     return files
@@ -61,11 +66,13 @@ def export_lora(student: VelocityField, folder: Path, condition: Condition) -> l
 
 def save_comfyui_lora(network: ModelMixin, name: str, folder: Path) -> Path | None:
     """Write one adapter under ComfyUI's names; None, with a warning, if the model or one of its modules has none."""
-    kind = type(network).__name__
+    kind = kind_of(network).__name__
     if kind not in ORIGINAL:
         log.warning("no ComfyUI LoRA file: the names of %s are not known", kind)
         return None
     factors = _factors(network, name)
+    if not writes(network):
+        return None
     state: dict[str, Tensor] = {}
     for original, parts in _matrices(ORIGINAL[kind], factors):
         first, second = _fused(network, [(part, factors.pop(part, None)) for part in parts])
@@ -83,12 +90,12 @@ def save_comfyui_lora(network: ModelMixin, name: str, folder: Path) -> Path | No
 
 def _factors(network: ModelMixin, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> (first factor (r, in), second factor (out, r) times strength)."""
-    state = get_peft_model_state_dict(network, adapter_name=name)
+    state = adapter_state(network, name)
     modules = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
     return {
         module: (
-            state[f"{module}.lora_A.weight"].detach().cpu(),
-            state[f"{module}.lora_B.weight"].detach().cpu() * network.get_submodule(module).scaling[name],
+            state[f"{module}.lora_A.weight"],
+            state[f"{module}.lora_B.weight"] * network.get_submodule(module).scaling[name],
         )
         for module in modules
     }

@@ -106,6 +106,19 @@ def prove_export(folder: Path, device: torch.device | str = "cpu") -> float:
     network = read_transformer(type(empty), pipeline / "transformer", torch.float32, empty.config).to(device).eval()
     condition = Condition(kept["prompt"].to(device), None, settings.height, settings.width)
     found = probe(VelocityField("student", outline, network), condition)
+    return note_proof(folder, found, wanted)
+
+
+def note_proof(folder: Path, found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Hold the velocity of an export that was read back against the trained student's, and note the proof.
+
+    Returns:
+        The greatest difference, as a share of the velocity's size (root mean square).
+
+    Raises:
+        UserError: if it is more than `TOLERANCE`.
+    """
+    pipeline = folder / PIPELINE
     if found.shape != wanted.shape:
         shapes = f"{tuple(found.shape)}, the trained student's is {tuple(wanted.shape)}"
         raise UserError(f"{pipeline}: the velocity's shape is {shapes}; export the student again")

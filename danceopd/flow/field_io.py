@@ -18,6 +18,7 @@ from danceopd.backbones.base import Backbone, Condition
 from danceopd.backbones.lora import CONFIG, load_lora, save_lora
 from danceopd.backbones.lora_import import load_lora_file, lora_file
 from danceopd.backbones.offload import OffloadedWeights
+from danceopd.backbones.sharded import is_sharded, write_transformer, writes
 from danceopd.errors import UserError, unknown_name
 from danceopd.files import FIELD, forget_origin, hash_folder, write_json
 from danceopd.flow.fields import Field, VelocityField
@@ -28,9 +29,13 @@ KINDS = ("base", "full", "lora")
 
 
 def save_field(field: Field, folder: Path) -> None:
-    """Write a field's own weights (the adapter, or the whole transformer) and its guidance below `folder`."""
+    """Write a field's own weights (the adapter, or the whole transformer) and its guidance below `folder`.
+
+    Of processes that share its network every one must call it, and the first one writes.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if writes(field.network):
+        folder.mkdir(parents=True, exist_ok=True)
     if field.adapter is not None:
         save_lora(field.network, field.adapter, folder / "lora")
         kind = "lora"
@@ -38,9 +43,14 @@ def save_field(field: Field, folder: Path) -> None:
         kind = "base"
     else:
         network: ModelMixin = field.network
-        network.save_pretrained(folder / "transformer", safe_serialization=True)
-        forget_origin(folder)
+        if is_sharded(network):
+            write_transformer(network, folder / "transformer")
+        else:
+            network.save_pretrained(folder / "transformer", safe_serialization=True)
         kind = "full"
+    if not writes(field.network):
+        return
+    forget_origin(folder)
     about: dict = {"kind": kind, "name": field.name}
     if isinstance(field, GuidedField):
         about["guidance"] = {"scale": field.scale, "batched": field.batched}

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from danceopd.backbones.base import Backbone
+from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.config.recipe import DistillRecipe, Recipe, TrainRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.preflight.fake_pass import Samples, kept_bytes
@@ -33,6 +33,7 @@ class MemoryEstimate:
         optimizer: its state.
         averages: the moving average, and the best state if the recipe selects one.
         activations: what the largest forward pass keeps for its backward pass; roughly.
+        gathered: where processes share the weights, the blocks that are whole for a moment, and their gradients.
     """
 
     parameters: int
@@ -41,11 +42,12 @@ class MemoryEstimate:
     optimizer: int
     averages: int
     activations: int
+    gathered: int = 0
 
     @property
     def sure(self) -> int:
         """What is needed whatever the activations turn out to be."""
-        return self.weights + self.gradients + self.optimizer + self.averages
+        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
 
     @property
     def total(self) -> int:
@@ -58,6 +60,7 @@ class MemoryEstimate:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "averages": self.averages,
+            "whole blocks": self.gathered,
             "activations": self.activations,
         }
         text = ", ".join(f"{name} {say_size(value)}" for name, value in parts.items() if value)
@@ -68,6 +71,9 @@ def say_size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}  # of a frozen weight
+
+
 # Bytes of optimizer state per trained weight; Muon keeps one float32 for matrices and AdamW's two for the rest.
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 
@@ -76,13 +82,62 @@ def trained_parameters(network: nn.Module, spec: TrainRecipe, default_targets: s
     """How many weights a recipe trains: all of the network's own, or those of a LoRA that is not there yet."""
     if spec.trainable == "full":
         return sum(p.numel() for name, p in network.named_parameters() if ".lora_" not in name)
+    return sum(_lora_sizes(network, spec, default_targets).values())
+
+
+def _lora_sizes(network: nn.Module, spec: TrainRecipe, default_targets: str) -> dict[str, int]:
+    """Weights of a LoRA by the module that it is added to."""
     targets = list(spec.lora.targets) if spec.lora.targets else default_targets
-    count = 0
+    found = {}
     for name, module in network.named_modules():
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(inner, nn.Linear) and _is_target(name, targets):
-            count += spec.lora.rank * (inner.in_features + inner.out_features)
-    return count
+            found[name] = spec.lora.rank * (inner.in_features + inner.out_features)
+    return found
+
+
+def gathered_bytes(network: nn.Module, spec: TrainRecipe, default_targets: str, frozen: int) -> int:
+    """What is whole for a moment, of weights that processes share, in the backward pass; at most.
+
+    The part of the network that is no block is whole all the while. Of the blocks one is computed with, one is fetched,
+    and its message lies beside it. A trained block's gradients are whole until they are added up, in a message that
+    lies beside them, too, in float32.
+
+    Args:
+        network: without weights, and without the adapter that will train.
+        spec: what trains, and its precision.
+        default_targets: of a LoRA.
+        frozen: bytes of a frozen weight.
+    """
+    own, trained = _by_unit(network, spec, default_targets)
+    rest, block = own.pop(""), max(own.values(), default=0)
+    rest_trained, block_trained = trained.pop(""), max(trained.values(), default=0)
+    if spec.trainable == "full":
+        each = 2 if spec.precision == "bfloat16" else 4
+        weights, gradients = each * (rest + 3 * block), each * (rest_trained + block_trained)
+    else:
+        weights = frozen * (rest + 3 * block) + 4 * (rest_trained + 3 * block_trained)
+        gradients = 4 * (rest_trained + block_trained)
+    return weights + gradients + 4 * max(rest_trained, block_trained)
+
+
+def _by_unit(network: nn.Module, spec: TrainRecipe, default_targets: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights of each block, and of the rest (under no name): its own, and those of them or of a LoRA that train."""
+    blocks = {id(block) for block in repeated_blocks(network)}
+    paths = [path for path, module in network.named_modules() if id(module) in blocks]
+    own, adapters = dict.fromkeys(["", *paths], 0), dict.fromkeys(["", *paths], 0)
+
+    def unit(name: str) -> str:
+        return next((path for path in paths if name.startswith(f"{path}.")), "")
+
+    for name, weight in network.named_parameters():
+        if ".lora_" not in name:
+            own[unit(name)] += weight.numel()
+    if spec.trainable == "full":
+        return own, dict(own)
+    for name, count in _lora_sizes(network, spec, default_targets).items():
+        adapters[unit(name)] += count
+    return own, adapters
 
 
 def _is_target(name: str, targets: str | list[str]) -> bool:
@@ -108,7 +163,7 @@ def estimate_memory(recipe: Recipe, outline: Backbone, shapes: Iterable[Samples]
     """
     spec = recipe.distill
     parameters = trained_parameters(outline.transformer, spec, outline.lora_targets)
-    share = processes if spec.parallel == "shard" else 1
+    share = sharing(spec, processes)
     held = parameters * 4 // share
     return MemoryEstimate(
         parameters=parameters,
@@ -117,7 +172,15 @@ def estimate_memory(recipe: Recipe, outline: Backbone, shapes: Iterable[Samples]
         optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
         averages=held * ((spec.ema is not None) + (spec.select is not None)),
         activations=max(kept_bytes(outline, spec, samples) for samples in shapes),
+        gathered=0
+        if share == 1
+        else gathered_bytes(outline.transformer, spec, outline.lora_targets, BYTES[recipe.model.dtype]),
     )
+
+
+def sharing(spec: TrainRecipe, processes: int) -> int:
+    """How many processes share one copy of what a section trains and asks."""
+    return processes if spec.parallel == "shard" else 1
 
 
 def largest_shapes(encoded: EncodedRecords, count: int) -> list[Samples]:
@@ -146,8 +209,8 @@ def check_memory(estimate: MemoryEstimate, available: int) -> list[Finding]:
     """The estimate against what there is; activations are an estimate, so only what is sure can be an error."""
     figures = f"training needs about {estimate} more, {say_size(available)} are available"
     mend = (
-        "train a LoRA, set activation_checkpointing: true, a larger accumulate, optimizer: adamw8bit, or "
-        "model.offload and model.dtype: bfloat16"
+        "train a LoRA, set activation_checkpointing: true, a larger accumulate, optimizer: adamw8bit, "
+        "model.offload and model.dtype: bfloat16, or parallel: shard on more GPUs"
     )
     if estimate.sure > available:
         return [Finding("error", "memory", f"not enough memory: {figures}; {mend}")]

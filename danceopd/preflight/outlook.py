@@ -21,9 +21,14 @@ from danceopd.files import at_home
 from danceopd.flow.fields import VelocityField
 from danceopd.preflight.fake_pass import Samples, forward_operations
 from danceopd.preflight.forwards import CountedField, expected_forwards
-from danceopd.preflight.memory import MemoryEstimate, estimate_memory, samples_at_once, trained_parameters
-
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "float8": 1}
+from danceopd.preflight.memory import (
+    BYTES,
+    MemoryEstimate,
+    estimate_memory,
+    samples_at_once,
+    sharing,
+    trained_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Outlook:
         operations: of one forward pass of the longest sample.
         held: bytes of frozen weights on each GPU while it trains: the base's and the teachers'.
         training: what training adds to them.
+        other: bytes of both if the processes shared the weights where the recipe has whole ones in each, or the other
+            way round; None: there is one process, or the recipe cannot be otherwise.
     """
 
     parameters: int
@@ -45,6 +52,7 @@ class Outlook:
     operations: float
     held: int
     training: MemoryEstimate
+    other: int | None
 
 
 def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
@@ -63,9 +71,6 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
     backbone = open_outline(folder, model)
     network = backbone.transformer
     parameters = sum(p.numel() for p in network.parameters())
-    frozen = parameters * BYTES[model.quantize or model.dtype]
-    whole = [t for t in recipe.teachers.values() if _holds_all(t)]
-    waiting = 1 if model.offload else len(whole)
     tokens = _tokens(recipe, backbone)
     count = samples_at_once(recipe.distill, processes)
     edits = {task.needs_source for task in recipe.tasks.values()}
@@ -75,9 +80,30 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
         tokens=tokens,
         forwards=expected_forwards(recipe, backbone, _stand_ins(recipe), _fields(recipe, backbone)),
         operations=max(forward_operations(backbone, replace(shape, count=1)) for shape in shapes),
-        held=frozen + min(waiting, len(whole)) * parameters * BYTES[model.dtype] + _adapters(recipe, backbone),
+        held=_held(recipe, backbone, processes),
         training=estimate_memory(recipe, backbone, shapes, processes),
+        other=_other_way(recipe, backbone, shapes, processes),
     )
+
+
+def _held(recipe: Recipe, backbone: Backbone, processes: int) -> int:
+    """Bytes of the frozen weights, of the base and of the teachers, that lie on each GPU."""
+    model, parameters = recipe.model, sum(p.numel() for p in backbone.transformer.parameters())
+    whole = sum(_holds_all(teacher) for teacher in recipe.teachers.values())
+    waiting = min(1, whole) if model.offload else whole
+    frozen = parameters * (BYTES[model.quantize or model.dtype] + waiting * BYTES[model.dtype])
+    return (frozen + _adapters(recipe, backbone)) // sharing(recipe.distill, processes)
+
+
+def _other_way(recipe: Recipe, backbone: Backbone, shapes: list[Samples], processes: int) -> int | None:
+    """Bytes on each GPU with the other `distill.parallel`."""
+    spec, model = recipe.distill, recipe.model
+    fits = spec.optimizer != "adamw8bit" and model.quantize is None and not model.offload
+    if processes == 1 or not (fits or spec.parallel == "shard"):
+        return None
+    turned = spec.model_copy(update={"parallel": "replicate" if spec.parallel == "shard" else "shard"})
+    other = recipe.model_copy(update={"distill": turned})
+    return _held(other, backbone, processes) + estimate_memory(other, backbone, shapes, processes).total
 
 
 def _holds_all(teacher: object) -> bool:

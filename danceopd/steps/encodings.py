@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from danceopd.config.recipe import FinetunedTeacher, Recipe
+from danceopd.config.recipe import FinetunedTeacher, Recipe, TrainRecipe
 from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.steps.run import Run
@@ -24,12 +24,20 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
     from danceopd.data.records import Record
 
 
-def open_backbone(run: Run) -> Backbone:
-    """The run's base, loaded onto this process's device."""
+def open_backbone(run: Run, spec: TrainRecipe | None = None) -> Backbone:
+    """The run's base, loaded onto this process's device; its transformer only if nobody will share it out.
+
+    Args:
+        run: its base and model.
+        spec: the section by which something trains on it.
+    """
     from danceopd.backbones import load_backbone
+    from danceopd.training.fsdp import shares
     from danceopd.training.processes import this_process
 
-    return load_backbone(run.base.pipeline, run.recipe.model, this_process().device)
+    processes = this_process()
+    whole = spec is None or not shares(spec, processes)
+    return load_backbone(run.base.pipeline, run.recipe.model, processes.device, transformer=whole)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def open_training(run: Run, teachers: dict[str, Product]) -> Training:
     from danceopd.methods.table import needs_targets
 
     specs = run.recipe.tasks
-    encoder = Encoder(run, open_backbone(run))
+    encoder = Encoder(run, open_backbone(run, run.recipe.distill))
     encoded = encoder.train(tuple(specs), needs_targets(run.recipe.distill))
     teacher_of = {task: spec.teacher for task, spec in specs.items()}
     weights = {task: spec.weight for task, spec in specs.items()}
@@ -127,13 +127,15 @@ def open_training(run: Run, teachers: dict[str, Product]) -> Training:
 
 def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkpoints: Path) -> dict[str, Any]:
     from danceopd.devices import hardware
-    from danceopd.distill import distill
+    from danceopd.distill import STUDENT, distill
     from danceopd.evaluation.plots import plot_history
     from danceopd.evaluation.previews import Previewer
     from danceopd.evaluation.validate import GateValidator
     from danceopd.export.model_card import write_card
+    from danceopd.export.sharded import export_sharded
     from danceopd.preflight.checks import preflight
     from danceopd.training.checkpoints import Checkpoints
+    from danceopd.training.fsdp import share_out, shares
     from danceopd.training.processes import this_process
 
     recipe, base, data = run.recipe, run.base, run.data
@@ -145,7 +147,8 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     backbone, fields = ready.backbone, ready.fields
     shown = ready.encoder.split("val", tuple(recipe.tasks), limit=3)
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
-    previews = checkpoints / "previews" if this_process().main else scratch / "drawn"
+    processes = this_process()
+    previews = checkpoints / "previews" if processes.main else scratch / "drawn"
     previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
 
     def show(field: Field, step: int) -> None:
@@ -158,8 +161,9 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         sets = ready.encoder.held_out("val", recipe.distill.select.per_task)
         validate = GateValidator(recipe, fields, sets, run.cache / "judge")
     backbone.free_encoders()  # everything is encoded
+    share_out(backbone, fields.values(), recipe.distill, STUDENT, processes)
     facts = {name: product.facts for name, product in teachers.items()}
-    counts, processes = data.facts["counts"], this_process()
+    counts = data.facts["counts"]
     settle(preflight(recipe, backbone, base.pipeline, fields, facts, ready.encoded, counts, processes.count))
     student, history = distill(
         backbone,
@@ -173,13 +177,16 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         validate,
         recorder(journal, "student"),
     )
+    if shares(recipe.distill, processes):
+        export_sharded(student, recipe, scratch, processes)
     if not processes.main:
         return {}  # the main process writes the student
     shutil.copytree(previews, scratch / "previews")
     write_json(scratch / "history.json", history)
     plot_history(history, scratch / "previews" / "training.png")
     journal.file(scratch / "previews" / "training.png")
-    export_student(student, recipe, base, scratch)
+    if not shares(recipe.distill, processes):
+        export_student(student, recipe, base, scratch)
     origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
     origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
     write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)

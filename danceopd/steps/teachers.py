@@ -109,9 +109,9 @@ def _build_teacher(
 
     if not isinstance(spec, ChampionTeacher):
         _require_held_out(recipe, data, teacher)
-    backbone = open_backbone(run)
+    backbone = open_backbone(run, spec.train if isinstance(spec, FinetunedTeacher) else None)
     encoder = Encoder(run, backbone)
-    device = next(backbone.transformer.parameters()).device
+    device = this_process().device
     field: Field
     facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
     if isinstance(spec, FinetunedTeacher):

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from danceopd.backbones.base import Backbone, kind_of, repeated_blocks
+from danceopd.backbones.base import Backbone, repeated_blocks
 from danceopd.backbones.kernels import set_attention
 from danceopd.backbones.lora import add_lora
-from danceopd.backbones.sharded import is_sharded, local, sharded_like, weights_of, whole
+from danceopd.backbones.sharded import is_sharded, local, outline_of, sharded_like, weights_of, whole
 from danceopd.config.recipe import MERGES, DistillRecipe, TrainRecipe
 from danceopd.flow.fields import Field
 from danceopd.training.lockstep import Lockstep
 from danceopd.training.processes import Processes
-
 
 _MARK = "_danceopd_shares"
 
@@ -72,7 +70,7 @@ class Shares:
             return
         policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
         for unit in [*repeated_blocks(network), network]:
-            shared = cast(FSDPModule, fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy))
+            shared = fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
             shared.set_gradient_divide_factor(1.0)  # a sum over the processes: each loss is a part of one
             shared.set_force_sum_reduction_for_comms(True)
         self.lockstep.join(network)
@@ -95,9 +93,7 @@ class Shares:
             merge: adapter whose change is added to the weights, in float32.
             policy: as for `add`.
         """
-        kind = cast(type[ModelMixin], kind_of(network))
-        with init_empty_weights():
-            plain = kind.from_config(network.config)
+        plain = outline_of(network)
         set_attention(plain, attention)
         self.add(plain.eval(), policy)
         there = cast(dict[str, DTensor], plain.state_dict())
@@ -111,12 +107,12 @@ class Shares:
 
 def _changes(network: nn.Module, adapter: str | None) -> dict[str, tuple[float, Tensor, Tensor]]:
     """The weights that an adapter changes, by plain name: strength, first and second factor."""
-    found = {}
-    for path, module in network.named_modules():
-        if adapter is not None and isinstance(module, BaseTunerLayer) and adapter in module.lora_A:
-            first, second = (cast(nn.Linear, of[adapter]).weight.detach() for of in (module.lora_A, module.lora_B))
-            found[f"{path}.weight"] = (module.scaling[adapter], first, second)
-    return found
+    layers: dict[str, Any] = {path: m for path, m in network.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {
+        f"{path}.weight": (m.scaling[adapter], m.lora_A[adapter].weight.detach(), m.lora_B[adapter].weight.detach())
+        for path, m in layers.items()
+        if adapter is not None and adapter in m.lora_A
+    }
 
 
 def _rows(weight: Tensor, change: tuple[float, Tensor, Tensor] | None) -> Tensor:

@@ -175,8 +175,11 @@ class Learner:
         if final is not None:
             self._put(final)
         network: ModelMixin = self.field.network
-        if self.shares is not None and self.field.adapter is None and self.spec.precision == "bfloat16":
-            network = self.shares.copy(network, self.field.backbone.settings.attention, torch.float32)
+        if self.shares is not None:
+            self.shares.lockstep.ends_learning()
+            if self.field.adapter is None and self.spec.precision == "bfloat16":
+                self.shares.lockstep.leave(network)
+                network = self.shares.copy(network, self.field.backbone.settings.attention, torch.float32)
         if self.spec.activation_checkpointing:
             network.disable_gradient_checkpointing()
         network.requires_grad_(False).eval()

@@ -38,7 +38,8 @@ class Lockstep:
 
     def __init__(self, processes: Processes):
         self._processes = processes
-        self._networks: list[nn.Module] = []
+        self._networks: list[nn.Module | None] = []
+        self._passed: set[int] = set()  # since the last update's end
         self._inputs: tuple[tuple, dict[str, Any]] = ((), {})  # of this process's last own pass
         self._waits: Tensor | None = None  # for a backward pass: what a pass on behalf of the others gave
         self._helps = False
@@ -51,6 +52,10 @@ class Lockstep:
         self._networks.append(network)
         network.register_forward_pre_hook(partial(self._before, number), prepend=True, with_kwargs=True)
 
+    def leave(self, network: nn.Module) -> None:
+        """Let go of a network that makes no more passes; every process must."""
+        self._networks = [None if other is network else other for other in self._networks]
+
     def learns(self, network: nn.Module, within: Callable[[], AbstractContextManager[Any]]) -> None:
         """Name the one network that trains.
 
@@ -60,6 +65,10 @@ class Lockstep:
         """
         self._learner, self._learning = network, within
 
+    def ends_learning(self) -> None:
+        """Let go of the network that trained, which may make other passes still, and of its optimizer."""
+        self._learner, self._learning, self._inputs = None, None, ((), {})
+
     def before_backward(self) -> None:
         """Call before the backward pass of each pass that learns."""
         self._take_turns(_BACKWARD)
@@ -67,11 +76,14 @@ class Lockstep:
     def end(self) -> None:
         """Call when this process has made all its passes of an update: it makes those of the others with them."""
         self._take_turns(_END)
-        for network in self._networks:
+        for number in self._passed:
+            network = self._networks[number]
             if isinstance(network, FSDPModule):
                 network.reset_iter_state()  # it would note the order of all passes without a gradient for ever
+        self._passed.clear()
 
     def _before(self, number: int, network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._passed.add(number)
         if self._helps:
             return
         self._inputs = (args, kwargs)
@@ -106,7 +118,10 @@ class Lockstep:
             assert self._learner is not None and self._learning is not None, "no network was named as the learner"
             with torch.enable_grad(), self._learning():
                 answer = self._learner(*args, **kwargs)
-                self._waits = sum(t.float().sum() * 0 for t in tree_leaves(answer) if isinstance(t, Tensor))
+                answers = [t.float().sum() for t in tree_leaves(answer) if isinstance(t, Tensor)]
+                self._waits = 0 * torch.stack(answers).sum()
         else:
+            network = self._networks[turn]
+            assert network is not None, "a pass through a network that all let go of"
             with torch.no_grad():
-                self._networks[turn](*args, **kwargs)
+                network(*args, **kwargs)

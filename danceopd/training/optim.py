@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which on a CPU orthogonalises in float32 instead of bfloat16, and takes matrices that are shared out.
+    """torch's Muon, which on a CPU orthogonalises in float32 instead of bfloat16, and takes matrices that are shared.
 
     Of those every process gathers one update at a time, orthogonalises all of it and keeps its rows.
 

@@ -1,8 +1,8 @@
 """Tensors that processes share, in files: each process writes the rows it holds, and any number of processes read them.
 
 torch's own `torch.distributed.checkpoint` does not serve: its index (`.metadata`), and every plain value beside the
-tensors, is a pickle, which this project does not read. Its safetensors storage (`hf_storage`) has no pickle, but also no
-place for plain values, builds each process's whole file in memory before it is written, and trusts what it reads.
+tensors, is a pickle, which this project does not read. Its safetensors storage (`hf_storage`) has no pickle, but no
+place for plain values either, builds each process's file in memory before it is written, and trusts what it reads.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def test_recipes_of_the_paper_hold_its_settings(name):
         ("distill.window=[{until: 1, window: [0.5, 0.2]}]", "sigma_lo < sigma_hi"),
         ("tasks.t2i.weight=[{until: 0.5, weight: 1}]", "weight: the phases end at"),
         ("tasks.t2i.weight=0", r"tasks\.t2i\.weight"),
-        ("distill.parallel=shard", "parallel: shard is for trainable: full with optimizer: adamw"),
+        (
+            "distill={parallel: shard, optimizer: adamw8bit, lr: 1, steps: 1, batch: 3}",
+            "parallel: shard cannot share out the state of optimizer adamw8bit; use adamw or muon",
+        ),
         ("distill.optimizer=adam", "'adamw', 'adamw8bit' or 'muon'"),
         ("distill.start=nobody", "distill.start is 'nobody'; choose one of: base, "),
         ("distill.method=dance", "Input should be 'danceopd', 'off_policy', 'soft', 'dense'"),
@@ -173,3 +176,26 @@ def test_a_product_is_named_by_the_seed_and_a_recipe_is_read_back_with_it():
 def test_a_seed_that_is_none_is_named():
     with pytest.raises(UserError, match="seed: Input should be greater than or equal to 0"):
         load_recipe("world", ["seed=-1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["model.quantize=int8", "distill={parallel: shard, trainable: lora, lr: 1, steps: 1, batch: 3}"],
+            r"distill\.parallel: shard cannot share out a base in 8 bits; remove model\.quantize",
+        ),
+        (
+            ["model.offload=true", "distill.parallel=shard"],
+            r"distill\.parallel: shard shares the teachers out as well; remove model\.offload",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe("world", settings)
+
+
+def test_a_lora_can_train_on_a_base_that_is_shared_out():
+    settings = ["distill={parallel: shard, trainable: lora, optimizer: muon, lr: 1, steps: 1, batch: 3}"]
+    assert load_recipe("world", settings).distill.parallel == "shard"

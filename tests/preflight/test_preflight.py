@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from danceopd.backbones import load_backbone, open_outline
-from danceopd.backbones.base import Condition
+from danceopd.backbones.base import Condition, repeated_blocks
 from danceopd.backbones.lora import add_lora
 from danceopd.config.load import load_recipe
+from danceopd.config.recipe import LoraRecipe
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encoded import encode_records
 from danceopd.errors import UserError
@@ -28,10 +29,12 @@ from danceopd.preflight.memory import (
     available_memory,
     check_memory,
     estimate_memory,
+    gathered_bytes,
     largest_shapes,
     samples_at_once,
     trained_parameters,
 )
+from danceopd.pretraining import world_base
 from danceopd.pretraining.world_base import SHAPE
 from danceopd.training.learner import new_learner
 
@@ -291,7 +294,26 @@ def test_the_estimate_follows_the_recipe(outline, encoded):
     assert estimate(outline, encoded, processes=2).activations == pytest.approx(plain.activations / 2, rel=0.01)
     assert estimate(outline, encoded, "distill.activation_checkpointing=true").activations < 0.7 * plain.activations
     sharded = estimate(outline, encoded, "distill.optimizer=adamw", "distill.parallel=shard", processes=2)
-    assert sharded.sure == plain.sure // 2
+    assert sharded.sure == plain.sure // 2 + sharded.gathered
+    assert sharded.gathered > count  # of two blocks nearly everything is whole at some time
+    assert plain.gathered == estimate(outline, encoded, "distill.parallel=shard").gathered == 0  # there is but one
+
+
+def test_what_is_whole_for_a_moment_is_the_rest_and_some_blocks():
+    with torch.device("meta"):
+        deep = world_base.new_transformer(192, 16, heads=2, head_dim=16, doubles=4, singles=16)
+    full, lora = (
+        recipe_with(f"distill.trainable={kind}", "distill.lora={rank: 2}").distill for kind in ("full", "lora")
+    )
+    blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(deep)]
+    every, block = sum(p.numel() for p in deep.parameters()), max(blocks)
+    rest = every - sum(blocks)
+    assert gathered_bytes(deep, full, "", 4) == 4 * (rest + 3 * block) + 4 * (rest + block) + 4 * max(rest, block)
+    low = full.model_copy(update={"precision": "bfloat16"})
+    assert gathered_bytes(deep, low, "", 4) == 2 * (rest + 3 * block) + 2 * (rest + block) + 4 * max(rest, block)
+    bare = lora.model_copy(update={"lora": LoraRecipe(rank=2, alpha=2, targets=("proj_out",))})
+    adapter = 2 * sum(deep.proj_out.weight.shape)  # in no block
+    assert gathered_bytes(deep, bare, "", 2) == 2 * (rest + 3 * block) + 3 * 4 * adapter
 
 
 def test_memory_is_an_error_only_where_it_is_sure(outline, encoded):

@@ -69,12 +69,26 @@ def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
     assert lora.training.activations < plain.training.activations
 
 
+def test_what_processes_share_is_counted_once_among_them(recipe, tmp_path):
+    settings = ["model.dtype=bfloat16", "distill.optimizer=adamw"]
+    whole, shared = (
+        look_ahead(recipe(*settings, f"distill.parallel={kind}"), tmp_path, 4) for kind in ("replicate", "shard")
+    )
+    assert shared.held == whole.held // 4  # base and teachers
+    assert shared.training.weights == whole.training.weights // 4
+    assert (shared.other, whole.other) == (whole.held + whole.training.total, shared.held + shared.training.total)
+    assert look_ahead(recipe(*settings), tmp_path).other is None
+    assert look_ahead(recipe("model.offload=true"), tmp_path, 4).other is None  # no sharing beside it
+
+
 def test_the_command_tells_and_names_what_is_missing(tiny_base, tmp_path, capsys):
     settings = [f"model.base={tiny_base}", "teachers.global_style={kind: lora, path: nowhere/lora}"]
     with pytest.raises(UserError, match="teacher global_style: lora nowhere/lora: no such file or folder"):
         check("world", settings, gpus=2, tflops=1.0, workspace=tmp_path)
     told = capsys.readouterr().out
-    assert all(word in told for word in ("fine-tuned on local_edit", "memory per GPU", "forwards", "2 GPUs"))
+    assert all(
+        word in told for word in ("fine-tuned on local_edit", "memory per GPU", "forwards", "of 2 GPUs", "with shard")
+    )
     check("world", [], gpus=1, tflops=1.0, workspace=tmp_path)
     assert "ships with the package" in capsys.readouterr().out
 
