@@ -272,6 +272,8 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         tags=tags,
         weights=torch.full((count,), 1 / count),
         condition=Condition(prompt, None, side, side),
+        dropped=torch.zeros(count, dtype=torch.bool),
+        trained=Condition(prompt, None, side, side),
         noise=torch.randn(count, *shape, device=device),
         grid=distillation.grid(side, side),
         levels=distillation.levels(side, side),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import MERGES, DistillRecipe, Weight
@@ -12,12 +13,12 @@ from danceopd.data.encoded import EncodedRecords
 from danceopd.data.sampler import TaskSampler
 from danceopd.errors import UserError
 from danceopd.flow.fields import Field, VelocityField
-from danceopd.methods.base import Distillation, UpdateFigures
+from danceopd.methods.base import UpdateFigures
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.merges import merge
 from danceopd.methods.queries import WindowSchedule, query_window
 from danceopd.methods.routing import task_counts, weights_at
-from danceopd.methods.table import merge_rule_of, method_of, target_of
+from danceopd.methods.table import merge_rule_of, method_of, setup_of
 from danceopd.training.checkpoints import Checkpoints, resumable
 from danceopd.training.finite import FiniteGuard, not_finite
 from danceopd.training.fsdp import share_out
@@ -41,6 +42,7 @@ def distill(
     checkpoints: Checkpoints | None = None,
     validate: Callable[[VelocityField], Validation] | None = None,
     record: Callable[[dict], None] | None = None,
+    empty: Tensor | None = None,
 ) -> tuple[VelocityField, list[dict]]:
     """Distill the teachers into one student that starts from the base, or from the teacher `spec.start` names.
 
@@ -58,6 +60,7 @@ def distill(
         checkpoints: where training is saved, and resumed from; None: it is not.
         validate: scores the student every `spec.select.every` steps; needed if the recipe selects.
         record: called with every entry of the history as it is made, and again after an interruption.
+        empty: embedding of the empty prompt, (L, D); default: encoded now, if guidance or dropped prompts need it.
 
     Returns:
         The student's field, frozen, and its history: one entry per logged step with the mean loss by task since the
@@ -85,7 +88,7 @@ def distill(
     sampler = TaskSampler(encoded.rows_by_task(), spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
-    setup = Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps, target_of(spec))
+    setup = setup_of(spec, backbone, encoded, teachers, teacher_of, empty)
     progress = StepProgress("distill", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from danceopd.backbones.base import Backbone, Condition
+from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import FinetuneRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.sampler import TaskSampler
 from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
+from danceopd.flow.guidance import drop_prompts
 from danceopd.flow.losses import flow_matching_loss
 from danceopd.training.checkpoints import Checkpoints, resumable
 from danceopd.training.finite import FiniteGuard
@@ -69,7 +70,7 @@ def finetune(
             with learner.field.active(), learner.precision():
                 for part in parts:
                     condition = encoded.condition(part.rows, device)
-                    condition = _drop_prompts(backbone, condition, empty, part.dropped.to(device))
+                    condition = drop_prompts(backbone, condition, empty, part.dropped)
                     clean, noise, sigma = (
                         encoded.target(part.rows, device),
                         part.noise.to(device),
@@ -124,11 +125,3 @@ def _parts(
         for part in share(count, processes, spec.accumulate, before):
             yield _Part([rows[group[i]] for i in part], dropped[part], noise[part], sigma[part])
         before += count
-
-
-def _drop_prompts(backbone: Backbone, condition: Condition, empty: Tensor, dropped: Tensor) -> Condition:
-    """Replace some prompts by the empty one, so that the field keeps an unconditional side for guidance."""
-    if not dropped.any():
-        return condition
-    prompt = torch.where(dropped[:, None, None], backbone.without_prompt(condition, empty).prompt, condition.prompt)
-    return replace(condition, prompt=prompt)

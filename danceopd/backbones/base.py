@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,20 @@ class Backbone(Protocol):
 
     def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
         """The same samples with the empty prompt in the prompt's place, whose embedding is `empty` (L, D)."""
+        ...
+
+    def guide(self, without: Tensor, prompted: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as the family's own pipeline does it: (B, N, C) of the two velocities (B, N, C).
+
+        Args:
+            without: the velocity under the empty prompt, float32.
+            prompted: the velocity under the prompt, float32.
+            scale: 1 is `prompted` itself; more goes further the prompt's way.
+        """
+        ...
+
+    def stock_guidance(self, scale: float) -> dict[str, Any]:
+        """Arguments by which the family's stock pipeline draws with this scale of ours; 1: without guidance."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:

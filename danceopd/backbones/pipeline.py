@@ -193,6 +193,12 @@ class PipelineBackbone:
     def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
         return replace(condition, prompt=empty.to(condition.prompt).expand_as(condition.prompt))
 
+    def guide(self, without: Tensor, prompted: Tensor, scale: float) -> Tensor:
+        return (1 - scale) * without + scale * prompted
+
+    def stock_guidance(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale}
+
     def free_encoders(self) -> None:
         if self._folder is None:
             raise ValueError("this pipeline was not read from a folder; its text encoders could not come back")

@@ -5,7 +5,7 @@ edit's embedding belongs to the pair; it reads causally, so that what comes befo
 for every prompt. Source latents enter as whole pictures behind the picture's own, any number of them, each a frame of
 its own in the rotary embedding. The autoencoder is a video one that sees one frame. The time input is sigma itself.
 The stock pipeline makes source latents of about a megapixel whatever it draws; here a source has the picture's size.
-Sampling with guidance, the stock pipeline scales the result to the plain prediction's length; `GuidedField` does not.
+Guidance is the stock pipeline's: each token's guided velocity is scaled to the length of the one under the prompt.
 """
 
 from __future__ import annotations
@@ -152,6 +152,14 @@ class QwenImage(PipelineBackbone):
         embedding, marks = condition.prompt.split([condition.prompt.shape[2] - 1, 1], dim=2)
         marks = torch.where(marks == _PROMPT, 0, torch.where(marks == _EMPTY, _PROMPT, marks))
         return Condition(torch.cat([embedding, marks], dim=2), condition.source, condition.height, condition.width)
+
+    def guide(self, without: Tensor, prompted: Tensor, scale: float) -> Tensor:
+        guided = super().guide(without, prompted, scale)
+        wanted, found = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (prompted, guided))
+        return guided * (wanted / found)
+
+    def stock_guidance(self, scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": scale} | ({} if scale == 1 else {"negative_prompt": ""})
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' channels, (C, 1, 1)."""

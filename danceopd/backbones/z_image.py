@@ -87,6 +87,9 @@ class ZImage(ShiftedLatentsBackbone):
         output = transformer(t=(1000 - 1000 * sigma) / 1000, return_dict=False, **inputs)[0]
         return -to_tokens(torch.stack(output)[:, :, 0])
 
+    def stock_guidance(self, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}  # its pipelines count from the plain field on
+
     @staticmethod
     def _pictures(tokens: Tensor, rows: int, columns: int) -> list[Tensor]:
         return list(to_latents(tokens, rows, columns).unsqueeze(2).unbind())

@@ -188,6 +188,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 
 # Which methods read a knob that the others have no use for.
+ASKS = ("danceopd", "off_policy", "soft", "dense")  # methods that ask the routed teachers at one state or several
 READ_BY = {
     "queries": ("dense",),
     "target_steps": ("danceopd", "dense", "off_policy"),
@@ -195,6 +196,25 @@ READ_BY = {
     "merge_scale": ("merge_task_arithmetic", "merge_ties"),
     "merge_density": ("merge_ties",),
 }
+
+
+class GuidanceRecipe(_Part):
+    """Classifier-free guidance in the student, in one of two ways; the number is its scale, as teachers' `guidance`.
+
+    `keep`: both sides are distilled, each from plain teachers, on the student's own guided paths; guidance stays a knob
+    when the student draws, at two forwards a step. `absorb`: every teacher that names no guidance of its own is asked
+    at this scale, and the student's plain field becomes the guided one, at one forward a step.
+    """
+
+    keep: float | None = Field(None, gt=1)
+    absorb: float | None = Field(None, gt=1)
+    batched: bool = Field(True, description="both sides in one forward pass; false: two, in less memory")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.keep is None) == (self.absorb is None):
+            raise ValueError("give exactly one of 'keep' and 'absorb', with the scale")
+        return self
 
 
 class DistillRecipe(TrainRecipe):
@@ -226,6 +246,12 @@ class DistillRecipe(TrainRecipe):
         None, description="displacement: of the small steps; heun asks twice a step; default euler"
     )
     window: Window | Annotated[tuple[WindowPhase, ...], Field(min_length=1)] = "uniform"
+    guidance: GuidanceRecipe | None = Field(None, description="classifier-free guidance: kept, or absorbed")
+    prompt_dropout: Fraction | None = Field(
+        None,
+        description="share of samples trained with the empty prompt, on the routed teacher's side of it; default 0.1 "
+        "where guidance is kept, else 0",
+    )
     preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
     select: SelectRecipe | None = Field(None, description="keep the best state rather than the last")
 
@@ -241,6 +267,23 @@ class DistillRecipe(TrainRecipe):
         for knob, methods in READ_BY.items():
             if getattr(self, knob) is not None and self.method not in methods:
                 raise ValueError(f"{knob} is for method {' or '.join(methods)}, and method is {self.method}; remove it")
+        return self
+
+    @property
+    def dropout(self) -> float:
+        """The share of samples trained with the empty prompt."""
+        kept = self.guidance is not None and self.guidance.keep is not None
+        return (0.1 if kept else 0.0) if self.prompt_dropout is None else self.prompt_dropout
+
+    @model_validator(mode="after")
+    def _guidance_fits(self) -> Self:
+        if self.guidance is not None and self.guidance.keep is not None and self.method not in ASKS:
+            raise ValueError(f"guidance.keep is for method {' or '.join(ASKS)}, and method is {self.method}; remove it")
+        if self.guidance is not None and self.guidance.absorb is not None and self.method in ("joint", *MERGES):
+            raise ValueError(f"guidance.absorb: method {self.method} asks no teacher's field; remove it")
+        if self.dropout and self.method not in (*ASKS, "joint"):
+            takes = " or ".join((*ASKS, "joint"))
+            raise ValueError(f"prompt_dropout is for method {takes}, and method is {self.method}; remove it")
         return self
 
     @model_validator(mode="after")
@@ -552,6 +595,12 @@ class Recipe(_Part):
             raise ValueError("teachers: 'student' is the student's name, and 'base' the base's (kind: base); rename it")
         if "base" in self.teachers and self.teachers["base"].guidance is not None:
             raise ValueError("teachers.base.guidance: 'base' is the plain base; give the guided one another name")
+        guided = [name for name, teacher in self.teachers.items() if teacher.guidance is not None]
+        if guided and self.distill.guidance is not None and self.distill.guidance.keep is not None:
+            raise ValueError(
+                f"teachers.{guided[0]}.guidance: distill.guidance.keep distils plain teachers, and guides the student; "
+                "remove one of the two"
+            )
         starts = dict.fromkeys(("base", *self.teachers))
         if self.distill.start not in starts:
             raise ValueError(f"distill.start is {self.distill.start!r}; choose one of: {', '.join(starts)}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.flow.fields import Field
+from danceopd.flow.guidance import Branch
 
 Solver = Literal["euler", "heun"]
 
@@ -64,14 +65,28 @@ class SmallSteps:
 VELOCITY = SmallSteps()
 
 
+Asked = Field | Branch
+
+
+def forwards_of(asked: Asked, times: int) -> int:
+    """Network passes of one sample whose interval takes `times` questions.
+
+    Of a branch the guided field is needed too, to follow it, but for the last question, which leads nowhere.
+    """
+    if isinstance(asked, Branch):
+        return (times - 1) * asked.guided.forwards + asked.forwards
+    return times * asked.forwards
+
+
 @torch.no_grad()
-def average_velocity(field: Field, z: Tensor, levels: Tensor, condition: Condition, how: SmallSteps) -> Tensor:
+def average_velocity(asked: Asked, z: Tensor, levels: Tensor, condition: Condition, how: SmallSteps) -> Tensor:
     """The mean velocity u (B, N, C) of a field from `z` over each sample's interval, in the dtype of `z`.
 
-    The velocities are averaged as they come, in float32; no small difference of states is divided.
+    The velocities are averaged as they come, in float32; no small difference of states is divided. Of a branch its own
+    side is averaged, along the path of the guided field.
 
     Args:
-        field: whose ODE is followed; it is asked `how.asked(levels)` times a sample.
+        asked: the field, which is asked `how.asked(levels)` times a sample; or a branch of a guided one.
         z: states (B, N, C), each at its interval's start.
         levels: noise levels of the small steps, (B, count + 1), on the device of `z`; all end at sigma 0, or none does.
         condition: of the same B samples.
@@ -79,14 +94,27 @@ def average_velocity(field: Field, z: Tensor, levels: Tensor, condition: Conditi
     """
     total = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
     whole = levels[:, 0] - levels[:, -1]
-    with field.resident():
+    ends = bool((levels[:, -1] == 0).any())
+    with asked.resident():
         for step in range(how.count):
-            here, there = levels[:, step], levels[:, step + 1]
+            here, there, last = levels[:, step], levels[:, step + 1], step == how.count - 1
             width = (here - there)[:, None, None]
-            velocity = field(z, here, condition).float()
-            if how.solver == "heun" and bool((there > 0).all()):
-                ahead = field((z - width * velocity).to(z.dtype), there, condition).float()
-                velocity = (velocity + ahead) / 2
+            looks_ahead = how.solver == "heun" and not (last and ends)
+            velocity, way = _ask(asked, z, here, condition, looks_ahead or not last)
+            if looks_ahead:
+                beyond = _ask(asked, (z - width * way).to(z.dtype), there, condition, not last)
+                velocity, way = (velocity + beyond[0]) / 2, (way + beyond[1]) / 2
             total += width / whole[:, None, None] * velocity
-            z = (z - width * velocity).to(z.dtype)
+            z = z if last else (z - width * way).to(z.dtype)
     return total.to(z.dtype)
+
+
+def _ask(asked: Asked, z: Tensor, sigma: Tensor, condition: Condition, goes_on: bool) -> tuple[Tensor, Tensor]:
+    """The velocity to average and the one to follow, float32."""
+    if isinstance(asked, Branch):
+        if goes_on:
+            return asked.both(z, sigma, condition)
+        velocity = asked.alone(z, sigma, condition).float()
+    else:
+        velocity = asked(z, sigma, condition).float()
+    return velocity, velocity

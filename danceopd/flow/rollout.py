@@ -18,7 +18,7 @@ class Query:
     Attributes:
         state: (B, N, C), without gradient.
         sigma: (B,), the noise level of each state.
-        forwards: how many samples went through the network on the way: the sum of `stop`.
+        forwards: how many samples went through the network on the way: the sum of `stop`, for a guided field twice.
     """
 
     state: Tensor
@@ -37,7 +37,7 @@ def roll_out(field: Field, noise: Tensor, grid: Tensor, stop: Tensor, condition:
         condition: of the same B samples.
     """
     states = states_on_the_way(field, noise, grid, stop[:, None], condition)
-    return Query(states[:, 0], grid[stop].to(noise), int(stop.sum()))
+    return Query(states[:, 0], grid[stop].to(noise), field.forwards * int(stop.sum()))
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.encoded import EncodedRecords
-from danceopd.flow.displacement import VELOCITY, SmallSteps
+from danceopd.flow.displacement import VELOCITY, Asked, SmallSteps
 from danceopd.flow.fields import Field
+from danceopd.flow.guidance import Branch, GuidedField, plain_field
 from danceopd.flow.losses import velocity_matching_loss
 from danceopd.methods.queries import QueryWindow
 from danceopd.methods.routing import Answer, routed_displacement
@@ -68,7 +69,9 @@ class Group:
         rows: row numbers in the encoded records.
         tags: their tasks.
         weights: each sample's weight in the loss, (n,) float32; over all groups and processes they sum to 1.
-        condition: of the same n samples.
+        condition: of the same n samples, with their prompts: what their paths follow.
+        dropped: which samples are trained with the empty prompt, (n,), bool, on the CPU.
+        trained: the condition with the empty prompt in those samples: what the student is trained under.
         noise: where each sample's path starts, (n, N, C).
         grid: the sampling grid at the samples' picture size, (steps + 1,).
         levels: noise levels of the teacher's small steps in each interval of the grid, (steps, count + 1).
@@ -81,6 +84,8 @@ class Group:
     tags: list[str]
     weights: Tensor
     condition: Condition
+    dropped: Tensor
+    trained: Condition
     noise: Tensor
     grid: Tensor
     levels: Tensor
@@ -100,6 +105,10 @@ class Distillation:
         teacher_of: task -> teacher's name, the routing.
         rollout_steps: steps of the sampling grid the student rolls out on.
         target: the teacher's small steps over the student's next grid interval; one Euler step: its velocity.
+        guidance: scale at which the student's own paths are guided, which keeps guidance; None: they are not.
+        batched: whether both sides of its guided field go through the network together.
+        prompt_dropout: share of samples trained with the empty prompt.
+        empty: embedding of the empty prompt, (L, D); needed for the two before.
     """
 
     backbone: Backbone
@@ -108,6 +117,10 @@ class Distillation:
     teacher_of: dict[str, str]
     rollout_steps: int
     target: SmallSteps = VELOCITY
+    guidance: float | None = None
+    batched: bool = True
+    prompt_dropout: float = 0.0
+    empty: Tensor | None = None
 
     def grid(self, height: int, width: int) -> Tensor:
         """The sampling grid for a picture size, (rollout_steps + 1,)."""
@@ -121,13 +134,32 @@ class Distillation:
     def ask(self, group: Group, state: Tensor, stop: Tensor) -> Answer:
         """What each sample's own teacher, and no other, says at a group's states.
 
+        A sample that is trained with the empty prompt asks for the teacher's side of it. Where guidance is kept and the
+        target is a displacement, both sides are averaged along the guided teacher's path.
+
         Args:
             group: the samples.
             state: (n, N, C).
             stop: index of each state on the group's grid, (n,).
         """
-        routes = self.routes(group.tags)
-        return routed_displacement(self.teachers, routes, state, group.levels[stop], group.condition, self.target)
+        routes = list(zip(self.routes(group.tags), group.dropped.tolist(), strict=True))
+        asked = {route: self._asked(*route) for route in set(routes)}
+        condition = group.trained if self.guidance is None else group.condition
+        return routed_displacement(asked, routes, state, group.levels[stop], condition, self.target)
+
+    def _asked(self, teacher: str, dropped: bool) -> Asked:
+        field = self.teachers[teacher]
+        if self.guidance is not None:
+            return Branch(self._guided(field), dropped)
+        return plain_field(field) if dropped else field
+
+    def _guided(self, field: Field) -> GuidedField:
+        assert self.guidance is not None and self.empty is not None, "guidance needs the empty prompt's embedding"
+        return GuidedField(field, self.guidance, self.empty, self.batched)
+
+    def path(self, student: Field) -> Field:
+        """The field that the student's own paths follow: the guided one where guidance is kept, at two forwards."""
+        return student if self.guidance is None else self._guided(student)
 
     def routes(self, tags: list[str]) -> list[str]:
         """The teacher's name of each sample."""
@@ -187,7 +219,7 @@ def match_velocity(
         Each sample's loss times `scale`, (n,) float32, and the student's velocity (n, N, C), both without gradient.
     """
     with learner.field.active():
-        velocity = setup.backbone.velocity(learner.field.network, state, sigma, group.condition)
+        velocity = setup.backbone.velocity(learner.field.network, state, sigma, group.trained)
         losses = velocity_matching_loss(velocity, target) * scale
         learner.backward((losses * group.weights.to(losses)).sum(), sync=sync)
     return losses.detach(), velocity.detach()

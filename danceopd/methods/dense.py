@@ -31,7 +31,8 @@ class Dense(Method):
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
-        states = states_on_the_way(learner.field, group.noise, group.grid, group.stop, group.condition)
+        path = setup.path(learner.field)
+        states = states_on_the_way(path, group.noise, group.grid, group.stop, group.condition)
         sigmas = group.grid[group.stop].to(group.noise)
         losses, asked = [], 0
         for k in range(self.queries):
@@ -42,5 +43,5 @@ class Dense(Method):
             loss, _ = match_velocity(setup, learner, group, state, sigma, answer.velocity, sync, 1 / self.queries)
             losses.append(loss * self.queries)
         learned = self.queries * len(group.rows) * learner.update_forwards
-        spent = int(group.stop[:, -1].sum()) + asked + learned
+        spent = path.forwards * int(group.stop[:, -1].sum()) + asked + learned
         figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas.flatten(), spent)

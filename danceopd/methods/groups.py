@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from danceopd.backbones.base import Condition
+from danceopd.flow.guidance import drop_prompts
 from danceopd.methods.base import Distillation, Group, Method
 from danceopd.methods.queries import QueryWindow
 from danceopd.methods.routing import sample_weights
@@ -50,16 +53,20 @@ def draw_groups(
         grid, levels, shape = setup.grid(*size), setup.levels(*size), setup.backbone.latent_shape(*size)
         stop = method.draw_queries(window, count, grid, generator)
         noise = torch.randn(count, *shape, generator=generator)
+        dropped = _draw_dropped(setup.prompt_dropout, count, generator)
         seeds = torch.randint(2**62, (count,), generator=generator).tolist() if method.seeded else []
         for part in share(count, learner.processes, parts, before):
             where = [positions[i] for i in part]
             picked = [rows[i] for i in where]
+            condition = setup.encoded.condition(picked, device)
             groups.append(
                 Group(
                     rows=picked,
                     tags=[tags[i] for i in where],
                     weights=by_sample[where],
-                    condition=setup.encoded.condition(picked, device),
+                    condition=condition,
+                    dropped=dropped[part],
+                    trained=_without(setup, condition, dropped[part]),
                     noise=noise[part].to(device),
                     grid=grid,
                     levels=levels,
@@ -72,3 +79,17 @@ def draw_groups(
     if groups:
         groups[-1] = replace(groups[-1], last=True)
     return groups
+
+
+def _draw_dropped(share_of: float, count: int, generator: torch.Generator) -> Tensor:
+    """Which of the samples are trained with the empty prompt, (count,), bool; nothing is drawn where none is."""
+    if share_of == 0:
+        return torch.zeros(count, dtype=torch.bool)
+    return torch.rand(count, generator=generator) < share_of
+
+
+def _without(setup: Distillation, condition: Condition, dropped: Tensor) -> Condition:
+    if not bool(dropped.any()):
+        return condition
+    assert setup.empty is not None, "dropping prompts needs the empty prompt's embedding"
+    return drop_prompts(setup.backbone, condition, setup.empty, dropped)

@@ -25,8 +25,6 @@ class Joint(Method):
         sigma = torch.stack(draws).to(group.noise)
         clean = setup.encoded.target(group.rows, learner.device).to(group.noise)
         with learner.field.active():
-            losses = flow_matching_loss(
-                setup.backbone, learner.field.network, clean, group.condition, group.noise, sigma
-            )
+            losses = flow_matching_loss(setup.backbone, learner.field.network, clean, group.trained, group.noise, sigma)
             learner.backward((losses * group.weights.to(losses)).sum(), sync=group.last)
         figures.add(group.tags, losses.detach(), sigma, len(group.rows) * learner.update_forwards)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from danceopd.backbones.base import Condition
 from danceopd.config.recipe import Weight
-from danceopd.flow.displacement import SmallSteps, average_velocity
+from danceopd.flow.displacement import Asked, SmallSteps, average_velocity, forwards_of
 from danceopd.flow.fields import Field
 
 
@@ -34,6 +35,9 @@ def routed_velocity(
     return velocity
 
 
+Route = TypeVar("Route", bound=Hashable)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What teachers said.
@@ -49,13 +53,18 @@ class Answer:
 
 @torch.no_grad()
 def routed_displacement(
-    fields: Mapping[str, Field], routes: list[str], z: Tensor, levels: Tensor, condition: Condition, how: SmallSteps
+    fields: Mapping[Route, Asked],
+    routes: Sequence[Route],
+    z: Tensor,
+    levels: Tensor,
+    condition: Condition,
+    how: SmallSteps,
 ) -> Answer:
     """Each sample's mean velocity over its interval from its own teacher; with one Euler step its `routed_velocity`.
 
     Args:
-        fields: teachers by name.
-        routes: the teacher's name of each sample, length B.
+        fields: whom to ask, by route.
+        routes: each sample's, length B.
         z: states (B, N, C), each at its interval's start.
         levels: noise levels of the small steps, (B, count + 1), on the CPU.
         condition: of the same B samples.
@@ -64,11 +73,11 @@ def routed_displacement(
     velocity, forwards = torch.empty_like(z), 0
     asked, ends = how.asked(levels), (levels[:, -1] == 0).tolist()
     kinds = [(route, how.solver == "heun" and end) for route, end in zip(routes, ends, strict=True)]
-    for kind in sorted(set(kinds)):
+    for kind in sorted(set(kinds), key=str):
         rows = torch.tensor([i for i, one in enumerate(kinds) if one == kind])
         index, teacher = rows.to(z.device), fields[kind[0]]
         velocity[index] = average_velocity(teacher, z[index], levels[rows].to(z), condition.rows(index), how)
-        forwards += teacher.forwards * int(asked[rows].sum())
+        forwards += len(rows) * forwards_of(teacher, int(asked[rows[0]]))
     return Answer(velocity, forwards)
 
 

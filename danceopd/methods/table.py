@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from torch import Tensor
+
+from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import DistillRecipe
+from danceopd.data.encoded import EncodedRecords
 from danceopd.errors import unknown_name
 from danceopd.flow.displacement import VELOCITY, SmallSteps
-from danceopd.methods.base import Method
+from danceopd.flow.fields import Field
+from danceopd.flow.guidance import guide_all
+from danceopd.methods.base import Distillation, Method
 from danceopd.methods.danceopd import DanceOPD
 from danceopd.methods.dense import Dense
 from danceopd.methods.diffusion_opd import DiffusionOPD
@@ -54,6 +60,35 @@ def target_of(spec: DistillRecipe) -> SmallSteps:
     if spec.target == "velocity":
         return VELOCITY
     return SmallSteps(spec.target_steps or 4, spec.target_solver or "euler")
+
+
+def setup_of(
+    spec: DistillRecipe,
+    backbone: Backbone,
+    encoded: EncodedRecords,
+    teachers: Mapping[str, Field],
+    teacher_of: dict[str, str],
+    empty: Tensor | None = None,
+) -> Distillation:
+    """All that stays the same from update to update, as a recipe says it.
+
+    Args:
+        spec: the recipe's `distill` section.
+        backbone: the model family and base.
+        encoded: the training records.
+        teachers: frozen fields by name.
+        teacher_of: task -> teacher's name.
+        empty: embedding of the empty prompt, (L, D); default: encoded now, if it is needed.
+    """
+    way, keep = spec.guidance, None if spec.guidance is None else spec.guidance.keep
+    if empty is None and (way is not None or spec.dropout):
+        empty = backbone.encode_prompts([""])[0]
+    if way is not None and way.absorb is not None:
+        assert empty is not None
+        teachers = guide_all(teachers, way.absorb, empty, way.batched)
+    batched = way is None or way.batched
+    known = (target_of(spec), keep, batched, spec.dropout, empty)
+    return Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps, *known)
 
 
 def merge_rule_of(spec: DistillRecipe) -> Rule:

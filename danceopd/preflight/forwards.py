@@ -7,7 +7,7 @@ run on a network of one number, and their count is what the real ones will take.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,11 +18,12 @@ from danceopd.config.recipe import MERGES, Recipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.sampler import TaskSampler
 from danceopd.flow.fields import Field, VelocityField
-from danceopd.methods.base import Distillation, UpdateFigures
+from danceopd.flow.guidance import GuidedField
+from danceopd.methods.base import UpdateFigures
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.queries import WindowSchedule, query_window
 from danceopd.methods.routing import task_counts, weights_at
-from danceopd.methods.table import method_of, target_of
+from danceopd.methods.table import method_of, setup_of
 from danceopd.training.learner import Learner
 from danceopd.training.processes import Processes
 
@@ -33,17 +34,6 @@ class _OneNumber(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
-
-
-@dataclass(frozen=True)
-class CountedField(VelocityField):
-    """A field that says how many passes one velocity takes, whatever its own network is."""
-
-    passes: int = 1
-
-    @property
-    def forwards(self) -> int:
-        return self.passes
 
 
 class _Weightless:
@@ -64,6 +54,12 @@ class _Weightless:
 
     def velocity(self, transformer: nn.Module, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         return z * transformer.get_parameter("scale")
+
+    def without_prompt(self, condition: Condition, empty: Tensor) -> Condition:
+        return condition
+
+    def guide(self, without: Tensor, prompted: Tensor, scale: float) -> Tensor:
+        return prompted
 
 
 def _thin(encoded: EncodedRecords) -> EncodedRecords:
@@ -87,7 +83,7 @@ def expected_forwards(
         recipe: its `distill` and `tasks` decide.
         backbone: the real base, for its sampling grid.
         encoded: the training records, with targets if the method trains on them.
-        fields: the teachers, for how many passes each takes.
+        fields: the teachers, for which of them are guided.
     """
     spec = recipe.distill
     if spec.method in MERGES:
@@ -100,11 +96,12 @@ def expected_forwards(
     alone = Processes(0, 1, torch.device("cpu"))
     learner = Learner(student, alone, list(student.network.parameters()), optimizer, schedule, spec)
     teacher_of = {task: of.teacher for task, of in recipe.tasks.items()}
-    teachers = {
-        name: CountedField(name, free, free.new_transformer(), passes=fields[name].forwards)
-        for name in teacher_of.values()
-    }
-    setup = Distillation(free, encoded, teachers, teacher_of, spec.rollout_steps, target_of(spec))
+    empty = torch.zeros(1, 1)
+    teachers: dict[str, Field] = {}
+    for name in set(teacher_of.values()):
+        plain = VelocityField(name, free, free.new_transformer())
+        teachers[name] = GuidedField(plain, 2.0, empty) if isinstance(fields[name], GuidedField) else plain
+    setup = setup_of(spec, free, encoded, teachers, teacher_of, empty)
     windows = WindowSchedule(tuple((phase.until, query_window(phase.window)) for phase in spec.phases))
     weights = {task: of.weight for task, of in recipe.tasks.items()}
     sampler, generator = TaskSampler(encoded.rows_by_task(), 0), torch.Generator().manual_seed(0)

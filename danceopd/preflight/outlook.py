@@ -18,9 +18,10 @@ from danceopd.backbones.weights import file_shapes, weight_files
 from danceopd.config.recipe import BaseTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.files import at_home
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field, VelocityField
+from danceopd.flow.guidance import GuidedField
 from danceopd.preflight.fake_pass import Samples, forward_operations
-from danceopd.preflight.forwards import CountedField, expected_forwards
+from danceopd.preflight.forwards import expected_forwards
 from danceopd.preflight.memory import (
     BYTES,
     MemoryEstimate,
@@ -147,12 +148,14 @@ def _stand_ins(recipe: Recipe) -> EncodedRecords:
     return EncodedRecords(tasks, one, rows, one, source, one, rows, recipe.model.height, recipe.model.width)
 
 
-def _fields(recipe: Recipe, backbone: Backbone) -> dict[str, VelocityField]:
-    plain = CountedField("", backbone, backbone.transformer)
-    return {
-        name: replace(plain, name=name, passes=1 if teacher.guidance is None else 2)
-        for name, teacher in recipe.teachers.items()
-    }
+def _fields(recipe: Recipe, backbone: Backbone) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
+    way = recipe.distill.guidance
+    for name, teacher in recipe.teachers.items():
+        plain = VelocityField(name, backbone, backbone.transformer)
+        known = teacher.guidance if way is None or teacher.guidance is not None else way.absorb
+        fields[name] = plain if known is None else GuidedField(plain, known, torch.zeros(1, 1))
+    return fields
 
 
 def what_is_there(recipe: Recipe) -> list[tuple[str, str, str | None]]:

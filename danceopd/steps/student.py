@@ -21,6 +21,8 @@ from danceopd.tracking.recording import recorder
 from danceopd.workspace import STUDENTS, Product, make_product, product_key
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from torch import Tensor
+
     from danceopd.backbones.base import Backbone
     from danceopd.data.encoded import EncodedRecords
     from danceopd.flow.fields import Field
@@ -95,6 +97,7 @@ class Training:
         fields: the teachers by name.
         teacher_of: task -> teacher's name.
         weights: task -> weight in the loss.
+        empty: embedding of the empty prompt, (L, D).
     """
 
     encoder: Encoder
@@ -102,6 +105,7 @@ class Training:
     fields: dict[str, Field]
     teacher_of: dict[str, str]
     weights: dict[str, Weight]
+    empty: Tensor
 
     @property
     def backbone(self) -> Backbone:
@@ -122,7 +126,8 @@ def open_training(run: Run, teachers: dict[str, Product]) -> Training:
     encoded = encoder.train(tuple(specs), needs_targets(run.recipe.distill))
     teacher_of = {task: spec.teacher for task, spec in specs.items()}
     weights = {task: spec.weight for task, spec in specs.items()}
-    return Training(encoder, encoded, load_teachers(encoder, teachers), teacher_of, weights)
+    empty = encoder.empty_prompt()
+    return Training(encoder, encoded, load_teachers(encoder, teachers), teacher_of, weights, empty)
 
 
 def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkpoints: Path) -> dict[str, Any]:
@@ -176,6 +181,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         saves,
         validate,
         recorder(journal, "student"),
+        ready.empty,
     )
     if shares(recipe.distill, processes):
         export_sharded(student, recipe, scratch, processes)

@@ -30,13 +30,18 @@ NOTHING = 1e-5  # of the velocity: two fields that differ by less differ by roun
 
 
 def load_teachers(encoder: Encoder, teachers: dict[str, Product]) -> dict[str, Field]:
-    """Teachers' fields by name, all on the encoder's backbone."""
+    """Teachers' fields by name, all on the encoder's backbone; guided where the student absorbs their guidance."""
     from danceopd.flow.field_io import load_fields
+    from danceopd.flow.guidance import guide_all
     from danceopd.training.processes import this_process
 
     folders = {name: product.folder for name, product in teachers.items()}
     offload = this_process().device if encoder.run.recipe.model.offload else None
-    return load_fields(encoder.backbone, folders, encoder.empty_prompt, offload)
+    fields = load_fields(encoder.backbone, folders, encoder.empty_prompt, offload)
+    way = encoder.run.recipe.distill.guidance
+    if way is None or way.absorb is None:
+        return fields
+    return guide_all(fields, way.absorb, encoder.empty_prompt(), way.batched)
 
 
 def finetune_teacher(run: Run, teacher: str) -> Product:

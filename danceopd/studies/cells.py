@@ -162,7 +162,15 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     ready.backbone.free_encoders()  # everything is encoded
     started = time.monotonic()
     student, history = distill(
-        ready.backbone, ready.encoded, ready.fields, ready.teacher_of, ready.weights, spec, None, saves
+        ready.backbone,
+        ready.encoded,
+        ready.fields,
+        ready.teacher_of,
+        ready.weights,
+        spec,
+        None,
+        saves,
+        empty=ready.empty,
     )
     trained = time.monotonic()
     scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, student))

@@ -122,6 +122,23 @@ def test_velocities_equal_the_stock_pipelines(load, folder_of, family, edits, he
 
 
 @drawing_and_editing
+def test_guided_pictures_equal_the_stock_pipelines(load, folder_of, family, edits, monkeypatch):
+    """A scale means what the family's own pipeline means by it: `stock_guidance` says how that one is asked."""
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    base, scale, image = load(family), 20.0, picture(1, 64, 64) if edits else None
+    noise, condition = noise_of(base, 1), condition_of(base, PROMPTS[:1], image, 64, 64)
+    guided = GuidedField(base_field(base), scale, base.encode_prompts([""])[0])
+    ours, plain = (our_latents(field, condition, noise, 2) for field in (guided, base_field(base)))
+    stock = family.open_stock(folder_of(family), edits)
+    asked = base.stock_guidance(scale)
+    theirs = stock_latents(family, stock, PROMPTS[:1], noise, 64, 64, 2, image, asked)
+    assert (ours - plain).abs().max() > 2e-2  # a difference worth comparing
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    without = stock_latents(family, stock, PROMPTS[:1], noise, 64, 64, 2, image, base.stock_guidance(1.0))
+    torch.testing.assert_close(plain, without, atol=1e-4, rtol=1e-4)
+
+
+@drawing_and_editing
 def test_a_prompt_of_any_length_gives_in_a_batch_what_it_gives_alone(load, family, edits):
     base = load(family)
     image = picture(2, 64, 64) if edits else None
@@ -331,7 +348,7 @@ def test_guidance_puts_the_empty_prompt_in_the_prompts_place(load, family, edits
     full, empty = (condition_of(base, [p, p], image, 64, 64) for p in (PROMPTS[2], ""))
     field = base_field(base)
     guided = GuidedField(field, 3.0, base.encode_prompts([""])[0])
-    expected = 3 * field(noise, sigma, full) - 2 * field(noise, sigma, empty)
+    expected = base.guide(field(noise, sigma, empty), field(noise, sigma, full), 3.0)
     torch.testing.assert_close(guided(noise, sigma, full), expected, atol=1e-3, rtol=1e-3)
 
 

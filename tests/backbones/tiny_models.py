@@ -86,8 +86,12 @@ def stock_latents(
     width: int,
     steps: int,
     image: Image.Image | None = None,
+    guidance: dict | None = None,
 ) -> Tensor:
-    """The latents (B, N, C) that the stock pipeline holds after all its steps from given noise (B, N, C)."""
+    """The latents (B, N, C) that the stock pipeline holds after all its steps from given noise (B, N, C).
+
+    Without guidance, or with the arguments for it that `guidance` gives.
+    """
     seen = {}
 
     def keep(pipe, step, timestep, tensors):
@@ -104,7 +108,7 @@ def stock_latents(
         latents=family.to_stock(noise, height // 16, width // 16),
         callback_on_step_end=keep,
         **({} if image is None else {"image": image}),
-        **family.call,
+        **(family.call | (guidance or {})),
     )
     return family.from_stock(seen["latents"])
 

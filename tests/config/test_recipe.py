@@ -67,6 +67,8 @@ def test_recipes_of_the_paper_hold_its_settings(name):
         ("teachers.local_edit.task=paint", "teachers.local_edit.task is 'paint'; tasks are: "),
         ("teachers.base={kind: checkpoint, path: x}", "'base' the base's"),
         ("teachers.base.guidance=3.5", "'base' is the plain base; give the guided one another name"),
+        ("distill.guidance={keep: 3, absorb: 3}", "distill.guidance: give exactly one of 'keep' and 'absorb'"),
+        ("distill.target_steps=3", "distill: target_steps is for target: displacement, and target is velocity"),
         ("teachers.local_edit.guidance=1", "guidance: Input should be greater than 1"),
         ("model.dtype=float16", "'float32' or 'bfloat16'"),
         ("tasks.t2i.gates=[{metric: psnr, retain: 0.9, champion_margin: 0}]", "not among the task's metrics"),
@@ -199,3 +201,10 @@ def test_what_cannot_be_shared_out_is_refused(settings, message):
 def test_a_lora_can_train_on_a_base_that_is_shared_out():
     settings = ["distill={parallel: shard, trainable: lora, optimizer: muon, lr: 1, steps: 1, batch: 3}"]
     assert load_recipe("world", settings).distill.parallel == "shard"
+
+
+def test_kept_guidance_and_a_guided_teacher_do_not_go_together():
+    settings = ["teachers.strong={kind: base, guidance: 3}", "distill.guidance={keep: 3}"]
+    with pytest.raises(UserError, match=r"teachers\.strong\.guidance: distill\.guidance\.keep distils plain teachers"):
+        load_recipe("world", settings)
+    load_recipe("world", ["teachers.strong={kind: base, guidance: 3}", "distill.guidance={absorb: 2}"])

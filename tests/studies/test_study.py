@@ -249,6 +249,21 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
     assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
 
 
+def test_guidance_kept_or_absorbed_is_counted(backbone, training_set):
+    grid = ["distill.rollout_steps=3", "distill.window=every_step"]
+    plain = cost(backbone, training_set, *grid)
+    kept = cost(backbone, training_set, *grid, "distill.guidance={keep: 3}")
+    assert kept == pytest.approx(plain + 1, rel=0.01)  # a mean of one step of rollout, guided
+    small = ["distill.target=displacement", "distill.target_steps=4"]
+    assert cost(backbone, training_set, *grid, *small, "distill.guidance={keep: 3}") == pytest.approx(
+        kept + 6, rel=0.01
+    )
+    guided = GuidedField(VelocityField("x", backbone, backbone.transformer), 3.0, backbone.encode_prompts([""]))
+    recipe = load_recipe("world", ["distill.start=base", "distill.method=off_policy", "distill.prompt_dropout=0.5"])
+    found = expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided))
+    assert found == pytest.approx(4.5, rel=0.01)  # the empty side of a guided teacher is one pass
+
+
 @pytest.mark.parametrize(("solver", "mean"), [("euler", 3), ("heun", 6 - 1 / 2)])
 def test_small_steps_of_a_displacement_are_counted(backbone, training_set, solver, mean):
     """On two steps half of the queries are in the last interval, where Heun's last step is Euler's."""
