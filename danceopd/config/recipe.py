@@ -202,8 +202,8 @@ class GuidanceRecipe(_Part):
     """Classifier-free guidance in the student, in one of two ways; the number is its scale, as teachers' `guidance`.
 
     `keep`: both sides are distilled, each from plain teachers, on the student's own guided paths; guidance stays a knob
-    when the student draws, at two forwards a step. `absorb`: every teacher that names no guidance of its own is asked
-    at this scale, and the student's plain field becomes the guided one, at one forward a step.
+    when the student draws, at two forwards per step. `absorb`: every teacher that names no guidance of its own is asked
+    at this scale, and the student's plain field becomes the guided one, at one forward per step.
     """
 
     keep: float | None = Field(None, gt=1)
