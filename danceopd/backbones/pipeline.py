@@ -21,7 +21,7 @@ from danceopd.backbones.bases import INDEX, components
 from danceopd.backbones.lora import plain_copy
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.sharded import is_sharded, outline_of
-from danceopd.backbones.weights import read_transformer
+from danceopd.backbones.weights import read_transformer, stored_dtype
 from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
@@ -59,7 +59,8 @@ class PipelineBackbone:
             folder: the pipeline's.
             settings: of the recipe.
             device: where it computes.
-            transformer: whether the transformer goes there, too; else it stays on the CPU, to be shared out from there.
+            transformer: whether the transformer goes there, too; else it stays on the CPU as it lies in its files,
+                mapped into memory, and so do others that are read later: to be shared out from there.
 
         Raises:
             UserError: if the folder holds no such pipeline, or its transformer's weights do not fit.
@@ -68,7 +69,9 @@ class PipelineBackbone:
         kind, network = cls._kinds(folder)
         # The text encoders stay as they were saved: the same embeddings here and wherever the student is opened.
         dtypes = {**dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
-        given = {"transformer": read_transformer(network, folder / "transformer", getattr(torch, settings.dtype), {})}
+        weights = folder / "transformer"
+        dtype = getattr(torch, settings.dtype) if transformer else stored_dtype(weights)
+        given = {"transformer": read_transformer(network, weights, dtype, {})}
         try:
             given |= cls._given(folder)
             pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes, **given)
@@ -78,7 +81,9 @@ class PipelineBackbone:
             part = getattr(pipeline, name, None)
             if isinstance(part, nn.Module) and (transformer or name != "transformer"):
                 part.to(device)
-        return cls(pipeline, settings, folder)
+        backbone = cls(pipeline, settings, folder)
+        backbone._as_stored = not transformer
+        return backbone
 
     @classmethod
     def outline(cls, folder: Path, settings: ModelRecipe) -> Self:
@@ -206,6 +211,7 @@ class PipelineBackbone:
         self._freed = True
 
     _freed = False
+    _as_stored = False  # whether transformers wait on the CPU in their files' dtype
 
     def _need_encoders(self) -> None:
         if not self._freed:
@@ -225,8 +231,8 @@ class PipelineBackbone:
         if folder is None:
             return plain_copy(self.transformer)
         folder = Path(folder)
-        dtype = dtype or getattr(torch, self.settings.dtype)
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        dtype = dtype or (stored_dtype(folder) if self._as_stored else getattr(torch, self.settings.dtype))
         other = read_transformer(kind_of(self.transformer), folder, dtype, self.transformer.config)
         if other.config.in_channels != self.transformer.config.in_channels:
             raise UserError(

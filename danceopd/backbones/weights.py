@@ -5,6 +5,7 @@ Diffusers fills what a checkpoint lacks with random numbers and a warning; here 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from danceopd.errors import UserError
 from danceopd.text import check_json_files
 
 Shape = tuple[int, ...]
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 _PREFIX = re.compile(r"^(model\.)?diffusion_model\.")  # before every name in files of some programs
 
 
@@ -152,6 +154,21 @@ def file_shapes(file: Path) -> dict[str, Shape]:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a safetensors file ({error}); pickled checkpoints are not read") from error
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype that most of a checkpoint's numbers have in its files, a folder's or one; float32 if it has none.
+
+    In this dtype they are mapped into memory as they lie, and take none before they are used.
+    """
+    counts: dict[str, int] = {}
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        shapes = file_shapes(file)  # is it one?
+        with safe_open(file, framework="pt") as opened:
+            for key, shape in shapes.items():
+                kind = opened.get_slice(key).get_dtype()
+                counts[kind] = counts.get(kind, 0) + math.prod(shape)
+    return _DTYPES.get(max(counts, key=lambda kind: counts[kind]), torch.float32) if counts else torch.float32
 
 
 def _check_fit(

@@ -141,8 +141,9 @@ class Checkpoints:
         found = self._all()
         self._check_seen(processes.gather([path.name for path in found]))
         for path in reversed(found):
-            said = [error for error in processes.gather(_damage(path, processes)) if error is not None]
-            processes.wait()
+            mine = _damage(path, processes)
+            processes.wait()  # hashing takes its time
+            said = [error for error in processes.gather(mine) if error is not None]
             if not said:
                 return self._read(path)
             log.warning("%s; passing it over", said[0])

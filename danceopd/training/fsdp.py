@@ -58,18 +58,26 @@ class Shares:
         mesh = init_device_mesh(processes.device.type, (processes.count,))
         return cls(processes, mesh, Lockstep(processes))
 
-    def add(self, network: nn.Module, policy: MixedPrecisionPolicy | None = None) -> None:
+    def add(
+        self, network: nn.Module, policy: MixedPrecisionPolicy | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Share a network out in place, block by block; one that is already stays as it is.
 
         Args:
             network: on the CPU, on the processes' device, or without memory (`meta`). Adapters it gets later are whole
                 in every process.
             policy: what its weights are gathered as and its gradients added up as; None: as they lie.
+            dtype: of its own weights from now on, an adapter's stay as they are; None: as they lie.
         """
         if is_sharded(network):
             return
         policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
-        for unit in [*repeated_blocks(network), network]:
+        blocks = {id(block) for block in repeated_blocks(network)}
+        units = [(path, module) for path, module in network.named_modules() if id(module) in blocks]
+        stored = set(network.state_dict())
+        for path, unit in [*units, ("", network)]:
+            if dtype is not None:
+                _cast(unit, dtype, {name.removeprefix(f"{path}.") for name in stored if name.startswith(path)})
             shared = fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
             shared.set_gradient_divide_factor(1.0)  # a sum over the processes: each loss is a part of one
             shared.set_force_sum_reduction_for_comms(True)
@@ -103,6 +111,14 @@ class Shares:
         buffers = {name: b for name, b in network.state_dict().items() if name in there and name not in found}
         plain.load_state_dict(found | buffers, assign=True)
         return plain
+
+
+def _cast(unit: nn.Module, dtype: torch.dtype, stored: set[str]) -> None:
+    """Cast a unit's own weights, and the buffers of `stored` names, just before it is shared out."""
+    for name, tensor in [*unit.named_parameters(), *unit.named_buffers()]:
+        own = name in stored and not isinstance(tensor, DTensor) and ".lora_" not in name
+        if own and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _changes(network: nn.Module, adapter: str | None) -> dict[str, tuple[float, Tensor, Tensor]]:
@@ -159,12 +175,12 @@ def share_out(
     if not shares(spec, processes):
         return None
     network = cast(ModelMixin, backbone.transformer)
-    found = shares_of(network)
+    found, dtype = shares_of(network), getattr(torch, backbone.settings.dtype)
     if found is None:
         if spec.trainable == "lora":
             add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
         found = Shares.among(processes)
-        found.add(network)
+        found.add(network, dtype=dtype)
     for field in fields:
-        found.add(field.network)
+        found.add(field.network, dtype=dtype)
     return found

@@ -5,9 +5,10 @@ asks, and how many groups of samples there are differ from process to process. S
 which one they are about to make. The first in a fixed order is made by all: those that wanted another one, or have
 nothing left to do, make it on the inputs they had last, and drop the answer. They would have to wait anyway.
 
-The order: passes without a gradient first; a backward pass when nobody wants one of those; the pass that learns when
-nobody is in the middle of one; the end of the update when nobody wants anything. So all learn together, and a process
-that has no more samples adds a gradient of zero.
+The order: passes without a gradient first, and of those through the student before those through teachers, so that all
+have rolled out when the first teacher is asked; a backward pass when nobody wants one of those; the pass that learns
+when nobody is in the middle of one; the end of the update when nobody wants anything. So all learn together, and a
+process that has no more samples adds a gradient of zero.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 from danceopd.training.processes import Processes
 
-# What a process is about to do, the first in this order is done by all; below these, a network's number: a pass without
-# a gradient through it.
-_BACKWARD, _LEARN, _END = 2**20, 2**20 + 1, 2**20 + 2
+# What a process is about to do; the least is done by all. Below these is the pass without a gradient through a network:
+# minus its number, so that the one that joined last, the student, comes first.
+_BACKWARD, _LEARN, _END = 1, 2, 3
 
 
 class Lockstep:
@@ -90,7 +91,7 @@ class Lockstep:
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters())
         if learns and network is not self._learner:
             raise RuntimeError("a pass that would learn through a network that does not train here")
-        self._take_turns(_LEARN if learns else number)
+        self._take_turns(_LEARN if learns else -number)
 
     def _take_turns(self, mine: int) -> None:
         """Help the others until it is this process's turn."""
@@ -121,7 +122,7 @@ class Lockstep:
                 answers = [t.float().sum() for t in tree_leaves(answer) if isinstance(t, Tensor)]
                 self._waits = 0 * torch.stack(answers).sum()
         else:
-            network = self._networks[turn]
+            network = self._networks[-turn]
             assert network is not None, "a pass through a network that all let go of"
             with torch.no_grad():
                 network(*args, **kwargs)

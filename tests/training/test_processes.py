@@ -149,7 +149,7 @@ def assert_close(found, wanted):
         {"trainable": "lora", "accumulate": 2, "ema": 0.5},
         {"trainable": "full", "parallel": "shard", "ema": 0.5},
         {"trainable": "full", "parallel": "shard", "accumulate": 2},
-        {"trainable": "lora", "parallel": "shard", "accumulate": 2},
+        {"trainable": "lora", "parallel": "shard", "accumulate": 2, "activation_checkpointing": True},
     ],
     ids=["full", "lora-parts", "sharded", "sharded-parts", "sharded-lora"],
 )
