@@ -16,7 +16,7 @@ from typing import Any
 from components.tracked import tracked
 from danceopd.config.load import apply_overrides, load_recipe, parse_recipe
 from danceopd.config.recipe import Recipe
-from danceopd.errors import Interrupted, UserError, mendable
+from danceopd.errors import GatesFailed, Interrupted, UserError, mendable
 from danceopd.files import write_json
 from danceopd.text import parse_json, parse_yaml, read_json
 from danceopd.tracking.journal import NO_LAST_WORD
@@ -52,8 +52,8 @@ def running(
 ) -> Iterator[Step]:
     """Run a step's body.
 
-    What a user can mend ends the process with one line and a code (2: bad input), without a traceback; a bug goes
-    through. Either way the run's notes say how the step ended.
+    What a user can mend ends the process with one line and a code (2: bad input; 4: the student fails a gate), without
+    a traceback; a bug goes through. Either way the run's notes say how the step ended, and what it found until then.
 
     Args:
         step: its name.
@@ -103,7 +103,8 @@ def _noted(label: str, workspace: Path) -> Iterator[dict]:
     try:
         yield results
     except Exception as error:
-        note(state=FAILED, error=str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        plain = isinstance(error, UserError | GatesFailed)
+        note(state=FAILED, error=str(error) if plain else f"{type(error).__name__}: {error}", **results)
         raise
     except Interrupted as stop:
         log.warning("%s", stop)

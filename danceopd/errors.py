@@ -27,6 +27,10 @@ class UserError(ValueError):
     """
 
 
+class GatesFailed(RuntimeError):
+    """The student fails its gates and was not registered: every step went well, and the same again ends alike."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[object]) -> UserError:
     """A `UserError` for a name that is not in a table, listing the right ones."""
     return UserError(f"{kind}: {name!r} is not known; choose one of: {', '.join(sorted(map(str, known)))}")
@@ -108,7 +112,7 @@ def mendable(error: BaseException) -> tuple[str, ExitCode] | None:
     """One line and an exit code for an error that a user can mend, though no check foresaw it; None for a bug.
 
     A full disk, a name that is too long, a damaged archive, a locked database, a server that does not answer. What may
-    pass by itself gets `FAILED`, everything else `BAD_INPUT`.
+    pass by itself gets `FAILED`, failed gates `NOT_REGISTERED`, everything else `BAD_INPUT`.
     """
     if "Symlink loop" in str(error) and isinstance(error.__context__, OSError):  # pathlib's, a RuntimeError
         error = error.__context__
@@ -117,6 +121,8 @@ def mendable(error: BaseException) -> tuple[str, ExitCode] | None:
         return "a name holds a NUL character; write it without", ExitCode.BAD_INPUT
     if isinstance(error, UserError):
         return " ".join(str(error).split()), ExitCode.BAD_INPUT
+    if isinstance(error, GatesFailed):
+        return " ".join(str(error).split()), ExitCode.NOT_REGISTERED
     if not names & _MENDABLE:
         return None
     return _one_line(error, names), ExitCode.FAILED if names & _PASSING else ExitCode.BAD_INPUT

@@ -100,6 +100,7 @@ class SecretVariables(Part):
     optional: bool = True
 
 
+# Kubeflow knows no retry by exit code: a recipe that does not fit and a student that fails a gate would do so again.
 NEEDS = {
     "check_recipe": Needs(cpu=(1, 1), memory=(1, 2), hours=1, cached=False, retries=0),
     "resolve_base": Needs(cpu=(1, 2), memory=(1, 8), hours=6),
@@ -107,7 +108,7 @@ NEEDS = {
     "finetune": Needs(cpu=(2, 8), memory=(4, 64), hours=48, gpu=True),
     "distill": Needs(cpu=(2, 8), memory=(4, 64), hours=96, gpu=True),
     "evaluate": Needs(cpu=(2, 8), memory=(4, 64), hours=24, gpu=True),
-    "register": Needs(cpu=(1, 2), memory=(2, 16), hours=2, cached=False),
+    "register": Needs(cpu=(1, 2), memory=(2, 16), hours=2, cached=False, retries=0),
     "summarize": Needs(cpu=(1, 1), memory=(1, 2), hours=1, cached=False),
 }
 # The step of the pipeline that moves the registry's aliases (`champion.py`). A rollback done twice undoes itself.

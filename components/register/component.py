@@ -37,7 +37,7 @@ def register(
         code_revision: identity of the code, shown with the step.
 
     Returns:
-        What was registered, where, or why not.
+        What was registered, and where; a student that fails a gate ends the step, and so the run, as failed.
     """
     from components.cards import read_card, read_cards
     from components.running import running
@@ -47,7 +47,8 @@ def register(
         made, judged = read_card(student), read_card(evaluation)
         step.results["evaluation"] = str(judged.folder)
         run = steps.Run(step.recipe, step.workspace, read_card(base), read_card(data), tracking_uri or None)
+        step.results["shortfalls"] = steps.shortfalls(step.recipe, judged)
         result = steps.register_student(run, read_cards(teachers), made, judged)
         step.results["registration"] = steps.registration_facts(result)
-        step.results["shortfalls"] = steps.shortfalls(step.recipe, judged)
+        steps.require_registered(result, judged)
         return step.results["registration"]

@@ -16,16 +16,23 @@ def say_shortfalls(metrics: dict[str, Any], recipe: Recipe) -> list[str]:
         metrics: the evaluation's `metrics.json`.
         recipe: what was run.
     """
-    failed = [gate for gate in metrics["gates"] if not gate["passed"]]
-    if not failed:
-        return []
-    measured = [gate for gate in failed if gate["value"] is not None and gate["limit"] is not None]
-    lines = [_shortfall(gate, metrics) if gate in measured else _unmeasured(gate) for gate in failed]
+    lines = say_failed_gates(metrics)
+    measured = [gate for gate in metrics["gates"] if not gate["passed"] and _measured(gate)]
     tasks = list(dict.fromkeys(gate["task"] for gate in measured if gate["task"] in recipe.tasks))
     if tasks:
         lines.append(f"try: {'; '.join(_tries(tasks, measured, recipe))}")
         lines.append(f"look at: report.html, where the student falls furthest below its teacher on {', '.join(tasks)}")
     return lines
+
+
+def say_failed_gates(metrics: dict[str, Any]) -> list[str]:
+    """A line for each gate that failed, in an evaluation's `metrics.json`: by how much, and how sure that is."""
+    failed = [gate for gate in metrics["gates"] if not gate["passed"]]
+    return [_shortfall(gate, metrics) if _measured(gate) else _unmeasured(gate) for gate in failed]
+
+
+def _measured(gate: dict[str, Any]) -> bool:
+    return gate["value"] is not None and gate["limit"] is not None
 
 
 def _unmeasured(gate: dict[str, Any]) -> str:

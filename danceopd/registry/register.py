@@ -114,7 +114,6 @@ def register_student(
     measured = read_evaluation(evaluation, recipe)
     reasons = measured.failed_gates()
     if reasons:
-        log.warning("not registered: %s", "; ".join(reasons))
         return Registration(False, None, [], reasons, None, None)
     model = RegisteredModel(mlflow_store.open_client(tracking_uri), recipe.register_as.model)
     if champion is not None and champion.measured is not None:

@@ -8,7 +8,7 @@ from danceopd.steps.champion import measure_champion
 from danceopd.steps.data import build_data, data_revision, track_data
 from danceopd.steps.encodings import cache_encodings
 from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
-from danceopd.steps.registration import move_champion, register_student, registration_facts
+from danceopd.steps.registration import move_champion, register_student, registration_facts, require_registered
 from danceopd.steps.run import Run, open_run
 from danceopd.steps.student import distill_student, open_training, student_folder
 from danceopd.steps.teachers import finetune_teacher
@@ -33,6 +33,7 @@ __all__ = [
     "open_training",
     "register_student",
     "registration_facts",
+    "require_registered",
     "resolve_base",
     "shortfalls",
     "student_folder",

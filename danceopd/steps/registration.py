@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danceopd.config.recipe import Recipe
+from danceopd.errors import GatesFailed
+from danceopd.files import read_json
 from danceopd.steps.champion import measure_champion
 from danceopd.steps.evaluation import lineage
 from danceopd.steps.run import Run
 from danceopd.tracking import recording
-from danceopd.tracking.journal import FINISHED, end_run
+from danceopd.tracking.journal import FAILED, FINISHED, end_run
 from danceopd.workspace import Product, store_of
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
@@ -38,9 +40,22 @@ def register_student(run: Run, teachers: dict[str, Product], student: Product, e
     done = register.register_student(
         run.recipe, student.folder, evaluation.folder, comes_from, uri, workspace, champion
     )
-    end_run(workspace, FINISHED, recording.by_task(evaluation.facts["scores"]))
+    end_run(workspace, FINISHED if done.registered else FAILED, recording.by_task(evaluation.facts["scores"]))
     delivery.deliver(workspace, uri)
     return done
+
+
+def require_registered(registration: Registration, evaluation: Product) -> None:
+    """Check that a student was registered, be it as challenger only.
+
+    Raises:
+        GatesFailed: if it was not, in one line: which gates it fails and by how much.
+    """
+    from danceopd.evaluation.shortfalls import say_failed_gates
+
+    if not registration.registered:
+        lacks = say_failed_gates(read_json(evaluation.folder / "metrics.json")) or registration.reasons
+        raise GatesFailed("not registered: " + "; ".join(lacks))
 
 
 def move_champion(

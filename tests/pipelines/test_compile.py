@@ -293,6 +293,7 @@ def test_requests_and_limits(plain):
 def test_retries_back_off_and_spare_the_recipe_check(plain):
     policies = {name: task.get("retryPolicy") for name, task in tasks(plain[0]).items()}
     assert policies.pop("check_recipe") is None
+    assert policies.pop("register") is None, "a student that fails a gate would fail it again"
     assert all(p["maxRetryCount"] == 2 and p["backoffFactor"] > 1 for p in policies.values())
 
 

@@ -156,3 +156,27 @@ def test_a_failed_step_is_named_with_its_reason_and_the_summary_is_there(tmp_pat
     assert summary.read_text().startswith("# DanceOPD run: FAILED")
     assert str(nowhere) in summary.read_text()
     assert RUN_ID not in os.environ
+
+
+@pytest.mark.parametrize(("registered", "ends"), [(False, True), (None, False), (True, False)])
+def test_a_student_that_fails_a_gate_is_an_outcome_and_any_other_failure_is_not(
+    tmp_path, monkeypatch, registered, ends
+):
+    """`register` fails in both cases; the table and what to try next are for a student that was judged."""
+    write_json(tmp_path / "evaluation" / "metrics.json", {"passed": False})
+
+    def fail(pipeline, arguments, workspace, run):
+        note = {"step": "register", "state": "failed", "error": "x", "shortfalls": ["t2i valid: 5 points short"]}
+        note |= {"evaluation": str(tmp_path / "evaluation")}
+        note |= {} if registered is None else {"registration": {"registered": registered}}
+        write_json(workspace / "notes" / run / "register.json", note)
+        raise StepFailed("register: x")
+
+    monkeypatch.setattr(runner, "run_here", fail)
+    monkeypatch.setattr(runner, "build_pipeline", lambda options: None)
+    if ends:
+        done = run_local(load_recipe("world"), tmp_path / "ws")
+        assert done.shortfalls == ["t2i valid: 5 points short"] and not done.registration["registered"]
+    else:
+        with pytest.raises(StepFailed, match="register: x"):
+            run_local(load_recipe("world"), tmp_path / "ws")
