@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from danceopd.backbones.sd3 import SD3
     from danceopd.backbones.z_image import ZImage
 
-__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline"]
+__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline", "stock_guidance"]
 
 # A module of this package, its class.
 FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwen_image": "QwenImage"}
@@ -55,6 +55,11 @@ def open_outline(folder: Path, settings: ModelRecipe) -> Backbone:
         UserError: if the folder holds no such pipeline.
     """
     return _family(settings).outline(Path(folder), settings)
+
+
+def stock_guidance(settings: ModelRecipe, scale: float) -> dict[str, Any]:
+    """Arguments by which the stock pipeline of a recipe's family draws with a scale of guidance of ours; 1: without."""
+    return _family(settings).stock_guidance(scale)
 
 
 def _family(settings: ModelRecipe) -> type[Flux2Klein | ZImage | SD3 | QwenImage]:

@@ -89,6 +89,11 @@ class Backbone(Protocol):
         """Source images a sample may have; None: any number."""
         ...
 
+    @property
+    def distilled(self) -> bool | None:
+        """Whether the base draws without guidance, by its own configuration; None: that does not tell."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         """(N, C) of a picture of this size."""
         ...
@@ -135,7 +140,8 @@ class Backbone(Protocol):
         """
         ...
 
-    def stock_guidance(self, scale: float) -> dict[str, Any]:
+    @classmethod
+    def stock_guidance(cls, scale: float) -> dict[str, Any]:
         """Arguments by which the family's stock pipeline draws with this scale of ours; 1: without guidance."""
         ...
 

@@ -28,6 +28,10 @@ class Flux2Klein(PipelineBackbone):
         r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     )
 
+    @property
+    def distilled(self) -> bool | None:
+        return bool(self.pipeline.config.get("is_distilled", False))
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self._token_grid(height, width)
         return rows * columns, self.transformer.config.in_channels

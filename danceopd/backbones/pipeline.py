@@ -134,6 +134,10 @@ class PipelineBackbone:
         return self.pipeline.transformer
 
     @property
+    def distilled(self) -> bool | None:
+        return None
+
+    @property
     def _patch(self) -> int:
         """Pixels a token is wide and high."""
         return self.pipeline.vae_scale_factor * 2
@@ -201,7 +205,8 @@ class PipelineBackbone:
     def guide(self, without: Tensor, prompted: Tensor, scale: float) -> Tensor:
         return (1 - scale) * without + scale * prompted
 
-    def stock_guidance(self, scale: float) -> dict[str, Any]:
+    @classmethod
+    def stock_guidance(cls, scale: float) -> dict[str, Any]:
         return {"guidance_scale": scale}
 
     def free_encoders(self) -> None:

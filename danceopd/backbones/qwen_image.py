@@ -158,7 +158,8 @@ class QwenImage(PipelineBackbone):
         wanted, found = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (prompted, guided))
         return guided * (wanted / found)
 
-    def stock_guidance(self, scale: float) -> dict[str, Any]:
+    @classmethod
+    def stock_guidance(cls, scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": scale} | ({} if scale == 1 else {"negative_prompt": ""})
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:

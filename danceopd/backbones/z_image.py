@@ -87,7 +87,8 @@ class ZImage(ShiftedLatentsBackbone):
         output = transformer(t=(1000 - 1000 * sigma) / 1000, return_dict=False, **inputs)[0]
         return -to_tokens(torch.stack(output)[:, :, 0])
 
-    def stock_guidance(self, scale: float) -> dict[str, Any]:
+    @classmethod
+    def stock_guidance(cls, scale: float) -> dict[str, Any]:
         return {"guidance_scale": scale - 1}  # its pipelines count from the plain field on
 
     @staticmethod

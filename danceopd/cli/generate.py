@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and --help needs ne
     from danceopd.inference.draw_batch import Item
     from danceopd.inference.side_by_side import Origins
 
-STEPS = 8
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -28,8 +27,10 @@ def generate(
         typer.Option(help="PNG, JPEG or WebP to write; for several pictures, a new folder  [default: out.png, or out]"),
     ] = None,
     seed: Annotated[list[int], typer.Option(min=0, help="repeatable: a picture each")] = [0],  # noqa: B006
-    steps: Annotated[int, typer.Option(min=1, help="Euler steps")] = STEPS,
-    guidance: Annotated[float | None, typer.Option(help="scale of classifier-free guidance; 1: none")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler steps; default: the student's own")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="scale of classifier-free guidance, 1: none; default: the student's own")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the student's own")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL or CSV: prompt, and perhaps source, seed, steps, guidance, size, name")

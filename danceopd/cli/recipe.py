@@ -48,6 +48,7 @@ def check(
         console.print(f"{loaded.distill.method} trains nothing.")
     else:
         ahead = look_ahead(loaded, place, gpus)
+        settle(ahead.findings)
         _tell(console, loaded, ahead, gpus, tflops)
     wrong = [f"{what}: {source}: {why}" for what, source, why in rows if why]
     if wrong:

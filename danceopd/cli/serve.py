@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from danceopd.cli.generate import STEPS, Precision
+from danceopd.cli.generate import Precision
 from danceopd.cli.options import StoreOption
 from danceopd.errors import UserError
 
@@ -27,7 +27,9 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     name: Annotated[str | None, typer.Option(help="of the model in the API; default: its folder's")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Euler steps, where a request names none")] = STEPS,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Euler steps, where a request names none; default: the student's own")
+    ] = None,
     max_steps: Annotated[int, typer.Option(min=1, max=1000, help="a request may ask for")] = 50,
     max_n: Annotated[int, typer.Option(min=1, help="pictures a request may ask for")] = 4,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="of a picture; default: of the student's size")] = None,
@@ -53,7 +55,7 @@ def serve(
         read_settings(Path(model))  # a wrong folder is said before anything starts
     elif not tracking_uri:
         raise UserError(f"{model}: name the registry by --tracking-uri or MLFLOW_TRACKING_URI")
-    if steps > max_steps:
+    if steps is not None and steps > max_steps:
         raise UserError(f"--steps {steps} is more than --max-steps {max_steps}")
     key = os.environ.get(KEY)
     key = None if key is None else key.strip()  # a key that was read from a file may end in a line break

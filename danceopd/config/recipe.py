@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, JsonValue, model_validator
 
 from danceopd.config.parts import MODULE_WORDS, Name, Part, StoredName, TeacherName
+from danceopd.config.sampling import Sampling
 from danceopd.files import content_key
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -486,12 +487,25 @@ class BenchmarkRecipe(_Part):
         return self
 
 
+class FieldSampling(_Part):
+    """How one field is drawn, where that is not what follows from the recipe."""
+
+    steps: int | None = Field(None, gt=0)
+    guidance: float | None = Field(None, ge=1, description="1: none")
+
+
 class EvaluateRecipe(_Part):
     """Which held-out records are drawn, and how."""
 
     split: Literal["val", "test"] = "test"
     per_task: int = Field(128, gt=0)
-    steps: int = Field(8, gt=0)
+    steps: int = Field(8, gt=0, description="of every field; a student of displacements takes its rollout_steps")
+    guidance: float | None = Field(
+        None,
+        gt=1,
+        description="of the base, and of teachers and a student that have none of their own; default: distill.guidance",
+    )
+    fields: dict[str, FieldSampling] = Field({}, description="`base`, `student` or a teacher, drawn in another way")
     batch: int = Field(64, gt=0)
     seed: int = 0
     pictures: int = Field(8, gt=0, description="rows of the report's picture grid, a task")
@@ -625,12 +639,40 @@ class Recipe(_Part):
                 raise ValueError(
                     f"evaluate.benchmarks.{name}.task is {benchmark.task!r}; tasks are: {', '.join(self.tasks)}"
                 )
+        drawn = ("base", "student", *self.teachers)
+        if unknown := sorted(set(self.evaluate.fields) - set(drawn)):
+            known = ", ".join(dict.fromkeys(drawn))
+            raise ValueError(f"evaluate.fields.{unknown[0]}: no such field; there are: {known}")
         if self.distill.select is not None and not any(spec.gates for spec in self.tasks.values()):
             raise ValueError("distill.select: no task has a gate to select by; add gates, or remove select")
         for name, teacher in self.teachers.items():
             if isinstance(teacher, FinetunedTeacher) and teacher.task not in self.tasks:
                 raise ValueError(f"teachers.{name}.task is {teacher.task!r}; tasks are: {', '.join(self.tasks)}")
         return self
+
+    def sampling(self, name: str, stated: Sampling | None = None) -> Sampling:
+        """How a field is drawn when it is measured or shown, and a student unless someone says otherwise.
+
+        Args:
+            name: `student`, `base`, or a teacher's.
+            stated: what the field states of itself: the champion's, which was a student once.
+        """
+        spec, way = self.evaluate, self.distill.guidance
+        kept, absorbed = (None, None) if way is None else (way.keep, way.absorb)
+        own = spec.fields.get(name, FieldSampling())
+        if name == "student":
+            few = self.distill.target == "displacement"
+            absorbs = any(self.teachers[task.teacher].guidance is not None for task in self.tasks.values())
+            scale = 1.0 if absorbed is not None or absorbs else kept or spec.guidance or 1.0
+            steps = self.distill.rollout_steps if few else spec.steps
+        else:
+            few = stated is not None and stated.fixed
+            teacher = self.teachers.get(name)
+            theirs = None if teacher is None else teacher.guidance or absorbed
+            told = None if stated is None else stated.guidance
+            scale = theirs or told or spec.guidance or kept or absorbed or 1.0
+            steps = spec.steps if stated is None else stated.steps
+        return Sampling(steps=own.steps or steps, guidance=own.guidance or scale, fixed=few)
 
     def with_benchmarks(self) -> Recipe:
         """The recipe with every benchmark as a further task, to be evaluated and not to be trained."""

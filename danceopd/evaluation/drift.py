@@ -3,7 +3,9 @@
 Both start from the same noise and follow the sampling grid by Euler steps. The drift at a noise level is the root mean
 square distance of the two states there. The velocity error is taken at the student's own states, where it will be
 asked in use (arXiv 2606.27377 distils on-policy for this reason): root mean square of its velocity minus the
-teacher's, as a share of the teacher's. Units are those of the latents, whose noise has root mean square 1.
+teacher's, as a share of the teacher's. Where the teacher is drawn in more steps than the student, it goes from state to
+state by small steps of its own, and its velocity is its mean velocity over the interval. Units are those of the
+latents, whose noise has root mean square 1.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from danceopd.data.encoded import EncodedRecords
+from danceopd.flow.displacement import SmallSteps, average_velocity
 from danceopd.flow.fields import Field
 from danceopd.flow.sampling import seeded_noise
 
@@ -53,9 +56,15 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 @torch.no_grad()
 def path_drift(
-    student: Field, teacher: Field, encoded: EncodedRecords, seeds: Sequence[int], steps: int, batch: int
+    student: Field,
+    teacher: Field,
+    encoded: EncodedRecords,
+    seeds: Sequence[int],
+    steps: int,
+    batch: int,
+    small: int = 1,
 ) -> PathDrift:
-    """Follow both paths from the same noise.
+    """Follow both paths from the same noise, the teacher's by more steps where it is drawn in more.
 
     Args:
         student: the field whose path is judged.
@@ -64,9 +73,11 @@ def path_drift(
         seeds: N noise seeds.
         steps: Euler steps of the family's own sampling grid.
         batch: samples per forward pass.
+        small: the teacher's own Euler steps within each of these; its velocity there is then its mean velocity.
     """
-    backbone = student.backbone
+    backbone, how = student.backbone, SmallSteps(small)
     grid = backbone.sigmas(steps, encoded.height, encoded.width)
+    levels = how.levels(grid, backbone.sigmas(steps * small, encoded.height, encoded.width))
     apart, errors = torch.zeros(steps + 1), torch.zeros(steps)
     device = next(backbone.transformer.parameters()).device
     shape = backbone.latent_shape(encoded.height, encoded.width)
@@ -78,15 +89,16 @@ def path_drift(
         theirs = ours.clone()
         with student.resident(), teacher.resident():
             for step in range(steps):
-                sigma = grid[step].expand(len(part)).to(ours)
-                mine, wanted = (field(ours, sigma, condition).to(ours) for field in (student, teacher))
+                inside = levels[step].expand(len(part), -1).to(ours)
+                mine = student(ours, inside[:, 0], condition).to(ours)
+                wanted = average_velocity(teacher, ours, inside, condition, how)
                 errors[step] += (_mean_square(mine - wanted).sqrt() / _mean_square(wanted).sqrt()).sum()
                 delta = (grid[step + 1] - grid[step]).to(ours)
-                theirs += delta * (wanted if step == 0 else teacher(theirs, sigma, condition).to(theirs))
+                theirs += delta * (wanted if step == 0 else average_velocity(teacher, theirs, inside, condition, how))
                 ours += delta * mine
                 apart[step + 1] += _mean_square(ours - theirs).sqrt().sum()
     count = len(seeds)
-    passes = steps * student.forwards + (2 * steps - 1) * teacher.forwards  # at the noise both ask in one place
+    passes = steps * student.forwards + (2 * steps - 1) * small * teacher.forwards  # at the noise both ask in one place
     return PathDrift(grid.tolist(), (apart / count).tolist(), (errors / count).tolist(), count * passes)
 
 

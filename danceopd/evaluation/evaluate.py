@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from danceopd.backbones.base import Backbone
-from danceopd.config.recipe import Recipe
+from danceopd.config.recipe import EvaluateRecipe, Recipe
+from danceopd.config.sampling import Sampling
 from danceopd.data.assemble import DatasetFolder, open_dataset
 from danceopd.data.encoded import EncodedRecords, encode_records
 from danceopd.data.records import Record, spread
@@ -32,6 +33,7 @@ from danceopd.evaluation.metrics import metric, read_picture
 from danceopd.evaluation.metrics.editing import edit_mask
 from danceopd.evaluation.metrics.tools import Tools
 from danceopd.evaluation.names import BASE, STUDENT
+from danceopd.evaluation.samplings import Samplings
 from danceopd.evaluation.scoring import (
     Scored,
     Values,
@@ -47,6 +49,7 @@ from danceopd.evaluation.scoring import (
 )
 from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.flow.fields import Field
+from danceopd.flow.guidance import guided_at
 
 log = logging.getLogger(__name__)
 
@@ -148,19 +151,32 @@ def _records_of(recipe: Recipe, task: str, dataset: DatasetFolder) -> list[Recor
     return [records[row] for row in _spread(len(records), benchmark.limit or len(records))]
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A field as it is drawn, and the `evaluate` section with its number of steps."""
+
+    field: Field
+    spec: EvaluateRecipe
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal where the pictures are."""
+        return self.field.identity, self.spec.steps
+
+
 def _score_fields(
-    fields: dict[str, Field], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe, tools: Tools
+    fields: dict[str, _Drawn], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe, tools: Tools
 ) -> dict[str, Scored]:
     scored: dict[str, Scored] = {}
     first: dict[Hashable, str] = {}
-    for name, field in fields.items():
-        same = first.setdefault(field.identity, name)
+    for name, drawn in fields.items():
+        same = first.setdefault(drawn.identity, name)
         if same != name:
             scored[name] = scored[same]
             log.info("evaluate: %s on %s: the same field as %s", name, task, same)
             continue
         started = time.monotonic()
-        scored[name] = score_records(field, encoded, records, recipe.tasks[task].metrics, recipe.evaluate, tools)
+        scored[name] = score_records(drawn.field, encoded, records, recipe.tasks[task].metrics, drawn.spec, tools)
         figures = ", ".join(f"{key} {value:.4g}" for key, value in scored[name].means.items())
         log.info(
             "evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records), time.monotonic() - started
@@ -221,16 +237,16 @@ def _examples(
     ]
 
 
-def _forwards(fields: dict[str, Field], records: int, steps: int) -> int:
+def _forwards(fields: dict[str, _Drawn], records: int) -> int:
     """Samples that go through a network when each different field draws the records."""
-    different = {field.identity: field for field in fields.values()}
-    return records * steps * sum(field.forwards for field in different.values())
+    different = {drawn.identity: drawn for drawn in fields.values()}
+    return records * sum(drawn.spec.steps * drawn.field.forwards for drawn in different.values())
 
 
 def _drift(
     recipe: Recipe,
     task: str,
-    fields: dict[str, Field],
+    fields: dict[str, _Drawn],
     encoded: EncodedRecords,
     records: list[Record],
     scored: dict[str, Scored],
@@ -248,27 +264,31 @@ def _drift(
     records, encoded = [records[row] for row in rows], encoded.subset(rows)
     ids = [record.id for record in records]
     seeds = [record_seed(spec.seed, name) for name in ids]
-    found = path_drift(fields[STUDENT], fields[taught], encoded, seeds, spec.steps, spec.batch)
+    student, teacher = fields[STUDENT], fields[taught]
+    small = max(1, round(teacher.spec.steps / student.spec.steps))
+    found = path_drift(student.field, teacher.field, encoded, seeds, student.spec.steps, spec.batch, small)
     forwards, by_steps = found.forwards, {}
     sides = {"student": STUDENT, "teacher": taught}
-    if fields[BASE].identity != fields[taught].identity:
+    if fields[BASE].field.identity != fields[taught].field.identity:
         sides["base"] = BASE
     for steps in sorted(set(spec.drift.steps)):
         figures = {}
         for side, name in sides.items():
-            if steps == spec.steps:  # these were drawn to be scored
+            drawn = fields[name]
+            if steps == drawn.spec.steps:  # these were drawn to be scored
                 values = [scored[name].values[first][row] for row in rows]
             else:
-                pictures = draw_field(fields[name], encoded, ids, spec.model_copy(update={"steps": steps}))
+                pictures = draw_field(drawn.field, encoded, ids, spec.model_copy(update={"steps": steps}))
                 free = not paid(first)
                 values = score_pictures(pictures, records, (first,), tools).values[first] if free else []
-                forwards += len(ids) * steps * fields[name].forwards
+                forwards += len(ids) * steps * drawn.field.forwards
             figures[side] = finite(mean(values))
         by_steps[str(steps)] = figures
     facts = {
         "records": len(records),
         "metric": first,
         "unit": metric(first).unit,
+        "small_steps": small,
         "sigmas": found.sigmas,
         "drift": [finite(v) for v in found.drift],
         "velocity_error": [finite(v) for v in found.velocity_error],
@@ -291,6 +311,7 @@ def evaluate(
     cache: Path | None,
     base_key: str,
     judged: str = "",
+    samplings: Samplings | None = None,
 ) -> Evaluation:
     """Score every field on every task of the recipe.
 
@@ -303,6 +324,7 @@ def evaluate(
         base_key: identity of the base, part of the cache's key.
         judged: name of a folder of the cache in which the judge's answers of this evaluation are kept, so that none
             from another day is held against one from today.
+        samplings: how each field is drawn; default: as the recipe says.
 
     Raises:
         UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
@@ -318,17 +340,19 @@ def evaluate(
     for name, reason in skipped.items():
         log.warning("evaluate: %s is not measured: %s", name, reason)
     results: dict[str, _TaskResult] = {}
+    known = samplings or Samplings(recipe, lambda: backbone.encode_prompts([""])[0])
+    drawn = {name: _Drawn(*known.drawn(name, field)) for name, field in fields.items()}
     held_out = _held_out(recipe, dataset, skipped)
     canaries = judge_canaries(tools, recipe, held_out, skipped)
     for task, records in held_out.items():
         metrics = recipe.tasks[task].metrics
         encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
         ceiling = score_ceiling(backbone, encoded, records, metrics, spec.batch, tools)
-        scored = _score_fields(fields, task, encoded, records, recipe, tools)
+        scored = _score_fields(drawn, task, encoded, records, recipe, tools)
         worst = _worst(scored, recipe.tasks[task].teacher, metrics, spec.worst, skipped)
-        drift, forwards = None, _forwards(fields, len(records), spec.steps)
+        drift, forwards = None, _forwards(drawn, len(records))
         if spec.drift is not None and task not in spec.benchmarks:
-            drift, more = _drift(recipe, task, fields, encoded, records, scored, tools)
+            drift, more = _drift(recipe, task, drawn, encoded, records, scored, tools)
             forwards += more
         results[task] = _TaskResult(
             records,
@@ -341,7 +365,8 @@ def evaluate(
             {name: part.whole for name, part in scored.items()},
         )
     return Evaluation(
-        _metrics(recipe, list(fields), results, skipped, tools.judge_usage) | {"canaries": canaries},
+        _metrics(recipe, list(fields), results, skipped, tools.judge_usage)
+        | {"canaries": canaries, "sampling": {name: known.of(name).model_dump(mode="json") for name in fields}},
         _values(list(fields), results),
         {task: result.examples for task, result in results.items()},
         {task: result.worst for task, result in results.items()},
@@ -354,11 +379,18 @@ def open_tools(recipe: Recipe, device: torch.device, cache: Path | None, judged:
 
 
 def measure_field(
-    recipe: Recipe, field: Field, dataset: DatasetFolder, cache: Path | None, base_key: str, judged: str = ""
+    recipe: Recipe,
+    field: Field,
+    dataset: DatasetFolder,
+    cache: Path | None,
+    base_key: str,
+    judged: str = "",
+    stated: Sampling | None = None,
 ) -> tuple[dict, dict]:
     """One field's figures on the held-out records, as `evaluate` gives a student's: (metrics, values).
 
-    There are no gates, intervals and comparisons among them. The arguments are those of `evaluate`.
+    There are no gates, intervals and comparisons among them. The arguments are those of `evaluate`; `stated` is how the
+    field says that it is drawn, default: in the recipe's steps, without guidance.
 
     Raises:
         UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
@@ -370,14 +402,18 @@ def measure_field(
     held_out = _held_out(recipe, dataset, skipped)
     canaries = judge_canaries(tools, recipe, held_out, skipped)
     scored = {}
+    stated = stated or Sampling(steps=recipe.evaluate.steps)
+    guided = guided_at(field, stated.guidance, lambda: field.backbone.encode_prompts([""])[0])
+    drawn = _Drawn(guided, recipe.evaluate.model_copy(update={"steps": stated.steps}))
     for task, records in held_out.items():
         encoded = encode_records(field.backbone, records, *size, cache, base_key, targets=True)
-        scored[task] = _score_fields({STUDENT: field}, task, encoded, records, recipe, tools)[STUDENT]
+        scored[task] = _score_fields({STUDENT: drawn}, task, encoded, records, recipe, tools)[STUDENT]
     metrics = note_conditions(recipe, held_out, skipped) | {
         "scores": {STUDENT: {t: {n: finite(v) for n, v in found.means.items()} for t, found in scored.items()}},
         "records": {task: len(records) for task, records in held_out.items()},
         "judge": tools.judge_usage,
         "canaries": canaries,
+        "sampling": {STUDENT: stated.model_dump(mode="json")},
     }
     values: dict = {STUDENT: {t: {n: _row(part) for n, part in found.values.items()} for t, found in scored.items()}}
     return metrics, values | {"ids": {task: [r.id for r in records] for task, records in held_out.items()}}

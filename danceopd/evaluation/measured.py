@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.config.recipe import EvaluateRecipe, Recipe
+from danceopd.config.sampling import Sampling
 from danceopd.errors import UserError
 from danceopd.evaluation.names import STUDENT
 from danceopd.files import read_json
@@ -44,6 +45,12 @@ class Measured:
     def gates(self) -> list[dict[str, Any]]:
         """The verdict on every gate of the evaluation's recipe."""
         return self.metrics.get("gates", [])
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the field was drawn; None where that was not noted."""
+        known = self.metrics.get("sampling", {}).get(self.field)
+        return None if known is None else Sampling.model_validate(known)
 
     @property
     def own_tasks(self) -> set[str]:

@@ -11,6 +11,7 @@ from danceopd.config.recipe import EvaluateRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record, decode_image
 from danceopd.evaluation.grids import picture_grid
+from danceopd.evaluation.samplings import Samplings
 from danceopd.evaluation.scoring import draw_field
 from danceopd.flow.fields import Field
 
@@ -27,6 +28,7 @@ class Previewer:
         teacher_of: task -> teacher's name.
         spec: how pictures are drawn.
         folder: where `step-000300.png` and so on appear.
+        samplings: how each field is drawn; default: all as `spec` says, and as they are.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Previewer:
         teacher_of: dict[str, str],
         spec: EvaluateRecipe,
         folder: Path,
+        samplings: Samplings | None = None,
     ):
+        self._samplings = samplings
         self._records, self._encoded, self._spec, self._folder = records, encoded, spec, Path(folder)
         self._teachers, self._teacher_of = teachers, teacher_of
         self._ids = [record.id for record in records]
@@ -46,7 +50,7 @@ class Previewer:
     def __call__(self, student: Field, step: int) -> None:
         if self._taught is None:
             self._taught = self._draw_teachers()
-        drawn = draw_field(student, self._encoded, self._ids, self._spec)
+        drawn = self._draw("student", student, self._encoded, self._ids)
         rows = [
             [self._source(record), taught, picture, self._target(record)]
             for record, taught, picture in zip(self._records, self._taught, drawn, strict=True)
@@ -58,11 +62,17 @@ class Previewer:
         grid.save(path)
         log.info("sample grid %s", path.name)
 
+    def _draw(self, name: str, field: Field, encoded: EncodedRecords, ids: list[str]) -> np.ndarray:
+        spec = self._spec
+        if self._samplings is not None:
+            field, spec = self._samplings.drawn(name, field)
+        return draw_field(field, encoded, ids, spec)
+
     def _draw_teachers(self) -> list[np.ndarray]:
         taught: list[np.ndarray] = [np.empty(0)] * len(self._records)
         for task, rows in self._encoded.rows_by_task().items():
-            teacher, ids = self._teachers[self._teacher_of[task]], [self._ids[row] for row in rows]
-            drawn = draw_field(teacher, self._encoded.subset(rows), ids, self._spec)
+            name, ids = self._teacher_of[task], [self._ids[row] for row in rows]
+            drawn = self._draw(name, self._teachers[name], self._encoded.subset(rows), ids)
             for row, picture in zip(rows, drawn, strict=True):
                 taught[row] = picture
         return taught

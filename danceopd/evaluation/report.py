@@ -229,6 +229,17 @@ def _is_wrong(evaluation: Evaluation, task: str, example: Example, key: str) -> 
 # --- the page's contents ---
 
 
+def _drawn_in(metrics: dict) -> str:
+    """The sampling steps of all fields, and what single ones are drawn with instead."""
+    usual = metrics["steps"]
+    others = []
+    for name, of in metrics.get("sampling", {}).items():
+        words = [f"in {of['steps']}"] if of["steps"] != usual else []
+        words += [f"guided at {of['guidance']:g}"] if of["guidance"] != 1 else []
+        others += [f"{name} {', '.join(words)}"] if words else []
+    return f"{usual} sampling steps" + (f" ({'; '.join(others)})" if others else "")
+
+
 def _view(evaluation: Evaluation, provenance: dict, plots: dict[str, bytes]) -> dict:
     metrics = evaluation.metrics
     failed = [g for g in metrics["gates"] if not g["passed"]]
@@ -236,7 +247,7 @@ def _view(evaluation: Evaluation, provenance: dict, plots: dict[str, bytes]) -> 
         "recipe": metrics["recipe"],
         "split": metrics["split"],
         "records": sum(metrics["records"].values()),
-        "steps": metrics["steps"],
+        "steps": _drawn_in(metrics),
         "seed": metrics["seed"],
         "banner": "failed" if failed else "held" if metrics["gates"] else "none",
         "verdict": _verdict(metrics["gates"], failed),
@@ -543,7 +554,7 @@ def _markdown(view: dict, evaluation: Evaluation) -> str:
         "",
         *[f"- {_cell(failure)}" for failure in view["failures"]],
         "",
-        f"{view['records']} {view['split']} records, {view['steps']} sampling steps, seed {view['seed']}.",
+        f"{view['records']} {view['split']} records, {view['steps']}, seed {view['seed']}.",
         "",
         "## Retention",
         "",

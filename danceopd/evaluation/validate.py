@@ -10,6 +10,7 @@ from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.evaluation.gates import gate_allowance
 from danceopd.evaluation.metrics.tools import Tools
+from danceopd.evaluation.samplings import Samplings
 from danceopd.evaluation.scoring import score_records, skipped_metrics
 from danceopd.flow.fields import Field
 from danceopd.training.selection import Validation
@@ -29,6 +30,7 @@ class GateValidator:
         teachers: frozen fields by name; each is scored once, at the first call.
         sets: task -> its validation records, plain and encoded.
         cache: folder for the judge's answers, or None.
+        samplings: how each field is drawn; default: as the recipe says.
 
     Raises:
         UserError: if a gate is on a metric that cannot be measured on this machine.
@@ -40,7 +42,9 @@ class GateValidator:
         teachers: dict[str, Field],
         sets: dict[str, tuple[list[Record], EncodedRecords]],
         cache: Path | None = None,
+        samplings: Samplings | None = None,
     ):
+        self._samplings = samplings
         self._recipe, self._teachers, self._sets = recipe, teachers, sets
         self._taught: dict[str, dict[str, float]] = {}
         self._tools = Tools(recipe.evaluate, cache=cache)
@@ -53,17 +57,19 @@ class GateValidator:
                     f"{skipped[name]}; mend that, or remove select"
                 )
 
-    def _means(self, field: Field, task: str) -> dict[str, float]:
+    def _means(self, name: str, field: Field, task: str) -> dict[str, float]:
         records, encoded = self._sets[task]
-        metrics, spec = self._recipe.tasks[task].metrics, self._recipe.evaluate
+        known = self._samplings or Samplings(self._recipe, lambda: field.backbone.encode_prompts([""])[0])
+        field, spec = known.drawn(name, field)
+        metrics = self._recipe.tasks[task].metrics
         return score_records(field, encoded, records, metrics, spec, self._tools).means
 
     def __call__(self, student: Field) -> Validation:
         margins, figures = [], {}
         for task, spec in self._recipe.tasks.items():
             if task not in self._taught:
-                self._taught[task] = self._means(self._teachers[spec.teacher], task)
-            figures[task] = self._means(student, task)
+                self._taught[task] = self._means(spec.teacher, self._teachers[spec.teacher], task)
+            figures[task] = self._means("student", student, task)
             taught = self._taught[task]
             margins += [gate_margin(gate, figures[task][gate.metric], taught[gate.metric]) for gate in spec.gates]
         return Validation(min(margins), figures)

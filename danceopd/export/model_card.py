@@ -53,6 +53,8 @@ def render_card(recipe: Recipe, pipeline: Path, lora: bool, origins: Mapping[str
         "recipe": recipe,
         "loader": loader,
         "lora": lora,
+        "call": _call(recipe),
+        "sampling": recipe.sampling("student"),
         "teachers": [(name, _teacher(spec), _taught(recipe, name)) for name, spec in recipe.teachers.items()],
         "rows": rows,
         "base": _base(recipe),
@@ -64,6 +66,15 @@ def render_card(recipe: Recipe, pipeline: Path, lora: bool, origins: Mapping[str
     environment.filters["cell"] = _cell
     text = resources.files(__package__).joinpath(_TEMPLATE).read_text()
     return environment.from_string(text).render(view).rstrip() + "\n"
+
+
+def _call(recipe: Recipe) -> str:
+    """The stock pipeline's arguments that draw as the student is drawn here."""
+    from danceopd.backbones import stock_guidance
+
+    sampling = recipe.sampling("student")
+    arguments = {"num_inference_steps": sampling.steps} | stock_guidance(recipe.model, sampling.guidance)
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _front(recipe: Recipe, metrics: Mapping | None) -> ModelCardData:

@@ -9,7 +9,7 @@ each of its sides keeps the scale as a knob.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -187,6 +187,20 @@ class Branch:
 def plain_field(field: Field) -> Field:
     """A field without its guidance."""
     return field.field if isinstance(field, GuidedField) else field
+
+
+def guided_at(field: Field, scale: float, empty: Callable[[], Tensor]) -> Field:
+    """A field at a scale, which goes before its own; 1: without guidance.
+
+    Args:
+        field: guided or not.
+        scale: of the guidance.
+        empty: gives the empty prompt's embedding (L, D), asked if the field is not at that scale already.
+    """
+    if isinstance(field, GuidedField) and field.scale == scale:
+        return field
+    plain = plain_field(field)
+    return plain if scale == 1 else GuidedField(plain, scale, empty())
 
 
 def guide_all(fields: Mapping[str, Field], scale: float, empty: Tensor, batched: bool = True) -> dict[str, Field]:

@@ -120,7 +120,7 @@ def draw_batch(
             (scratch / name).mkdir()
         pages = _Pages(scratch, list(fields), items) if grid else None
         for item, sources, pictures in _draw(drawer, fields, items, batch):
-            entries.append(_write_pictures(scratch, item, pictures))
+            entries.append(_write_pictures(scratch, item, pictures, drawer))
             if pages is not None:
                 pages.add(item, sources, list(pictures.values()))
             if 10 * len(entries) // len(items) > 10 * (len(entries) - 1) // len(items):  # ten lines at most
@@ -144,7 +144,7 @@ def _draw(
             yield item, shown, {name: pictures[place] for name, pictures in drawn.items()}
 
 
-def _write_pictures(folder: Path, item: Item, pictures: dict[str, Image.Image]) -> dict:
+def _write_pictures(folder: Path, item: Item, pictures: dict[str, Image.Image], drawer: Drawer) -> dict:
     """Write an item's pictures, and return its entry in the manifest."""
     sample, files, hashes = item.sample, {}, {}
     for field, picture in pictures.items():
@@ -158,8 +158,8 @@ def _write_pictures(folder: Path, item: Item, pictures: dict[str, Image.Image]) 
         "prompt": sample.prompt,
         "sources": [{"file": str(path), "sha256": hash_file(path)} for path in item.sources],
         "seed": sample.seed,
-        "steps": sample.steps,
-        "guidance": sample.guidance,
+        "steps": drawer.steps_of(sample),
+        "guidance": drawer.guidance_of(sample),
         "size": f"{width}x{height}",
     }
 

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,14 @@ from torch import Tensor
 from danceopd.backbones import Condition, load_backbone
 from danceopd.backbones.base import SETTINGS
 from danceopd.config.recipe import ModelRecipe
+from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.data.encoded import tell_cut
 from danceopd.data.pictures import MAX_PIXELS, read_picture
 from danceopd.devices import best_device
 from danceopd.errors import UserError
 from danceopd.files import read_json
 from danceopd.flow.fields import Field, VelocityField
-from danceopd.flow.guidance import GuidedField
+from danceopd.flow.guidance import guided_at
 from danceopd.flow.sampling import sample_pixels, to_uint8
 
 MAX_SEED = 2**63 - 1
@@ -45,16 +47,16 @@ class Sample:
         prompt: caption or instruction.
         sources: pictures to edit, any size and mode; cropped to the picture's ratio and resized. None: draw.
         seed: of the noise it starts from, in [0, 2**63 - 1].
-        steps: Euler steps.
+        steps: Euler steps; None: as the field's sampling says.
         guidance: scale of classifier-free guidance, at the price of a second forward pass per step; 1: the plain field.
-            None: the field as it is, guided if its folder says so.
+            None: as the field's sampling says; where nothing says it, the field as it is.
         size: (height, width) in pixels; None: the student's own.
     """
 
     prompt: str
     sources: tuple[Image.Image, ...] = ()
     seed: int = 0
-    steps: int = 8
+    steps: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
 
@@ -66,13 +68,35 @@ class Drawer:
     Attributes:
         field: its velocity field.
         settings: picture size and prompt encoding, from the student's folder.
+        sampling: steps and guidance where a sample names none, from the student's folder.
+        samplings: the same of other fields that are drawn beside it, by name.
     """
 
     field: VelocityField
     settings: ModelRecipe
+    sampling: Sampling = attribute(default_factory=Sampling)
+    samplings: Mapping[str, Sampling] = attribute(default_factory=dict)
+
+    def steps_of(self, sample: Sample, field: str = "") -> int:
+        """Euler steps that a field takes for a sample: the sample's own, else the field's, else the student's."""
+        return sample.steps if sample.steps is not None else self.samplings.get(field, self.sampling).steps
+
+    def guidance_of(self, sample: Sample, field: str = "") -> float | None:
+        """The scale at which a field is guided for a sample; None: as the field is."""
+        if sample.guidance is not None:
+            return sample.guidance
+        if field in ("", self.field.name):
+            return self.sampling.guidance
+        return self.samplings[field].guidance if field in self.samplings else None
 
     def draw(
-        self, prompts: list[str], images: list[Image.Image | None], seeds: list[int], steps: int, batch: int = 32
+        self,
+        prompts: list[str],
+        images: list[Image.Image | None],
+        seeds: list[int],
+        steps: int | None = None,
+        batch: int = 32,
+        guidance: float | None = None,
     ) -> list[Image.Image]:
         """Draw one picture per prompt, or edit one where an image is given; see `draw_samples`.
 
@@ -80,8 +104,9 @@ class Drawer:
             prompts: captions or instructions, B of them.
             images: pictures to edit. None: draw.
             seeds: B seeds.
-            steps: Euler steps, at least 1.
+            steps: Euler steps, at least 1; None: the student's own.
             batch: samples per forward pass.
+            guidance: scale of classifier-free guidance, at least 1 (none); None: the student's own.
 
         Raises:
             UserError: if the lists differ in length, a prompt is empty, or a number is out of range.
@@ -90,7 +115,7 @@ class Drawer:
             counts = f"{len(prompts)} prompts, {len(images)} images, {len(seeds)} seeds"
             raise UserError(f"{counts}; give one of each per sample")
         rows = zip(prompts, images, seeds, strict=True)
-        samples = [Sample(text, () if one is None else (one,), int(seed), steps) for text, one, seed in rows]
+        samples = [Sample(text, () if one is None else (one,), int(seed), steps, guidance) for text, one, seed in rows]
         return self.draw_samples(samples, batch)
 
     def draw_samples(self, samples: list[Sample], batch: int = 1) -> list[Image.Image]:
@@ -130,14 +155,15 @@ class Drawer:
             key = len(sample.sources), sample.steps, sample.guidance, self._size(sample)
             groups.setdefault(key, []).append(row)
         drawn: dict[str, dict[int, Image.Image]] = {name: {} for name in fields}
-        for (_, steps, guidance, _), rows in groups.items():
-            guided = {name: self._guided(field, guidance) for name, field in fields.items()}
+        for rows in groups.values():
+            first = samples[rows[0]]
+            guided = {name: self._guided(field, self.guidance_of(first, name)) for name, field in fields.items()}
             for start in range(0, len(rows), batch):
                 part = rows[start : start + batch]
                 condition = self._condition([samples[row] for row in part])
                 seeds = [samples[row].seed for row in part]
                 for name, field in guided.items():
-                    pixels = to_uint8(sample_pixels(field, condition, seeds, steps))
+                    pixels = to_uint8(sample_pixels(field, condition, seeds, self.steps_of(first, name)))
                     drawn[name] |= {row: Image.fromarray(one) for row, one in zip(part, pixels, strict=True)}
         return {name: [pictures[row] for row in range(len(samples))] for name, pictures in drawn.items()}
 
@@ -150,7 +176,7 @@ class Drawer:
         check_prompt(sample.prompt, where)
         if not 0 <= sample.seed <= MAX_SEED:
             raise UserError(f"{where}: seed {sample.seed} is out of range; use 0 to {MAX_SEED}")
-        if not 1 <= sample.steps <= MAX_STEPS:
+        if sample.steps is not None and not 1 <= sample.steps <= MAX_STEPS:
             raise UserError(f"{where}: steps is {sample.steps}; use 1 to {MAX_STEPS}")
         if sample.guidance is not None and not 1 <= sample.guidance <= MAX_GUIDANCE:  # nan is not, either
             raise UserError(f"{where}: guidance is {sample.guidance}; use 1 (none) to {MAX_GUIDANCE:g}")
@@ -174,15 +200,13 @@ class Drawer:
     def _size(self, sample: Sample) -> tuple[int, int]:
         return sample.size or (self.settings.height, self.settings.width)
 
+    @staticmethod
     @torch.no_grad()
-    def _guided(self, field: Field, guidance: float | None) -> Field:
-        if guidance is None:
-            return field
-        plain = field.field if isinstance(field, GuidedField) else field
-        if guidance == 1:
-            return plain
-        device = next(plain.network.parameters()).device
-        return GuidedField(plain, guidance, plain.backbone.encode_prompts([""])[0].to(device))
+    def _guided(field: Field, guidance: float | None) -> Field:
+        def empty() -> Tensor:
+            return field.backbone.encode_prompts([""])[0].to(next(field.network.parameters()).device)
+
+        return field if guidance is None else guided_at(field, guidance, empty)
 
     @torch.no_grad()
     def _condition(self, samples: list[Sample]) -> Condition:
@@ -308,4 +332,5 @@ def open_student(folder: Path, dtype: str = "float32") -> Drawer:
     """
     settings = read_settings(folder).model_copy(update={"dtype": dtype})
     backbone = load_backbone(Path(folder), settings, best_device())
-    return Drawer(VelocityField("student", backbone, backbone.transformer), settings)
+    sampling = read_sampling(folder) or Sampling()
+    return Drawer(VelocityField("student", backbone, backbone.transformer), settings, sampling)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from pathlib import Path
 
 import torch
 
 from danceopd.backbones import load_backbone
 from danceopd.backbones.bases import fetch_base, fetch_weights
+from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.devices import best_device
 from danceopd.errors import UserError
 from danceopd.files import read_json
@@ -29,10 +31,12 @@ class Origins:
     Attributes:
         base: the base's pipeline folder; None: not known.
         teachers: by name, field folders or other weights that `checkpoint.field_kind` knows.
+        samplings: how the run that made the student drew each of them; those that are missing are drawn as it is.
     """
 
     base: Path | None
     teachers: dict[str, Path]
+    samplings: dict[str, Sampling] = attribute(default_factory=dict)
 
 
 def find_origins(model: Path) -> Origins:
@@ -47,7 +51,8 @@ def find_origins(model: Path) -> Origins:
     folder = Path(model).resolve().parent
     if not (folder / STEP).is_file():
         raise UserError(f"{model}: not in the workspace it was made in, so its teachers are not known; {_MEND}")
-    made_of = open_product(folder).facts.get("made_of")
+    facts = open_product(folder).facts
+    made_of = facts.get("made_of")
     if made_of is None:
         raise UserError(f"{folder / STEP}: does not say what the student was made of; {_MEND}")
     workspace = folder.parent.parent
@@ -56,7 +61,8 @@ def find_origins(model: Path) -> Origins:
         name: _product(workspace / "teachers", digest, f"teacher {name!r}").folder
         for name, digest in made_of["teachers"].items()
     }
-    return Origins(base.pipeline, teachers)
+    drawn = {name: Sampling.model_validate(of) for name, of in facts.get("samplings", {}).items() if name in teachers}
+    return Origins(base.pipeline, teachers, drawn)
 
 
 def _product(folder: Path, digest: str, what: str) -> Product:
@@ -107,4 +113,4 @@ def open_side_by_side(model: Path, origins: Origins, dtype: str = "float32") -> 
     if origins.base is not None:
         network = backbone.new_transformer(model, getattr(torch, dtype)).requires_grad_(False).eval()
     student = VelocityField(STUDENT, backbone, network)
-    return Drawer(student, settings), fields | {STUDENT: student}
+    return Drawer(student, settings, read_sampling(model) or Sampling(), origins.samplings), fields | {STUDENT: student}

@@ -22,6 +22,7 @@ from danceopd.flow.guidance import GuidedField
 from danceopd.preflight.compatibility import check_pipeline
 from danceopd.preflight.findings import Finding
 from danceopd.preflight.memory import available_memory, check_memory, estimate_memory, largest_shapes, samples_at_once
+from danceopd.preflight.sampling import check_few_step_teachers, check_sampling
 
 SAME = 1e-3  # two fields are one where their velocities differ by less, relative to the velocity (root mean square)
 
@@ -209,6 +210,7 @@ def preflight(
         if path is not None:
             found += check_pipeline(name, Path(path), base)
     found += check_teachers_differ(recipe, backbone, fields, encoded)
+    found += check_sampling(recipe, backbone) + check_few_step_teachers(recipe, facts)
     if recipe.distill.method in MERGES:
         return found
     shapes = largest_shapes(encoded, samples_at_once(recipe.distill, processes))

@@ -21,6 +21,7 @@ from danceopd.files import at_home
 from danceopd.flow.fields import Field, VelocityField
 from danceopd.flow.guidance import GuidedField
 from danceopd.preflight.fake_pass import Samples, forward_operations
+from danceopd.preflight.findings import Finding
 from danceopd.preflight.forwards import expected_forwards
 from danceopd.preflight.memory import (
     BYTES,
@@ -30,6 +31,7 @@ from danceopd.preflight.memory import (
     sharing,
     trained_parameters,
 )
+from danceopd.preflight.sampling import check_sampling
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Outlook:
         training: what training adds to them.
         other: bytes of both if the processes shared the weights where the recipe has whole ones in each, or the other
             way round; None: there is one process, or the recipe cannot be otherwise.
+        findings: what is doubtful about how the student will be drawn.
     """
 
     parameters: int
@@ -54,6 +57,7 @@ class Outlook:
     held: int
     training: MemoryEstimate
     other: int | None
+    findings: list[Finding]
 
 
 def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
@@ -84,6 +88,7 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
         held=_held(recipe, backbone, processes),
         training=estimate_memory(recipe, backbone, shapes, processes),
         other=_other_way(recipe, backbone, shapes, processes),
+        findings=check_sampling(recipe, backbone),
     )
 
 

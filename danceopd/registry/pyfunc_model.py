@@ -20,16 +20,20 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
 
+from danceopd.config.sampling import Sampling
 from danceopd.errors import UserError
 from danceopd.inference.generate import Drawer, decode_picture, encode_picture, open_student
 
 COLUMNS = ("prompt", "image", "seed")
-STEPS = 8
 T = TypeVar("T")
 
 
-def signature() -> ModelSignature:
-    """What goes in and comes out. `image` and `seed` are of any type so that a row may leave them empty."""
+def signature(sampling: Sampling) -> ModelSignature:
+    """What goes in and comes out. `image` and `seed` are of any type so that a row may leave them empty.
+
+    Args:
+        sampling: the student's own steps and guidance, the defaults of the two parameters.
+    """
     return ModelSignature(
         inputs=Schema(
             [
@@ -39,7 +43,12 @@ def signature() -> ModelSignature:
             ]
         ),
         outputs=Schema([ColSpec(DataType.binary, "image")]),
-        params=ParamSchema([ParamSpec("steps", DataType.long, STEPS)]),
+        params=ParamSchema(
+            [
+                ParamSpec("steps", DataType.long, sampling.steps),
+                ParamSpec("guidance", DataType.double, sampling.guidance),
+            ]
+        ),
     )
 
 
@@ -117,13 +126,16 @@ class StudentModel(PythonModel):
         self.drawer = open_student(Path(context.artifacts["pipeline"]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Pictures as PNG bytes in column `image`, in the rows' order; `params["steps"]` Euler steps each.
+        """Pictures as PNG bytes in column `image`, in the rows' order.
+
+        `params["steps"]` Euler steps each, guided at `params["guidance"]` (1: not); default: the student's own.
 
         Raises:
             UserError: naming the row and the column of bad input.
         """
-        steps = (params or {}).get("steps", STEPS)
-        pictures = self.drawer.draw(*read_rows(model_input), steps)
+        asked = params or {}
+        rows = read_rows(model_input)
+        pictures = self.drawer.draw(*rows, asked.get("steps"), guidance=asked.get("guidance"))
         return pd.DataFrame({"image": [encode_picture(p) for p in pictures]}, index=model_input.index)
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
+from danceopd.config.sampling import Sampling, read_sampling, write_sampling
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import METRICS, REPORT, VALUES, Measured, figure, read_evaluation
 from danceopd.export.model_card import write_card
@@ -170,6 +171,8 @@ def version_tags(recipe: Recipe, measured: Measured, lineage: Mapping[str, Any],
     tags |= {f"teacher.{name}": str(digest) for name, digest in lineage["teachers"].items()}
     tags |= {ADDED_TO: str(lineage[ADDED_TO])} if ADDED_TO in lineage else {}
     tags |= {"recipe_name": recipe.name, EVALUATION: evaluation}
+    if measured.sampling is not None:
+        tags["sampling"] = json.dumps(measured.sampling.model_dump(mode="json"), sort_keys=True)
     tags["measured"] = json.dumps(measured.conditions, sort_keys=True)
     for gate in measured.gates:
         tags[_tag(f"gate.{gate['task']}.{gate['metric']}")] = f"{figure(gate['value'])} ({gate['rule']})"
@@ -191,6 +194,8 @@ def _create_version(model: RegisteredModel, entry: _Entry, uri: str, workspace: 
         pipeline = Path(scratch) / PIPELINE
         # Weights are large, and stay as they are.
         shutil.copytree(entry.student / PIPELINE, pipeline, copy_function=_link)
+        if (drawn := entry.measured.sampling) is not None:
+            write_sampling(pipeline, drawn)  # as it was measured
         card = write_card(recipe, pipeline, lora.is_dir(), entry.origins, entry.measured.metrics)
         compared = _with_champion(entry, Path(scratch) / EVALUATION)
         artifacts = [(compared, EVALUATION), (card, ""), *([(lora, LORA)] if lora.is_dir() else [])]
@@ -254,7 +259,7 @@ def _log_model(mlflow: Any, pipeline: Path, workspace: Path) -> Any:
             python_model=pyfunc_model.__file__,
             artifacts={PIPELINE: str(pipeline)},
             code_paths=[str(code)],
-            signature=pyfunc_model.signature(),
+            signature=pyfunc_model.signature(read_sampling(pipeline) or Sampling()),
             pip_requirements=_requirements(),
         )
 

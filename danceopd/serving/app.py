@@ -251,13 +251,14 @@ def _add_page(app: FastAPI, worker: Worker, name: str, limits: Limits, needs_key
     def page() -> HTMLResponse:
         """A page to try the model in the browser; it loads nothing from elsewhere."""
         nonce, served = secrets.token_urlsafe(16), worker.served
-        facts: dict = {"edits": True, "size": "", "sources": limits.max_sources}
+        facts: dict = {"edits": True, "size": "", "sources": limits.max_sources, "steps": limits.steps or 8}
         if served is not None:
             drawer = served.drawer
             most = drawer.field.backbone.most_sources
             facts = {
                 "edits": most != 0,
                 "size": f"{drawer.settings.width}x{drawer.settings.height}",
+                "steps": limits.steps or drawer.sampling.steps,
                 "sources": limits.max_sources if most is None else min(most, limits.max_sources),
             }
         text = template.render(name=name, nonce=nonce, limits=limits, needs_key=needs_key, version=__version__, **facts)

@@ -30,7 +30,7 @@ class Limits:
     """What one request may ask for.
 
     Attributes:
-        steps: Euler steps of a request that names none.
+        steps: Euler steps of a request that names none; None: the student's own.
         max_steps: at most.
         max_n: pictures at most.
         max_pixels: of a picture that is drawn, at most; None: as many as the student's own size has.
@@ -39,7 +39,7 @@ class Limits:
         max_source_pixels: of a source image; larger ones are refused before they are decoded.
     """
 
-    steps: int = 8
+    steps: int | None = None
     max_steps: int = 50
     max_n: int = 4
     max_pixels: int | None = None
@@ -117,9 +117,9 @@ def samples_of(asked: Generation, sources: int, drawer: Drawer, name: str, limit
         raise RequestError(404, f"the model {asked.model!r} is not here; this is {name!r}", "model", "model_not_found")
     if asked.n > limits.max_n:
         raise RequestError(400, f"n is {asked.n}; at most {limits.max_n} pictures per request", "n", "too_many")
-    steps = limits.steps if asked.steps is None else asked.steps
-    if steps > limits.max_steps:
-        raise RequestError(400, f"steps is {steps}; at most {limits.max_steps}", "steps", "too_many")
+    if asked.steps is not None and asked.steps > limits.max_steps:
+        raise RequestError(400, f"steps is {asked.steps}; at most {limits.max_steps}", "steps", "too_many")
+    steps = asked.steps or limits.steps or drawer.sampling.steps
     size = _size(asked.size, drawer, limits)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     if seed + asked.n - 1 > MAX_SEED:

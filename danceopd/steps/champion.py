@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from danceopd.config.sampling import read_sampling
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import METRICS, VALUES, Measured, read_evaluation
 from danceopd.evaluation.names import JUDGE
@@ -85,7 +86,7 @@ def _measure(run: Run, champion: Champion, judged: str, out: Path) -> dict:
         encoder = Encoder(run, open_backbone(run))
         field = load_field(encoder.backbone, "champion", folder, encoder.empty_prompt)
         place = (run.cache, encoder.key, judged)
-        metrics, values = measure_field(run.recipe, field, encoder.dataset(), *place)
+        metrics, values = measure_field(run.recipe, field, encoder.dataset(), *place, read_sampling(folder))
     write_json(out / METRICS, metrics)
     write_json(out / VALUES, values)
     return {"model": champion.model, "version": champion.version, "scores": metrics["scores"]}

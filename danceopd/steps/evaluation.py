@@ -14,7 +14,7 @@ from danceopd.files import read_json
 from danceopd.steps.cost import Spent, cost_table, spent_on
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
-from danceopd.steps.teachers import load_teachers
+from danceopd.steps.teachers import load_teachers, stated_samplings
 from danceopd.tracking import recording
 from danceopd.workspace import Product, code_revision, make_product
 
@@ -32,6 +32,7 @@ def evaluate_student(run: Run, teachers: dict[str, Product], student: Product) -
         student.digest,
         recipe.model.decisive(),
         recipe.evaluate.model_dump(mode="json"),
+        {name: recipe.sampling(name).model_dump(mode="json") for name in ("base", "student", *recipe.teachers)},
         {t: s.model_dump(mode="json") for t, s in recipe.tasks.items()},
         *looks_with(recipe),
     ]
@@ -70,6 +71,7 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     from danceopd.devices import hardware
     from danceopd.evaluation.evaluate import evaluate
     from danceopd.evaluation.report import write_report
+    from danceopd.evaluation.samplings import Samplings
     from danceopd.flow.fields import VelocityField
 
     recipe, backbone = run.recipe, open_backbone(run)
@@ -80,7 +82,8 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     fields["student"] = VelocityField("student", backbone, trained)
     started = time.monotonic()
     place = (run.cache, encoder.key, judged_in(student))
-    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place)
+    samplings = Samplings(recipe, encoder.empty_prompt, stated_samplings(teachers))
+    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place, samplings)
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
     spent = spent_on(teachers, student)
     machine = hardware(next(backbone.transformer.parameters()).device)

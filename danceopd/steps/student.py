@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Weight
+from danceopd.config.sampling import write_sampling
 from danceopd.errors import UserError
 from danceopd.export.student import export_student
 from danceopd.files import write_json
@@ -15,7 +16,7 @@ from danceopd.preflight.at_start import check_start
 from danceopd.preflight.findings import settle
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
-from danceopd.steps.teachers import load_teachers
+from danceopd.steps.teachers import load_teachers, stated_samplings
 from danceopd.tracking import recording
 from danceopd.tracking.recording import recorder
 from danceopd.workspace import STUDENTS, Product, make_product, product_key
@@ -84,7 +85,8 @@ def _judged_by(run: Run) -> dict[str, Any]:
 
     spec, tasks = run.recipe.evaluate, run.recipe.tasks.values()
     tools = tools_of(spec, [name for task in tasks for name in task.metrics])
-    return {"steps": spec.steps, "seed": spec.seed, "tools": tools}
+    drawn = {name: run.recipe.sampling(name).model_dump(mode="json") for name in ("student", *run.recipe.teachers)}
+    return {"sampling": drawn, "seed": spec.seed, "tools": tools}
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     from danceopd.distill import STUDENT, distill
     from danceopd.evaluation.plots import plot_history
     from danceopd.evaluation.previews import Previewer
+    from danceopd.evaluation.samplings import Samplings
     from danceopd.evaluation.validate import GateValidator
     from danceopd.export.model_card import write_card
     from danceopd.export.sharded import export_sharded
@@ -154,7 +157,8 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     # A resumed run does not draw the earlier ones again, so they lie beside the checkpoints until the end.
     processes = this_process()
     previews = checkpoints / "previews" if processes.main else scratch / "drawn"
-    previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews)
+    samplings = Samplings(recipe, lambda: ready.empty, stated_samplings(teachers))
+    previewer = Previewer(*shown, fields, ready.teacher_of, recipe.evaluate, previews, samplings)
 
     def show(field: Field, step: int) -> None:
         previewer(field, step)
@@ -164,7 +168,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     validate = None
     if recipe.distill.select is not None:
         sets = ready.encoder.held_out("val", recipe.distill.select.per_task)
-        validate = GateValidator(recipe, fields, sets, run.cache / "judge")
+        validate = GateValidator(recipe, fields, sets, run.cache / "judge", samplings)
     backbone.free_encoders()  # everything is encoded
     share_out(backbone, fields.values(), recipe.distill, STUDENT, processes)
     facts = {name: product.facts for name, product in teachers.items()}
@@ -195,6 +199,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         export_student(student, recipe, base, scratch)
     origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
     origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
+    write_sampling(scratch / "pipeline", recipe.sampling("student"))
     write_card(recipe, scratch / "pipeline", student.adapter is not None, origins)
     forwards = sum(entry["forwards_per_sample"] for entry in history) / len(history)
     return {
@@ -206,4 +211,5 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         "hardware": hardware(next(backbone.transformer.parameters()).device, processes.count),
         "made_of": {"base": base.digest, "teachers": {n: t.digest for n, t in teachers.items()}},
         "window": recipe.distill.model_dump(mode="json")["window"],
+        "samplings": {name: samplings.of(name).model_dump(mode="json") for name in ("base", "student", *teachers)},
     }

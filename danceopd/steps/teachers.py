@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from danceopd.backbones.bases import hash_weights
 from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
+from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.errors import UserError
 from danceopd.files import FIELD, write_json
 from danceopd.preflight.at_start import check_start
@@ -44,6 +45,12 @@ def load_teachers(encoder: Encoder, teachers: dict[str, Product]) -> dict[str, F
     return guide_all(fields, way.absorb, encoder.empty_prompt(), way.batched)
 
 
+def stated_samplings(teachers: dict[str, Product]) -> dict[str, Sampling]:
+    """How those teachers are drawn that were students once, by their own word."""
+    known = {name: product.facts.get("sampling") for name, product in teachers.items()}
+    return {name: Sampling.model_validate(found) for name, found in known.items() if found is not None}
+
+
 def finetune_teacher(run: Run, teacher: str) -> Product:
     """Make one teacher's field folder: fine-tuned, or taken from where it lies, and proved better than the base.
 
@@ -61,7 +68,8 @@ def finetune_teacher(run: Run, teacher: str) -> Product:
     if teacher not in recipe.teachers:
         raise UserError(f"teacher {teacher!r} is not in the recipe; teachers are: {', '.join(recipe.teachers)}")
     spec, champion, weights = recipe.teachers[teacher], None, None
-    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), recipe.evaluate.steps, recipe.evaluate.per_task]
+    drawn = [recipe.sampling(name).model_dump(mode="json") for name in ("base", teacher)]
+    inputs = [base.digest, recipe.model.decisive(), spec.decisive(), drawn, recipe.evaluate.per_task]
     if isinstance(spec, CheckpointTeacher):
         from danceopd.backbones.bases import fetch_weights
 
@@ -85,9 +93,11 @@ def finetune_teacher(run: Run, teacher: str) -> Product:
             return _build_teacher(run, teacher, scratch, checkpoints, weights)
         with tempfile.TemporaryDirectory(dir=workspace) as fetched:
             folder = fetch_champion(champion, run.store, Path(fetched))
+            stated = read_sampling(folder) or Sampling(steps=recipe.evaluate.steps)  # it was drawn as all were
             facts = _build_teacher(run, teacher, scratch, checkpoints, folder)
         write_json(scratch / "champion.json", asdict(champion))  # the same weights as another version: another product
-        return facts | {"registered": {"model": champion.model, "version": champion.version}}
+        registered = {"model": champion.model, "version": champion.version}
+        return facts | {"registered": registered, "sampling": stated.model_dump(mode="json")}
 
     return make_product(workspace, "teachers", teacher, inputs, build, together=not plain_base)
 
@@ -206,12 +216,14 @@ def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
             measured here of a task with gates, or if none can.
     """
     from danceopd.evaluation.metrics.tools import Tools
+    from danceopd.evaluation.samplings import Samplings
     from danceopd.evaluation.scoring import score_records, skipped_metrics
     from danceopd.flow.fields import VelocityField
 
     recipe, backbone = encoder.run.recipe, field.backbone
     bare = VelocityField("base", backbone, backbone.transformer)
     tools = Tools(recipe.evaluate, cache=encoder.run.cache / "judge")
+    samplings = Samplings(recipe, encoder.empty_prompt)
     scores: dict[str, dict] = {}
     for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
         records, encoded = encoder.split("val", (task,), recipe.evaluate.per_task)
@@ -223,9 +235,10 @@ def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
                 f"task {task!r}: none of its metrics can be measured here ({told}), so teacher "
                 f"{field.name!r} cannot be held against the base"
             )
-        means = {
-            f.name: score_records(f, encoded, records, metrics, recipe.evaluate, tools).means for f in (bare, field)
-        }
+        means = {}
+        for one in (bare, field):
+            drawn, spec = samplings.drawn(one.name, one)
+            means[one.name] = score_records(drawn, encoded, records, metrics, spec, tools).means
         scores[task] = {"base": means["base"], "teacher": means[field.name]}
         first = metrics[0]
         figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"

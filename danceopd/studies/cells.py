@@ -24,6 +24,8 @@ from danceopd.studies.identity import full, given, holds
 from danceopd.workspace import Product, code_revision
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from danceopd.data.encoded import EncodedRecords
     from danceopd.flow.fields import Field
 
@@ -113,13 +115,17 @@ def find_result(cell: Cell, shared: Shared) -> dict | None:
     return None
 
 
-def _scores(recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, Field]) -> dict:
-    """Each task's metrics, of the field given for it."""
+def _scores(
+    recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, tuple[str, Field]], empty: Tensor
+) -> dict:
+    """Each task's metrics, of the field (its name, and itself) given for it, drawn as the recipe says."""
+    from danceopd.evaluation.samplings import Samplings
     from danceopd.evaluation.scoring import score_records
 
-    means = {}
+    means, samplings = {}, Samplings(recipe, lambda: empty)
     for task, (records, encoded) in sets.items():
-        scored = score_records(fields[task], encoded, records, recipe.tasks[task].metrics, recipe.evaluate).means
+        drawn, spec = samplings.drawn(*fields[task])
+        scored = score_records(drawn, encoded, records, recipe.tasks[task].metrics, spec).means
         means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
     return means
 
@@ -135,8 +141,9 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
         ready = open_training(shared.run(recipe), shared.teachers)
         bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
         sets = ready.encoder.held_out(recipe.evaluate.split, recipe.evaluate.per_task)
-        base = _scores(recipe, sets, dict.fromkeys(taught, bare))
-        teachers = _scores(recipe, sets, {task: ready.fields[name] for task, name in taught.items()})
+        base = _scores(recipe, sets, dict.fromkeys(taught, ("base", bare)), ready.empty)
+        named = {task: (name, ready.fields[name]) for task, name in taught.items()}
+        teachers = _scores(recipe, sets, named, ready.empty)
         records = {task: len(found) for task, (found, _) in sets.items()}
         write_json(path, {"base": base, "teachers": teachers, "records": records, "settings": settings})
     return read_json(path)
@@ -173,7 +180,7 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
         empty=ready.empty,
     )
     trained = time.monotonic()
-    scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, student))
+    scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, ("student", student)), ready.empty)
     steps, spent = history[-1]["step"], _spent(history, spec.batch)
     if abs(spent - cell.forwards) > OFF * cell.forwards:
         log.warning(

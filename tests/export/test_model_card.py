@@ -75,3 +75,22 @@ def test_a_folder_that_is_no_pipeline_is_refused(recipe, tmp_path):
     with pytest.raises(UserError, match=r"no model_index.json"):
         write_card(recipe, tmp_path, False, {}, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "told"),
+    [
+        ([], "num_inference_steps=8, guidance_scale=1.0", "draws in 8 Euler steps without guidance (`sampling.json`)"),
+        (["distill.guidance={keep: 4}"], "guidance_scale=4.0", "8 Euler steps with guidance at 4 (`sampling.json`)"),
+        (["distill.guidance={absorb: 4}"], "guidance_scale=1.0", "without guidance"),
+        (
+            ["distill.target=displacement", "distill.rollout_steps=4"],
+            "num_inference_steps=4, guidance_scale=1.0",
+            "4 Euler steps, for which alone it was made, without",
+        ),
+    ],
+)
+def test_it_says_how_the_student_is_drawn_in_the_stock_pipelines_words(pipeline, settings, call, told):
+    text = render_card(load_recipe("world", settings), pipeline, False, ORIGINS, None)
+    assert 'pipe("a prompt", ' in text and call in text
+    assert told in text

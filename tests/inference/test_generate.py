@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from danceopd.config.sampling import SAMPLING, Sampling, write_sampling
 from danceopd.data.encoded import load_pixels
 from danceopd.errors import UserError
+from danceopd.files import write_json
+from danceopd.flow.fields import VelocityField
 from danceopd.inference.generate import (
     MAX_SEED,
     Drawer,
@@ -211,3 +215,37 @@ def test_damaged_settings_are_refused(student_pipeline, tmp_path, change, words)
     (tmp_path / "danceopd.json").write_text("[]")
     with pytest.raises(UserError, match="not a mapping"):
         read_settings(tmp_path)
+
+
+def test_a_student_is_drawn_as_its_folder_states_unless_a_sample_says_otherwise(student_pipeline, tmp_path):
+    shutil.copytree(student_pipeline, tmp_path / "student")
+    silent = open_student(tmp_path / "student")
+    assert silent.sampling == Sampling(steps=8, guidance=1.0)
+    write_sampling(tmp_path / "student", Sampling(steps=2, guidance=40.0, fixed=True))
+    drawer = open_student(tmp_path / "student")
+    [own] = drawer.draw_samples([Sample("a red ring")])
+    asked = [Sample("a red ring", steps=2, guidance=40.0), Sample("a red ring", steps=2, guidance=1.0)]
+    guided, plain = silent.draw_samples(asked)
+    assert own.tobytes() == guided.tobytes() != plain.tobytes()
+    assert drawer.draw_samples(asked[1:])[0].tobytes() == plain.tobytes()
+    assert drawer.draw(["a red ring"], [None], [0])[0].tobytes() == own.tobytes()
+
+
+def test_fields_beside_a_student_are_drawn_as_their_run_drew_them(drawer):
+    other = VelocityField("teacher", drawer.field.backbone, drawer.field.network)
+    both = {"student": drawer.field, "teacher": other}
+    known = replace(drawer, sampling=Sampling(steps=1), samplings={"teacher": Sampling(steps=3, guidance=40.0)})
+    drawn = known.draw_fields(both, [Sample("a red ring")])
+    [few] = drawer.draw_samples([Sample("a red ring", steps=1)])
+    [many] = drawer.draw_samples([Sample("a red ring", steps=3, guidance=40.0)])
+    assert (drawn["student"][0].tobytes(), drawn["teacher"][0].tobytes()) == (few.tobytes(), many.tobytes())
+    same = known.draw_fields(both, [Sample("a red ring", steps=1, guidance=1.0)])
+    assert same["student"][0].tobytes() == same["teacher"][0].tobytes() == few.tobytes()
+
+
+@pytest.mark.parametrize("found", [{"steps": 0}, {"guidance": 0.5}, {"pace": 3}, [4]])
+def test_a_statement_that_does_not_fit_is_refused(student_pipeline, tmp_path, found):
+    shutil.copytree(student_pipeline, tmp_path / "student")
+    write_json(tmp_path / "student" / SAMPLING, found)
+    with pytest.raises(UserError, match=r"sampling\.json: .*; write \{\"steps\": 8, \"guidance\": 1.0, .* or remove"):
+        open_student(tmp_path / "student")

@@ -11,6 +11,7 @@ import pytest
 from mlflow.models import validate_schema
 from PIL import Image
 
+from danceopd.config.sampling import Sampling, write_sampling
 from danceopd.errors import UserError
 from danceopd.inference.generate import encode_picture
 from danceopd.registry.pyfunc_model import StudentModel, read_rows, signature
@@ -68,11 +69,12 @@ def test_a_table_without_prompts_is_refused():
 
 
 def test_the_signature_takes_every_form():
-    inputs = signature().inputs
+    inputs = signature(Sampling()).inputs
     validate_schema(pd.DataFrame({"prompt": ["a"]}), inputs)
     validate_schema(pd.DataFrame({"prompt": ["a", "b"], "image": [PNG, None], "seed": [1, None]}), inputs)
     validate_schema(pd.DataFrame({"prompt": ["a"], "image": [TEXT]}), inputs)
-    assert signature().params.params[0].default == 8
+    known = {p.name: p.default for p in signature(Sampling(steps=4, guidance=3.5)).params.params}
+    assert known == {"steps": 4, "guidance": 3.5}
 
 
 def test_the_model_keeps_the_rows_index(backbone, tmp_path):
@@ -88,3 +90,7 @@ def test_the_model_keeps_the_rows_index(backbone, tmp_path):
     assert [Image.open(io.BytesIO(data)).size for data in drawn["image"]] == [(64, 64)] * 2
     with pytest.raises(UserError, match="steps is 0"):
         model.predict(Context, table, {"steps": 0})
+    assert bytes(drawn["image"][7]) != bytes(model.predict(Context, table, {"steps": 1, "guidance": 90.0})["image"][7])
+    write_sampling(tmp_path, Sampling(steps=1))
+    model.load_context(Context)
+    assert [bytes(data) for data in model.predict(Context, table)["image"]] == [bytes(data) for data in drawn["image"]]

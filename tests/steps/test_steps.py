@@ -18,6 +18,7 @@ from danceopd import steps
 from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Condition
 from danceopd.config.load import load_recipe
+from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.errors import UserError
 from danceopd.files import read_json
 from danceopd.flow.field_io import load_field, probe
@@ -172,6 +173,7 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     assert (student.folder / "lora").is_dir() == (trainable == "lora")
     for file in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
         assert (student.folder / "lora" / file).is_file() == (trainable == "lora")
+    assert read_sampling(student.pipeline) == recipe.sampling("student") == Sampling(steps=recipe.evaluate.steps)
     card = (student.pipeline / "README.md").read_text()
     assert "Not evaluated yet" in card and ("load_lora_weights" in card) == (trainable == "lora")
     if trainable == "lora":
