@@ -21,6 +21,7 @@ from danceopd.config.recipe import DistillRecipe, LoraRecipe
 from danceopd.errors import UserError
 from danceopd.export.sharded import export_sharded
 from danceopd.export.student import check_export, prove_export
+from danceopd.preflight.memory import gathered_bytes
 from danceopd.pretraining import world_base as wb
 from danceopd.training import checkpoints as checkpoints_module
 from danceopd.training.checkpoints import Checkpoints
@@ -108,6 +109,7 @@ def train_save_export(rank, base_folder, folder, kind):
     size = sizes(base.transformer)
     known = {"lr": 1e-3, "steps": 3, "batch": 6, "rollout_steps": 3, "optimizer": "adamw"}
     spec = DistillRecipe(**(known | {"lora": LoraRecipe(rank=2, alpha=2), "parallel": "shard"} | kind))
+    told = gathered_bytes(base.transformer, spec, base.lora_targets, base.transformer.dtype.itemsize)
     learner = new_learner(base, "student", spec)
     student = learner.field.network
     seen = WholeBytes(student)
@@ -134,6 +136,7 @@ def train_save_export(rank, base_folder, folder, kind):
     export_sharded(learner.finish(), load_recipe("world", settings), mine, processes)
     return {
         "most": seen.most,
+        "told": told,
         "largest": seen.largest,
         "held": sum(trained),
         "moments": sum(moments),
@@ -158,6 +161,7 @@ def test_no_process_ever_holds_more_than_some_blocks(deep_base, tmp_path, kind):
     for one in (main, other):
         # One block is computed with, one fetched, and the gradients of one are whole; the rest is no block.
         assert 0 < one["most"] <= 2 * (size["rest"] + 2 * size["block"]) < size["all"]
+        assert one["most"] <= one["told"] <= 4 * one["most"]  # which counts messages, and what is fetched, too
         assert one["largest"] <= 2 * size["weight"]  # of a trained copy in float32 beside a base in 16 bits
         assert one["moments"] == one["held"]
     if kind["trainable"] == "full":
