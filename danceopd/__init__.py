@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from danceopd.backbones.bases import fetch_base as fetch_base
     from danceopd.config.load import load_recipe as load_recipe
     from danceopd.config.recipe import Recipe as Recipe
-    from danceopd.data.encoded import encode_records as encode_records
+    from danceopd.data.encode import encode_records as encode_records
     from danceopd.data.records import Record as Record
     from danceopd.distill import distill as distill_fields
     from danceopd.errors import UserError as UserError
@@ -37,7 +37,7 @@ _NAMES = {
     "VelocityField": ("flow.fields", "VelocityField"),
     "distill_fields": ("distill", "distill"),
     "draw_field": ("evaluation.scoring", "draw_field"),
-    "encode_records": ("data.encoded", "encode_records"),
+    "encode_records": ("data.encode", "encode_records"),
     "fetch_base": ("backbones.bases", "fetch_base"),
     "finetune_field": ("finetune", "finetune"),
     "load_backbone": ("backbones", "load_backbone"),

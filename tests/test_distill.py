@@ -12,7 +12,7 @@ import torch
 from danceopd.backbones import load_backbone
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe, WeightPhase
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.distill import distill
 from danceopd.errors import UserError
 from danceopd.finetune import finetune

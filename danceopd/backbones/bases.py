@@ -197,5 +197,12 @@ def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:
         raise UserError(f"{what}: not to be downloaded ({str(error).splitlines()[0]})") from error
 
 
+def hash_encoders(folder: Path) -> str:
+    """SHA-256 of what encodes prompts and pictures: of a pipeline folder all but the transformer and the scheduler."""
+    names = sorted(set(components(folder / INDEX)) - {"transformer", "scheduler"})
+    kind = read_object(folder / INDEX).get("_class_name")
+    return content_key(kind, [(name, hash_folder(folder / name)) for name in names])
+
+
 def hash_weights(weights: Path) -> str:
     return hash_file(weights) if weights.is_file() else hash_folder(weights)

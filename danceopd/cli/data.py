@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +17,9 @@ from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:  # torch is slow to import, and most of these commands do without
+    import pyarrow as pa
+
     from danceopd.data.encoded import CutPrompts
-    from danceopd.data.records import Record
 
 data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
 
@@ -30,12 +30,13 @@ def data_build(
     overrides: SetOption = [],  # noqa: B006 (typer's way)
     out: Annotated[Path | None, typer.Option(help="dataset folder; default: tracked data/, or workspace")] = None,
     workspace: WorkspaceOption = None,
+    workers: Annotated[int, typer.Option(min=1, help="threads that decode and hash pictures")] = os.cpu_count() or 1,
 ) -> None:
     """Assemble the recipe's dataset: generate or read, check, split, count, hash."""
     from danceopd import steps
 
     loaded, place = open_recipe(recipe, overrides, workspace)
-    product = steps.build_data(loaded, place, folder=out)
+    product = steps.build_data(loaded, place, folder=out, workers=workers)
     _print_counts(product.facts["counts"], f"{product.dataset}  content {product.facts['content'][:16]}")
 
 
@@ -73,6 +74,8 @@ def data_stats(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Records by task and split, distinct prompts, bytes of pictures; with a recipe, prompts that are cut."""
+    import pyarrow.compute as pc
+
     from danceopd.data.assemble import open_dataset
     from danceopd.data.records import SPLITS
 
@@ -80,15 +83,18 @@ def data_stats(
     cut = None if recipe is None else _cutter(*open_recipe(recipe, overrides, workspace))
     _print_counts(dataset.manifest["counts"], str(folder))
     for split in SPLITS:
-        records = dataset.records(split)
-        prompts = Counter(r.prompt for r in records)
-        size = sum(len(picture) for r in records for picture in (r.source, r.target) if picture)
-        typer.echo(f"{split}: {len(records)} records, {len(prompts)} distinct prompts, {size / 1e6:.1f} MB of pictures")
-        if cut is not None and (found := cut(records)):
+        columns = dataset.columns().filter(pc.equal(dataset.columns()["split"], split))
+        prompts, groups = (pc.count_distinct(columns[name]).as_py() for name in ("prompt_key", "group"))
+        size = pc.sum(columns["bytes"]).as_py() or 0
+        typer.echo(
+            f"{split}: {columns.num_rows} records in {groups} groups that share pictures, {prompts} distinct prompts, "
+            f"{size / 1e6:.1f} MB of pictures"
+        )
+        if cut is not None and (found := cut(columns)):
             typer.echo(f"{split}: {found}")
 
 
-def _cutter(recipe: Recipe, workspace: Path) -> Callable[[list[Record]], CutPrompts | None]:
+def _cutter(recipe: Recipe, workspace: Path) -> Callable[[pa.Table], CutPrompts | None]:
     """What counts the prompts that a recipe's base would cut, from its tokenizer alone."""
     from danceopd.backbones import open_outline
     from danceopd.backbones.bases import fetch_configs
@@ -97,8 +103,10 @@ def _cutter(recipe: Recipe, workspace: Path) -> Callable[[list[Record]], CutProm
     folder = fetch_configs(recipe.model.base, recipe.model.revision, workspace)
     backbone = open_outline(folder, recipe.model)
 
-    def count(records: list[Record]) -> CutPrompts | None:
-        prompts = {(r.prompt, int(r.source is not None and backbone.prompt_sees_source)) for r in records}
+    def count(columns: pa.Table) -> CutPrompts | None:
+        edits = columns["source_key"].is_valid().to_pylist()
+        pairs = zip(columns["prompt"].to_pylist(), edits, strict=True)
+        prompts = {(text, int(edit and backbone.prompt_sees_source)) for text, edit in pairs}
         return cut_prompts(backbone, sorted(prompts))
 
     return count

@@ -8,15 +8,29 @@ import json
 import logging
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 
 from danceopd.config.recipe import DataRecipe
+from danceopd.data.columns import (
+    INDEX,
+    KEY_BYTES,
+    RecordTable,
+    columns_of,
+    hex_names,
+    key_of,
+    open_columns,
+    rows_where,
+    with_places,
+    write_columns,
+)
 from danceopd.data.records import (
     MANIFEST,
     SHARD_ROWS,
@@ -40,7 +54,7 @@ from danceopd.text import json_lines, parse_csv, read_bytes, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 PARQUET = ".parquet"
-OWN_FILES = (MANIFEST, "import.json")  # of a dataset or an import, beside its shards
+OWN_FILES = (MANIFEST, INDEX, "import.json")  # of a dataset or an import, beside its shards
 SHARD_BYTES = 1 << 28  # of a shard's pictures; `SHARD_ROWS` is reached first where they are small
 SPOOL_BYTES = 1 << 29  # of pictures kept in memory while a dataset is sorted; more wait on disk
 
@@ -179,41 +193,74 @@ def recipe_records(data: DataRecipe) -> Iterator[Record]:
         yield from read_input(location)
 
 
-def assemble(records: Iterable[Record], folder: Path, needs_source: dict[str, bool] | None = None) -> dict:
+def assemble(
+    records: Iterable[Record], folder: Path, needs_source: dict[str, bool] | None = None, workers: int = 1
+) -> dict:
     """Write records as a dataset folder and return its manifest.
 
     Args:
         records: in any order; they are sorted by split and id.
         folder: where the dataset appears, whole, by rename.
         needs_source: for each known task whether its records need a source image; None accepts any task.
+        workers: threads that decode and hash pictures; what comes out does not depend on it.
 
     Raises:
         UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input; or if
             `folder` holds anything but an older dataset.
     """
     seen: set[str] = set()
-    kept: list[Record] = []
-    pictures: list[Pictures] = []
+    kept: list[_Seen] = []
     with output_folder(folder, strangers) as scratch, _Spool(scratch) as spool:
-        for record in records:
-            where = f"record {record.id!r}"
-            check_record(record, where)
-            check_images(record, where)
+        for found in in_threads(_look_at, records, workers):
+            record, where = found.record, f"record {found.record.id!r}"
             if record.id in seen:
                 raise UserError(f"{where}: the id occurs twice; ids must be unique across all inputs")
             if needs_source is not None:
                 _check_task(record, needs_source, where)
             seen.add(record.id)
-            pictures.append((_name_of(record.source), _name_of(record.target)))
-            kept.append(spool.put(record))
+            kept.append(replace(found, record=spool.put(record)))
         if not kept:
             raise UserError(f"dataset {folder}: no records; check the recipe's data section")
-        splits = settle_splits(kept, pictures)
-        kept = [replace(record, split=split) for record, split in zip(kept, splits, strict=True)]
+        pictures = [found.pictures for found in kept]
+        splits = settle_splits([found.record for found in kept], pictures)
         if sides := on_two_sides(splits, pictures):
             log.warning("dataset %s: %s", folder, sides)
-        kept.sort(key=lambda r: (SPLITS.index(r.split), r.id))
+        kept = [
+            replace(found, record=replace(found.record, split=split)) for found, split in zip(kept, splits, strict=True)
+        ]
+        kept.sort(key=lambda found: (SPLITS.index(found.record.split), found.record.id))
         return _write(kept, spool, scratch)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A record that was checked, the names of its pictures and their (height, width)."""
+
+    record: Record
+    pictures: Pictures
+    size: tuple[int, int] | None
+
+
+def _look_at(record: Record) -> _Seen:
+    where = f"record {record.id!r}"
+    check_record(record, where)
+    size = check_images(record, where)
+    return _Seen(record, (_name_of(record.source), _name_of(record.target)), size)
+
+
+def in_threads(work: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator:
+    """What `work` makes of each item, in their order; with several workers a few items each are under way at once."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    under_way: deque[Future] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) >= 4 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def _name_of(picture: bytes | None) -> str | None:
@@ -224,7 +271,7 @@ def strangers(folder: Path) -> list[str] | None:
     """What a dataset folder holds beside the dataset; None if it holds none. See `danceopd.files.check_output`."""
     try:
         manifest = read_json(folder / MANIFEST)
-        known = {MANIFEST, *manifest["files"]}
+        known = {MANIFEST, INDEX, *manifest["files"]}
         if not {"content", "counts"} <= set(manifest):
             return None
     except (UserError, LookupError, TypeError):
@@ -282,16 +329,16 @@ def _with_pictures(record: Record, kind: type, change: Callable) -> Record:
     return replace(record, **{name: change(value) for name, value in values.items() if isinstance(value, kind)})
 
 
-def _shards(records: list[Record]) -> list[list[Record]]:
+def _shards(kept: list[_Seen]) -> list[list[_Seen]]:
     """Cut records into shards by rows, and by bytes of their pictures."""
-    shards: list[list[Record]] = []
+    shards: list[list[_Seen]] = []
     size = 0
-    for record in records:
-        size += _Spool.size(record)
+    for found in kept:
+        size += _Spool.size(found.record)
         if not shards or len(shards[-1]) == SHARD_ROWS or size > SHARD_BYTES:
             shards.append([])
-            size = _Spool.size(record)
-        shards[-1].append(record)
+            size = _Spool.size(found.record)
+        shards[-1].append(found)
     return shards
 
 
@@ -302,24 +349,46 @@ def _check_task(record: Record, needs_source: dict[str, bool], where: str) -> No
         raise UserError(f"{where}: task {record.task!r} edits a source image and the record has none")
 
 
-def _write(records: list[Record], spool: _Spool, folder: Path) -> dict:
-    files = {}
+def _write(kept: list[_Seen], spool: _Spool, folder: Path) -> dict:
+    files, places = {}, []
     for split in SPLITS:
-        shards = _shards([r for r in records if r.split == split])
+        shards = _shards([found for found in kept if found.record.split == split])
         for number, shard in enumerate(shards):
             name = f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
-            write_shard([spool.get(record) for record in shard], folder / name)
+            write_shard([spool.get(found.record) for found in shard], folder / name)
             files[name] = {"sha256": hash_file(folder / name), "rows": len(shard)}
+            places.append((name, len(shard)))
+    records = [found.record for found in kept]
     counts = Counter((r.task, r.split) for r in records)
     tasks = sorted({r.task for r in records})
+    content = content_hash(map(spool.get, records))
     manifest = {
-        "content": content_hash(map(spool.get, records)),
+        "content": content,
         "counts": {task: {split: counts[task, split] for split in SPLITS} for task in tasks},
         "files": files,
         "schema": 1,
     }
     write_json(folder / MANIFEST, manifest)
+    write_columns(with_places(_columns(kept), places), folder, content)
     return manifest
+
+
+def _columns(kept: list[_Seen]) -> dict[str, list]:
+    """Everything that `columns_of` finds in records, of ones whose pictures were looked at before."""
+
+    def key(name: str | None) -> bytes | None:
+        return None if name is None else bytes.fromhex(name)[:KEY_BYTES]
+
+    records = [found.record for found in kept]
+    texts = {name: [getattr(record, name) for record in records] for name in ("id", "task", "split", "prompt")}
+    return texts | {
+        "prompt_key": [key_of(record.prompt) for record in records],
+        "source_key": [key(found.pictures[0]) for found in kept],
+        "target_key": [key(found.pictures[1]) for found in kept],
+        "height": [found.size and found.size[0] for found in kept],
+        "width": [found.size and found.size[1] for found in kept],
+        "bytes": [_Spool.size(record) for record in records],
+    }
 
 
 @dataclass(frozen=True)
@@ -328,6 +397,7 @@ class DatasetFolder:
 
     folder: Path
     manifest: dict
+    _held: dict[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def content(self) -> str:
@@ -336,28 +406,54 @@ class DatasetFolder:
 
     def records(self, split: str, task: str | None = None, limit: int | None = None) -> list[Record]:
         """Records of a split in id order, of one task or all; at most `limit`, spread over them by a hash of the id."""
-        shards = [self.folder / name for name in sorted(self.manifest["files"]) if name.startswith(f"{split}-")]
-        wanted = None if limit is None else self._chosen(shards, task, limit)
-        return [
-            record
-            for shard in shards
-            for record in read_parquet(shard)
-            if (task is None or record.task == task) and (wanted is None or record.id in wanted)
-        ]
+        columns = self.columns()
+        rows = rows_where(columns, split=split, **({} if task is None else {"task": task}))
+        if limit is not None:
+            rows = rows[spread(columns["id"].take(pa.array(rows)).to_pylist(), limit)]
+        return list(self._read(rows))
 
-    @staticmethod
-    def _chosen(shards: list[Path], task: str | None, limit: int) -> set[str]:
-        """Ids of `limit` records at most; nothing but ids and tasks is read."""
-        rows = (row for shard in shards for row in pq.read_table(shard, columns=["id", "task"]).to_pylist())
-        ids = [row["id"] for row in rows if task is None or row["task"] == task]
-        return {ids[row] for row in spread(ids, limit)}
+    def table(self, split: str, tasks: tuple[str, ...]) -> RecordTable:
+        """A split's records by their columns, task after task and each in id order; no picture is read for it."""
+        columns = self.columns()
+        rows = np.concatenate([rows_where(columns, split=split, task=task) for task in tasks])
+        return RecordTable(columns.take(pa.array(rows)), lambda wanted: self._read(rows[np.asarray(wanted, np.int64)]))
 
-    def stream(self, split: str, tasks: tuple[str, ...]) -> Iterator[Record]:
-        """Records of a split, task after task and each in id order, a few in memory at a time."""
-        for task in tasks:
-            for name in sorted(self.manifest["files"]):
-                if name.startswith(f"{split}-"):
-                    yield from (record for record in read_parquet(self.folder / name) if record.task == task)
+    def columns(self) -> pa.Table:
+        """All records' columns, in the order of the splits and ids (`danceopd.data.columns`).
+
+        A dataset of an earlier version has none: all records are read once, and the columns are kept where the folder
+        can be written to.
+        """
+        if "columns" not in self._held:
+            found = open_columns(self.folder, self.content)
+            self._held["columns"] = self._look_through() if found is None else found
+        return self._held["columns"]
+
+    def _look_through(self) -> pa.Table:
+        log.info("%s: has no %s; every record is read once", self.folder, INDEX)
+        order = {split: number for number, split in enumerate(SPLITS)}
+        names = sorted(self.manifest["files"], key=lambda name: (order[name.partition("-")[0]], name))
+        records = (record for name in names for record in read_parquet(self.folder / name))
+        found = columns_of(records, [(name, self.manifest["files"][name]["rows"]) for name in names])
+        try:
+            write_columns(found, self.folder, self.content)
+        except OSError as error:
+            log.warning("%s: %s is not kept (%s), and made again by every process", self.folder, INDEX, error)
+        return found
+
+    def read(self) -> Iterator[Record]:
+        """All records, in the order of their columns."""
+        return self._read(np.arange(self.columns().num_rows))
+
+    def _read(self, rows: np.ndarray) -> Iterator[Record]:
+        """Records by their rows in `columns`; of each shard only the row groups that hold one are read."""
+        places = self.columns().select(["file", "row"]).take(pa.array(rows, pa.int64()))
+        files, inside = places["file"].combine_chunks(), places["row"].to_numpy()
+        codes = files.indices.to_numpy() if len(rows) else np.zeros(0, np.int32)
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(codes) | (np.diff(inside) < 0)) + 1):
+            if len(part):
+                name = files.dictionary[int(codes[part[0]])].as_py()
+                yield from read_parquet(self.folder / name, inside[part])
 
 
 def open_dataset(folder: Path) -> DatasetFolder:
@@ -379,13 +475,11 @@ def open_dataset(folder: Path) -> DatasetFolder:
 def count_two_sides(folder: Path) -> TwoSides:
     """What of a dataset lies on two sides of a split, by its pictures' bytes and by what they look like."""
     dataset = open_dataset(folder)
-    splits, pictures = [], []
-    for split in SPLITS:
-        for record in dataset.records(split):
-            splits.append(split)
-            pictures.append((_name_of(record.source), _name_of(record.target)))
-    alike = count_alike((split, record) for split in SPLITS for record in dataset.records(split))
-    return replace(on_two_sides(splits, pictures), alike=alike)
+    columns = dataset.columns()
+    splits = columns["split"].to_pylist()
+    pictures = [hex_names(columns[name].to_pylist()) for name in ("source_key", "target_key")]
+    alike = count_alike(zip(splits, dataset.read(), strict=True))
+    return replace(on_two_sides(splits, list(zip(*pictures, strict=True))), alike=alike)
 
 
 def verify_dataset(folder: Path) -> dict:
@@ -400,4 +494,7 @@ def verify_dataset(folder: Path) -> dict:
             raise UserError(f"{folder}: shard {name} is damaged (its hash differs from the manifest); build it again")
         for record in read_parquet(dataset.folder / name):
             check_images(record, f"{name}, record {record.id!r}")
+    held = open_columns(dataset.folder, dataset.content)
+    if held is not None and held.num_rows != sum(facts["rows"] for facts in dataset.manifest["files"].values()):
+        raise UserError(f"{folder}: {INDEX} has {held.num_rows} rows; delete it, and it is made of the records again")
     return dataset.manifest

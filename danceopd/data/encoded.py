@@ -1,27 +1,23 @@
-"""Records turned into what training reads: prompt embeddings and latents, encoded once and cached on disk."""
+"""What training reads of records: prompt embeddings and latents by row, and the encoders that make them."""
 
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from danceopd.backbones.base import Backbone, Condition
 from danceopd.data.pictures import read_size
-from danceopd.data.records import Record, content_hash, decode_image
+from danceopd.data.records import Record, decode_image
 from danceopd.errors import UserError
-from danceopd.files import content_key
 
 log = logging.getLogger(__name__)
+ROWS = ("prompts", "sources", "targets")
 BATCH = 16
 BATCH_PIXELS = BATCH * 256 * 256
 
@@ -36,12 +32,9 @@ class Rows:
         """One row, float32."""
         raise NotImplementedError
 
-    def __getitem__(self, index: Tensor | tuple[slice, ...]) -> Tensor:
-        """Rows of one length by number (B,): (B, ...); or a part of each row by slices, the first over the rows."""
-        if isinstance(index, tuple):
-            picked = [self.row(number)[index[1:]] for number in range(len(self))[index[0]]]
-        else:
-            picked = [self.row(number) for number in index.tolist()]
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Rows of one length by number (B,): (B, ...)."""
+        picked = [self.row(number) for number in index.tolist()]
         return torch.stack(picked) if picked else torch.empty(0)
 
 
@@ -77,14 +70,9 @@ class Sizing:
         """(height, width) of one picture; `where` names it in errors."""
         return read_size(picture, where) if self.own else (self.height, self.width)
 
-    def of_record(self, record: Record) -> tuple[int, int]:
-        """(height, width) of a record: its source's or its target's; they are equal."""
-        picture = record.target if record.source is None else record.source
-        return (self.height, self.width) if picture is None else self.of(picture, f"record {record.id!r}")
 
-
-def check_size(backbone: Backbone, size: tuple[int, int], record: Record) -> None:
-    """Check that the back end takes a picture of a record's size.
+def check_size(backbone: Backbone, size: tuple[int, int], record: str) -> None:
+    """Check that the back end takes a picture of a record's size; `record` is its id.
 
     Raises:
         UserError: naming the record.
@@ -93,8 +81,7 @@ def check_size(backbone: Backbone, size: tuple[int, int], record: Record) -> Non
         backbone.latent_shape(*size)
     except UserError as error:
         raise UserError(
-            f"record {record.id!r}: {error}; import the data with buckets that fit (resize.step), or set "
-            f"model.sizes: one"
+            f"record {record!r}: {error}; import the data with buckets that fit (resize.step), or set model.sizes: one"
         ) from error
 
 
@@ -153,10 +140,21 @@ class EncodedRecords:
 
     def shape_groups(self, rows: list[int]) -> list[list[int]]:
         """Positions in `rows` grouped by sequence length: samples without a source, samples with one, by size."""
-        groups: dict[tuple, list[int]] = {}
-        for position, has in enumerate((self.source_row[rows] >= 0).tolist()):
-            groups.setdefault((has, *self.size(rows[position])), []).append(position)
-        return [groups[kind] for kind in sorted(groups)]
+        if not rows:
+            return []
+        picked = torch.tensor(rows)
+        kind = (self.source_row[picked] >= 0).long()
+        if self.sizes is not None:
+            height, width = self.sizes[picked].unbind(1)
+            kind = (kind << 40) + (height << 20) + width
+        _, kind = torch.unique(kind, return_inverse=True)  # in rising order
+        order = torch.argsort(kind, stable=True)
+        return [part.tolist() for part in torch.split(order, torch.bincount(kind).tolist())]
+
+    def thin(self) -> EncodedRecords:
+        """The same records with one number, zero, for each prompt and picture: nothing is read for it."""
+        none = {name: torch.zeros(1, 1, 1).expand(len(getattr(self, name)), 1, 1) for name in ROWS}
+        return replace(self, prompts=none["prompts"], sources=none["sources"], targets=none["targets"])
 
     def condition(self, rows: list[int], device: torch.device | str = "cpu") -> Condition:
         """The conditions of rows of one shape group."""
@@ -280,130 +278,10 @@ def cut_prompts(backbone: Backbone, prompts: Iterable[tuple[str, int]]) -> CutPr
 
 def tell_cut(backbone: Backbone, prompts: Iterable[tuple[str, int]]) -> None:
     """Say in the log how many prompts are cut, if any are."""
-    cut = cut_prompts(backbone, prompts)
+    say_cut(cut_prompts(backbone, prompts))
+
+
+def say_cut(cut: CutPrompts | None) -> None:
+    """Say in the log how many prompts are cut, if any are."""
     if cut is not None:
         log.warning("%s", cut)
-
-
-def _encode_pictures(backbone: Backbone, pictures: list[bytes], name: str, sizing: Sizing) -> dict[str, Tensor]:
-    """Latents by size, in the order the sizes are met, and each picture's place: rows of `places`, (P, 2)."""
-    by_size: dict[tuple[int, int], list[bytes]] = {}
-    places = torch.empty(len(pictures), 2, dtype=torch.int64)
-    for row, picture in enumerate(pictures):
-        size = sizing.of(picture, f"{name} image")
-        alike = by_size.setdefault(size, [])
-        places[row] = torch.tensor([list(by_size).index(size), len(alike)])
-        alike.append(picture)
-    found = {f"{name}.places": places}
-    for number, (size, alike) in enumerate(by_size.items()):
-        encode, batch = picture_encoder(backbone, *size), picture_batch(*size)
-        parts = encode_in_batches(encode, [(picture, f"{name} image") for picture in alike], batch)
-        found[f"{name}.{number}"] = torch.cat(list(parts))
-    return found
-
-
-def _pictures_of(tensors: dict[str, Tensor], name: str) -> Tensor | Rows:
-    places = tensors[f"{name}.places"]
-    if not len(places):
-        return torch.empty(0, 0, 0)
-    if not places[:, 0].any():
-        return tensors[f"{name}.0"]
-    return UnevenRows([tensors[f"{name}.{part}"][row] for part, row in places.tolist()])
-
-
-def _distinct(values: list) -> tuple[list, Tensor]:
-    """Distinct values that are not None in order of appearance, and each one's row or -1."""
-    place: dict = {}
-    rows = [-1 if v is None else place.setdefault(v, len(place)) for v in values]
-    return list(place), torch.tensor(rows)
-
-
-def _cached(path: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, made and written there if it is not there yet."""
-    if path is not None and path.is_file():
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    tensors = make()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        save_file(tensors, scratch)
-        scratch.replace(path)
-    return tensors
-
-
-def encode_empty(backbone: Backbone, cache: Path | None, base_key: str) -> Tensor:
-    """The empty prompt's embedding (L, D), or what was kept of it, so that guidance needs no text encoder.
-
-    Args:
-        backbone: the model family whose encoder is used.
-        cache: folder for encoded tensors, or None for no cache.
-        base_key: identity of the base (its encoders), part of the cache's key.
-    """
-    path = None if cache is None else Path(cache) / f"empty-{content_key(base_key)}.safetensors"
-    return _cached(path, lambda: {"empty": backbone.encode_prompts([""])[0].cpu().contiguous()})["empty"]
-
-
-def encode_records(
-    backbone: Backbone,
-    records: list[Record],
-    height: int,
-    width: int,
-    cache: Path | None,
-    base_key: str,
-    targets: bool,
-    own_sizes: bool = False,
-) -> EncodedRecords:
-    """Encode records, or read them back if this very set was encoded before.
-
-    Args:
-        backbone: the model family whose encoders are used.
-        records: any records; tasks may be mixed.
-        height: of the pictures; must suit the back end.
-        width: of the pictures.
-        cache: folder for the encoded tensors, or None for no cache.
-        base_key: identity of the base (its encoders), part of the cache's key.
-        targets: whether target images are encoded too (distillation needs none).
-        own_sizes: each record is encoded at its pictures' own size, and at `height` x `width` if it has none.
-
-    Raises:
-        UserError: if there are no records, or a picture cannot be read, or has a size of its own that does not suit.
-    """
-    if not records:
-        raise UserError("no records to encode; check the recipe's tasks against the dataset's splits")
-    sizing, sizes = Sizing(height, width, own_sizes), None
-    if own_sizes:
-        found = [sizing.of_record(record) for record in records]
-        for size, record in {size: record for size, record in zip(found, records, strict=True)}.items():
-            check_size(backbone, size, record)
-        sizes = torch.tensor(found)
-    prompts, prompt_row = _distinct([prompt_of(r, backbone.prompt_sees_source) for r in records])
-    sources, source_row = _distinct([r.source for r in records])
-    pictures, target_row = _distinct([r.target if targets else None for r in records])
-    tell_cut(backbone, [(text, int(source is not None)) for text, source in prompts])
-    key = content_key(base_key, height, width, own_sizes, targets, content_hash(records))
-    path = None if cache is None else Path(cache) / f"encoded-{key}.safetensors"
-
-    def encode() -> dict[str, Tensor]:
-        log.info("encoding %d prompts, %d sources, %d targets", len(prompts), len(sources), len(pictures))
-        read = prompt_encoder(backbone, sizing)
-        embedded = torch.cat(list(encode_in_batches(read, prompts, prompt_batch(backbone))))
-        return (
-            {"prompts": embedded}
-            | _encode_pictures(backbone, sources, "source", sizing)
-            | _encode_pictures(backbone, pictures, "target", sizing)
-        )
-
-    tensors = _cached(path, encode)
-    return EncodedRecords(
-        [r.task for r in records],
-        tensors["prompts"],
-        prompt_row,
-        _pictures_of(tensors, "source"),
-        source_row,
-        _pictures_of(tensors, "target"),
-        target_row,
-        height,
-        width,
-        sizes,
-    )

@@ -106,8 +106,8 @@ def check_record(record: Record, where: str) -> None:
         raise UserError(f"{where}: field 'provenance' is not a JSON object; write {{}} when there is none")
 
 
-def check_images(record: Record, where: str) -> None:
-    """Decode the record's pictures; source and target must have one size.
+def check_images(record: Record, where: str) -> tuple[int, int] | None:
+    """Decode the record's pictures and return their (height, width); source and target must have one size.
 
     Raises:
         UserError: naming `where` and the field.
@@ -119,6 +119,7 @@ def check_images(record: Record, where: str) -> None:
             sizes[name] = decode_image(data, f"{where}, field '{name}'").shape[:2]
     if len(set(sizes.values())) > 1:
         raise UserError(f"{where}: source is {sizes['source']} and target {sizes['target']} (H, W); make them equal")
+    return next(iter(sizes.values()), None)
 
 
 def content_hash(records: Iterable[Record]) -> str:
@@ -166,20 +167,29 @@ def _image_bytes(value: Any, where: str) -> bytes | None:
     raise UserError(f"{where}: holds no embedded image bytes; write it as struct<bytes, path> or binary")
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
+def read_parquet(path: Path, rows: np.ndarray | None = None) -> Iterator[Record]:
     """Read the records of one Parquet file in this schema, checked.
+
+    Args:
+        path: of the file.
+        rows: numbers of those that are wanted, rising; row groups without one are not read. None: all.
 
     Raises:
         UserError: if the file is not Parquet, a column is missing, or a record is not valid.
     """
-    row = 0
-    for batch in _batches(path):
-        for data in batch.to_pylist():
-            yield record_from(data, f"{path}, row {row}")
-            row += 1
+    for start, batch in _batches(path, rows):
+        if rows is None:
+            inside: Iterable[int] = range(len(batch))
+        else:
+            first, last = np.searchsorted(rows, (start, start + len(batch)))
+            inside = (rows[first:last] - start).tolist()
+            batch = batch.take(pa.array(inside, pa.int64()))
+        for number, data in zip(inside, batch.to_pylist(), strict=True):
+            yield record_from(data, f"{path}, row {start + number}")
 
 
-def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, rows: np.ndarray | None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """A file's batches, each with the number of its first row; with `rows`, of the row groups that hold one."""
     row = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -190,9 +200,14 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 raise UserError(f"{path}: {said}")
             if unknown := unknown_fields(names):
                 log.warning("%s: ignored column(s): %s", path, ", ".join(unknown))
-            for batch in file.iter_batches(batch_size=READ_ROWS):
-                yield batch
-                row += len(batch)
+            for number in range(file.num_row_groups):
+                after = row + file.metadata.row_group(number).num_rows
+                if rows is not None and np.searchsorted(rows, row) == np.searchsorted(rows, after):
+                    row = after
+                    continue
+                for batch in file.iter_batches(batch_size=READ_ROWS, row_groups=[number]):
+                    yield row, batch
+                    row += len(batch)
     except (OSError, pa.ArrowException) as error:
         said = " ".join(str(error).split())
         where = f"{path}, after row {row - 1}" if row else path

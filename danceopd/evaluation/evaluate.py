@@ -22,7 +22,8 @@ from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import EvaluateRecipe, Recipe
 from danceopd.config.sampling import Sampling
 from danceopd.data.assemble import DatasetFolder, open_dataset
-from danceopd.data.encoded import EncodedRecords, encode_records
+from danceopd.data.encode import encode_records
+from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record, spread
 from danceopd.errors import UserError
 from danceopd.evaluation.canaries import judge_canaries

@@ -313,7 +313,7 @@ def train_transformer(backbone: Flux2Klein, plan: BuildPlan) -> Flux2Transformer
 def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, float]:
     """What the base can do, on held-out scenes: reconstruction, drawing from captions, repeating a reference."""
     from danceopd.config.recipe import EvaluateRecipe
-    from danceopd.data.encoded import encode_records
+    from danceopd.data.encode import encode_records
     from danceopd.evaluation.scoring import score_records
     from danceopd.flow.fields import VelocityField
 

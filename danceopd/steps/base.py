@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from danceopd.backbones.bases import hash_weights
+from danceopd.backbones.bases import hash_encoders, hash_weights
 from danceopd.config.recipe import Recipe
 from danceopd.files import write_json
 from danceopd.tracking import recording
@@ -35,7 +35,8 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
         name = "pipeline" if source.shipped or other is not None else portable(source.folder, workspace)
         # A base that stays where it is leaves nothing else here to tell its product's digest from another's.
         write_json(scratch / "source.json", {"weights": source.digest})
-        return {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
+        facts = {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
+        return facts | {"encoders": hash_encoders(source.folder)}
 
     inputs = [source.digest, portable(source.folder, workspace)]
     return make_product(

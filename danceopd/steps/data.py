@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from danceopd.config.recipe import Recipe
+from danceopd.devices import usable_cores
 from danceopd.files import at_home, content_key, write_json
 from danceopd.tracking import recording
 from danceopd.workspace import Product, joined_processes, main_first, make_product, portable
@@ -13,7 +14,9 @@ from danceopd.workspace import Product, joined_processes, main_first, make_produ
 log = logging.getLogger(__name__)
 
 
-def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo: Path | None = None) -> Product:
+def build_data(
+    recipe: Recipe, workspace: Path, folder: Path | None = None, repo: Path | None = None, workers: int | None = None
+) -> Product:
     """Make the task-tagged dataset, or find it: under DVC in the repository, in the workspace, or at `folder`.
 
     Args:
@@ -21,6 +24,7 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
         workspace: where the product's card lies, and the dataset itself if it is not tracked.
         folder: write the dataset here instead.
         repo: the repository whose `data.dvc` may track the dataset; default: the one around the working directory.
+        workers: threads that decode and hash pictures; None: one a core.
 
     Raises:
         UserError: for invalid records, or data that is not what `data.dvc` names.
@@ -43,8 +47,9 @@ def build_data(recipe: Recipe, workspace: Path, folder: Path | None = None, repo
         if rebuild or not (home / MANIFEST).is_file():
             log.info("assembling the dataset at %s", home)
             needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
-            assemble(recipe_records(recipe.data), home, needs_source)
-    dataset = open_dataset(home)
+            assemble(recipe_records(recipe.data), home, needs_source, workers or usable_cores())
+        dataset = open_dataset(home)
+        dataset.columns()  # made here, once, where an earlier version left none
     version = versioning.verify(used, used / "data") if used is not None else None
     facts = {
         "dataset": portable(home, workspace),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,12 @@ if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need
 
     from danceopd.backbones.base import Backbone
     from danceopd.data.assemble import DatasetFolder
+    from danceopd.data.cache import EncodingCache
     from danceopd.data.encoded import EncodedRecords, Sizing
     from danceopd.data.records import Record
+
+
+LIBRARIES = ("torch", "transformers", "diffusers")  # on which an encoding depends
 
 
 def open_backbone(run: Run, spec: TrainRecipe | None = None) -> Backbone:
@@ -42,7 +45,7 @@ def open_backbone(run: Run, spec: TrainRecipe | None = None) -> Backbone:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes a run's records with a backbone; of several processes the main one encodes, the others read.
+    """Encodes a run's records with a backbone; training records by all processes, held-out ones by the main one.
 
     Attributes:
         run: whose records and cache.
@@ -54,9 +57,16 @@ class Encoder:
 
     @property
     def key(self) -> str:
-        """A name for all that decides an encoding besides the record."""
+        """A name for all that decides an encoding besides the record.
+
+        The encoders' own weights, tokenizers and configurations, how prompts are encoded, and the libraries; a base
+        with another transformer finds what another encoded. A build's local label (`+cpu`) is left out, so that what
+        GPU nodes encoded serves a laptop.
+        """
         model = self.run.recipe.model
-        return content_key(self.run.base.digest, model.max_sequence_length, model.text_encoder_out_layers)
+        libraries = {name: version(name).split("+")[0] for name in LIBRARIES}
+        how = (model.max_sequence_length, model.text_encoder_out_layers, model.dtype)
+        return content_key(self.run.base.facts["encoders"], *how, libraries)
 
     def dataset(self) -> DatasetFolder:
         """The run's dataset."""
@@ -68,66 +78,48 @@ class Encoder:
         self, split: str, tasks: tuple[str, ...], limit: int | None = None
     ) -> tuple[list[Record], EncodedRecords]:
         """A split's records of some tasks, at most `limit` of each, plain and encoded without targets."""
+        from danceopd.data.encode import encode_records
+
         dataset = self.dataset()
         records = [record for task in tasks for record in dataset.records(split, task, limit)]
-        return records, self._encoded(records, targets=False, own_sizes=False)
+        model = self.run.recipe.model
+        with main_first():
+            encoded = encode_records(
+                self.backbone, records, model.height, model.width, self.run.cache, self.key, targets=False
+            )
+        return records, encoded
 
     def held_out(self, split: str, limit: int) -> dict[str, tuple[list[Record], EncodedRecords]]:
         """At most `limit` held-out records of each of the recipe's tasks, plain and encoded."""
         return {task: self.split(split, (task,), limit) for task in self.run.recipe.tasks}
 
     def train(self, tasks: tuple[str, ...], targets: bool) -> EncodedRecords:
-        """The training records of some tasks, encoded; through the recipe's cache if it names one.
+        """The training records of some tasks, encoded; they stay on disk, in the recipe's cache or the workspace's.
 
         Raises:
             UserError: if targets are wanted and a record has none.
         """
-        encoded = self._train(tasks, targets) if self.run.recipe.cache is None else self._cached(tasks, targets)
+        from danceopd.data.cache import fetch_cache
+        from danceopd.data.encode import KEPT, encode_cached
+        from danceopd.training.processes import this_process
+
+        location, processes = self.run.recipe.cache, this_process()
+        with main_first():
+            folder = self.run.cache / KEPT if location is None else fetch_cache(location, self.run.workspace)
+        table, share = self.dataset().table("train", tasks), (processes.rank, processes.count)
+        cache, sizing = open_cache(self.run.recipe, folder), sizing_of(self.run.recipe)
+        encoded = encode_cached(self.backbone, table, sizing, cache, self.key, targets, share, processes.wait)
         if targets:
             for task in tasks:
                 _require_targets(encoded, task)
-        return replace(encoded, ids=functools.partial(self._train_ids, tasks))
-
-    def _train_ids(self, tasks: tuple[str, ...], rows: Sequence[int]) -> list[str]:
-        """Ids of training records by their rows; the dataset is read for it."""
-        wanted = max(rows, default=-1) + 1
-        ids = [record.id for record in itertools.islice(self.dataset().stream("train", tasks), wanted)]
-        return [ids[row] for row in rows]
+        return replace(encoded, ids=functools.partial(table.texts, "id"))
 
     def empty_prompt(self) -> Tensor:
         """The empty prompt's embedding, (L, D)."""
-        from danceopd.data.encoded import encode_empty
+        from danceopd.data.encode import encode_empty
 
         with main_first():
             return encode_empty(self.backbone, self.run.cache, self.key)
-
-    def _train(self, tasks: tuple[str, ...], targets: bool) -> EncodedRecords:
-        dataset = self.dataset()
-        records = [record for task in tasks for record in dataset.records("train", task)]
-        return self._encoded(records, targets, own_sizes=self.run.recipe.model.sizes == "own")
-
-    def _encoded(self, records: list[Record], targets: bool, own_sizes: bool) -> EncodedRecords:
-        from danceopd.data.encoded import encode_records
-
-        model = self.run.recipe.model
-        with main_first():
-            return encode_records(
-                self.backbone, records, model.height, model.width, self.run.cache, self.key, targets, own_sizes
-            )
-
-    def _cached(self, tasks: tuple[str, ...], targets: bool) -> EncodedRecords:
-        from danceopd.data.cache import EncodingCache, encode_cached, fetch_cache
-        from danceopd.training.processes import this_process
-
-        location = self.run.recipe.cache
-        assert location is not None  # else nothing is read from one
-        with main_first():
-            cache = EncodingCache(fetch_cache(location, self.run.workspace))
-        dataset, processes = self.dataset(), this_process()
-        stream = functools.partial(dataset.stream, "train", tasks)
-        share = (processes.rank, processes.count)
-        sizing = sizing_of(self.run.recipe)
-        return encode_cached(self.backbone, stream, sizing, cache, self.key, targets, share, processes.wait)
 
 
 def cache_encodings(run: Run, folder: Path, share: tuple[int, int] | None = None) -> dict[str, int]:
@@ -138,22 +130,32 @@ def cache_encodings(run: Run, folder: Path, share: tuple[int, int] | None = None
         folder: the cache; what is there is kept and used.
         share: this worker's number and how many there are; default: those of the processes started together.
     """
-    from danceopd.data.cache import EncodingCache, fill_cache, wanted_by
+    from danceopd.backbones import load_backbone
+    from danceopd.data.encode import fill_cache, wanted_by
     from danceopd.methods.table import needs_targets
     from danceopd.training.processes import this_process
 
     recipe, processes = run.recipe, this_process()
-    encoder, sizing, cache = Encoder(run, open_backbone(run)), sizing_of(recipe), EncodingCache(folder)
+    reader = load_backbone(run.base.pipeline, recipe.model, processes.device, transformer=False)  # nothing draws
+    encoder, sizing, cache = Encoder(run, reader), sizing_of(recipe), open_cache(recipe, folder)
     backbone, dataset = encoder.backbone, encoder.dataset()
     taught = {t.task for t in recipe.teachers.values() if isinstance(t, FinetunedTeacher)}
     with_targets = tuple(recipe.tasks) if needs_targets(recipe.distill) else tuple(sorted(taught))
     mine = share or (processes.rank, processes.count)
-    for tasks, targets in ((tuple(recipe.tasks), False), (with_targets, True)):
-        stream = functools.partial(dataset.stream, "train", tasks)
-        wanted = wanted_by(backbone, stream(), targets, sizing)
-        fill_cache(backbone, wanted, stream, sizing, cache, encoder.key, targets, mine)
+    for tasks, targets in ((tuple(recipe.tasks), False), *([(with_targets, True)] if with_targets else [])):
+        wanted = wanted_by(backbone, dataset.table("train", tasks), targets, sizing)
+        fill_cache(backbone, wanted, sizing, cache, encoder.key, mine)
     processes.wait()
     return cache.write_index()
+
+
+def open_cache(recipe: Recipe, folder: Path) -> EncodingCache:
+    """A cache that keeps encodings in the dtype in which the recipe's base computes."""
+    import torch
+
+    from danceopd.data.cache import EncodingCache
+
+    return EncodingCache(folder, getattr(torch, recipe.model.dtype))
 
 
 def sizing_of(recipe: Recipe) -> Sizing:

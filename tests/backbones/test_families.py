@@ -21,8 +21,10 @@ from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import add_lora, save_diffusers_lora
 from danceopd.backbones.packing import pack_parts, to_latents, to_tokens, unpack_parts
 from danceopd.config.recipe import LoraRecipe
-from danceopd.data.cache import EncodingCache, encode_cached
-from danceopd.data.encoded import Sizing, encode_records
+from danceopd.data.cache import EncodingCache
+from danceopd.data.columns import table_of
+from danceopd.data.encode import encode_cached, encode_records
+from danceopd.data.encoded import Sizing
 from danceopd.data.records import Record
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
@@ -246,7 +248,7 @@ def test_qwens_prompts_see_their_own_source_and_are_kept_apart(load, tmp_path):
         alone = condition_of(base, ["a red ring"], images, 64, 64)
         assert torch.equal(encoded.prompts[row], alone.prompt[0])
     assert (encoded.prompts[1] - encoded.prompts[2]).abs().max() > 1e-3
-    cached = encode_cached(base, lambda: iter(records), Sizing(64, 64), EncodingCache(tmp_path), "k", targets=False)
+    cached = encode_cached(base, table_of(records), Sizing(64, 64), EncodingCache(tmp_path), "k", targets=False)
     assert torch.equal(cached.prompts[cached.prompt_row], encoded.prompts[encoded.prompt_row])
     drawer = Drawer(base_field(base), QWEN_IMAGE.shape())
     drawn = drawer.draw(["a red ring"], [picture(1, 64, 64)], [7], 2)[0]

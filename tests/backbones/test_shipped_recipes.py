@@ -23,7 +23,7 @@ from danceopd.config.load import RECIPES as RECIPE_PACKAGE
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import CheckpointTeacher, Recipe
 from danceopd.config.shipped import shipped_names
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.data.records import Record, write_shard
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import read_picture

@@ -8,7 +8,7 @@ import pytest
 
 from danceopd.data import world
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.evaluation.drift import path_drift, plot_paths
 from danceopd.flow.fields import VelocityField
 

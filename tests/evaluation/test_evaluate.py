@@ -15,7 +15,7 @@ from danceopd.config.load import parse_recipe
 from danceopd.config.recipe import DriftRecipe, EvaluateRecipe, Gate, Recipe
 from danceopd.data import world
 from danceopd.data.assemble import assemble, open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.errors import UserError
 from danceopd.evaluation import evaluate as ev
 from danceopd.flow.fields import VelocityField

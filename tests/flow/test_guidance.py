@@ -13,7 +13,7 @@ from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import adapter_parameters, add_lora
 from danceopd.config.recipe import DistillRecipe, LoraRecipe
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_empty, encode_records
+from danceopd.data.encode import encode_empty, encode_records
 from danceopd.distill import distill
 from danceopd.errors import UserError
 from danceopd.flow.field_io import field_guidance, load_field, load_fields, probe, save_field

@@ -13,7 +13,8 @@ from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import DistillRecipe
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import EncodedRecords, encode_records
+from danceopd.data.encode import encode_records
+from danceopd.data.encoded import EncodedRecords
 from danceopd.distill import distill
 from danceopd.flow.fields import VelocityField
 from danceopd.methods.base import Distillation, UpdateFigures

@@ -16,7 +16,7 @@ from danceopd.backbones.lora import add_lora
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import LoraRecipe
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
 from danceopd.flow.guidance import GuidedField

@@ -19,7 +19,7 @@ from danceopd.config.load import load_recipe
 from danceopd.config.recipe import MERGES, METHODS
 from danceopd.config.shipped import shipped_names
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
 from danceopd.flow.fields import VelocityField

@@ -25,7 +25,7 @@ from danceopd.backbones import load_backbone
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.distill import distill
 from danceopd.errors import Interrupted, UserError
 from danceopd.files import hash_file, read_json

@@ -19,7 +19,7 @@ from danceopd.backbones import load_backbone
 from danceopd.backbones.sharded import whole
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.distill import distill
 from danceopd.files import read_json, write_json
 from danceopd.finetune import finetune
