@@ -12,7 +12,7 @@ from danceopd.backbones import load_backbone
 from danceopd.config.load import parse_recipe
 from danceopd.config.sampling import Sampling
 from danceopd.data.assemble import open_dataset
-from danceopd.data.encoded import encode_records
+from danceopd.data.encode import encode_records
 from danceopd.evaluation import evaluate as ev
 from danceopd.evaluation.drift import path_drift
 from danceopd.evaluation.previews import Previewer
