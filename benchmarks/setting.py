@@ -15,7 +15,8 @@ from danceopd.backbones.flux2_klein import Flux2Klein
 from danceopd.backbones.lora import adapter_parameters, add_lora, save_lora
 from danceopd.config.recipe import DistillRecipe, LoraRecipe
 from danceopd.data import world
-from danceopd.data.encoded import EncodedRecords, encode_records
+from danceopd.data.encode import encode_records
+from danceopd.data.encoded import EncodedRecords
 from danceopd.data.records import Record
 from danceopd.data.sampler import TaskSampler
 from danceopd.flow.fields import VelocityField
