@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import checkpoints, displacement, engine, forwards, gpu, harness, rollout
+from benchmarks import checkpoints, displacement, engine, forwards, gpu, harness, million, rollout
 from benchmarks.harness import Bar, Report
 from benchmarks.plain import PlainLoop
 from benchmarks.setting import SIZES, STEPS, make_setting
+from danceopd.data.assemble import open_dataset
+from danceopd.data.columns import columns_of
 from danceopd.methods.base import UpdateFigures
 
 
@@ -139,6 +141,18 @@ def test_checkpoints(capsys, tmp_path):
     assert code == 0
     check_table(text, figures["checkpoints"])
     assert [row[1] for row in figures["checkpoints"]["rows"]] == ["save, ms", "load, ms", "size, MB"]
+
+
+def test_a_million_records_at_the_smallest(tmp_path):
+    million.make_dataset(tmp_path / "data", 300)
+    dataset = open_dataset(tmp_path / "data")
+    assert [r.id for r in dataset.read()] == dataset.columns()["id"].to_pylist() == [f"{n:09d}" for n in range(300)]
+    assert columns_of(dataset.read()).drop(["file", "row"]).equals(dataset.columns().drop(["file", "row"]))
+    million.make_cache(tmp_path / "cache", tmp_path / "data")
+    assert million.read_columns(tmp_path) == million.split_records(tmp_path) == 300
+    assert million.start_training(tmp_path, (1, 2)) == million.BATCHES * million.BATCH
+    spent, result = million.timed(lambda: 7)
+    assert result == 7 and len(spent) == len(million.COLUMNS) - 2 and min(spent[:2]) >= 0
 
 
 def test_a_state_that_comes_back_changed_is_no_contest(monkeypatch):
