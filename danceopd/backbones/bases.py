@@ -14,7 +14,7 @@ from danceopd.errors import UserError
 from danceopd.files import at_home, atomic_folder, content_key, hash_file, hash_folder
 from danceopd.text import read_object
 
-SHIPPED = {"world": "world_base"}
+SHIPPED = {"world": "world_base", "world_open": "world_open_base"}
 INDEX = "model_index.json"
 TOKENIZERS = ("tokenizer", "processor")  # what the folders of them are called
 OTHER_FORMATS = ["*.bin", "*.ckpt", "*.gguf", "*.msgpack", "*.onnx", "*.onnx_data", "*.pt", "*.pth"]
@@ -46,7 +46,8 @@ def fetch_base(base: str, revision: str | None, workspace: Path) -> BaseSource:
     """Bring a base to this machine.
 
     Args:
-        base: `world`, a folder, a hub id (`owner/name`), or a URI that fsspec opens (`s3://`, `gs://`, `file://` ...).
+        base: `world` or `world_open`, a folder, a hub id (`owner/name`), or a URI that fsspec opens (`s3://`,
+            `gs://`, `file://` ...).
         revision: hub revision, or None.
         workspace: where downloads go.
 

@@ -40,7 +40,9 @@ DRAW_ONLY = ("sd3",)  # families that cannot edit a source image
 class ModelRecipe(_Part):
     """The base: where it lies and how its prompts are encoded."""
 
-    base: str = Field(description="`world` (ships with the package), a folder, a hub id, or an object-store URI")
+    base: str = Field(
+        description="`world` or `world_open` (they ship with the package), a folder, a hub id, or an object-store URI"
+    )
     revision: str | None = Field(None, description="hub revision")
     transformer: str | None = Field(
         None, description="weights in the place of the base's transformer: a folder, a safetensors file, or a URI"
@@ -78,12 +80,17 @@ class DataRecipe(_Part):
 
     inputs: tuple[str, ...] = Field((), description="Parquet files or folders in the schema, image folders")
     world: dict[Name, dict[Literal["train", "val", "test"], Annotated[int, Field(gt=0)]]] | None = None
+    open_words: Fraction = Field(
+        0.0, description="share of the generated drawings and edits whose words leave something open"
+    )
     seed: int = 0
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if bool(self.inputs) == bool(self.world):
             raise ValueError("give either 'inputs' (your data) or 'world' (generated data)")
+        if self.open_words and not self.world:
+            raise ValueError("open_words is for 'world' (generated data); leave it out for your own")
         return self
 
 

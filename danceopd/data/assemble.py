@@ -187,7 +187,9 @@ def recipe_records(data: DataRecipe) -> Iterator[Record]:
     """The records a recipe asks for: generated, or read from its inputs."""
     if data.world is not None:
         yield from world_records(
-            {task: {split: n for split, n in sizes.items()} for task, sizes in data.world.items()}, data.seed
+            {task: {split: n for split, n in sizes.items()} for task, sizes in data.world.items()},
+            data.seed,
+            data.open_words,
         )
     for location in data.inputs:
         yield from read_input(location)

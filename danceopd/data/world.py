@@ -5,22 +5,31 @@ on an 8x8 grid and shown at 64x64 pixels, so that one latent of a factor-8 autoe
 upsampling decoder cannot tell apart the grid pixels inside one latent, and learns them very slowly. From scenes come
 three tasks, written as the same records a user would bring:
 
-- `t2i`: draw the scene a caption describes;
+- `t2i`: draw a scene that a caption describes;
 - `local_edit`: recolor, remove or add one object, everything else preserved;
 - `global_style`: the whole picture in one of the styles.
+
+Words may leave something open, in as large a share of captions and instructions as is asked for: "ring on white" (any
+color, any place), "add a red cross", "paint the blue ring". What such words allow is a set of scenes (`Wanted`), and a
+record's target is one of them, drawn evenly. A picture that mixes two of them is wrong, so an average of the possible
+pictures, which is all that one sampling step can draw, does not pass.
 
 A fourth, `outline`, is kept for a student that has learned these and is taught one more (recipe `world_outline`): every
 object as a line drawing in black ink on white paper.
 
 The grammar is held out on purpose: one in ten (color, shape, position) combinations and one wording of every
-kind of instruction occur in the test split only. Every draw comes from `random.Random` seeded by the record's own
-name, so a record does not depend on its neighbours, nor on a library's version.
+kind of instruction occur in the test split only; one in 32 captions and source scenes, by a hash, in `val` only. Every
+draw comes from `random.Random` seeded by the record's own name, so a record does not depend on its neighbours, nor on a
+library's version. Where words leave something open, `DRAWS` held-out records in a row share them (and the source), so
+that diversity can be measured.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,7 +63,9 @@ SHAPES = {n: np.array([[c == "#" for c in row] for row in rows]) for n, rows in 
 
 TASKS = ("t2i", "local_edit", "global_style")
 LATER_TASKS = ("outline",)  # of the recipes that add to a champion; neither the base's maker nor `world` knows them
+OPEN_TASKS = ("t2i", "local_edit")  # those whose words may leave something open
 EDITS = ("recolor", "remove", "add")
+DRAWS = 4  # held-out records in a row that ask for the same, where that leaves something open
 
 _LUMA = np.array([0.299, 0.587, 0.114])
 _SEPIA = np.array([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
@@ -89,6 +100,20 @@ WORDINGS = {
     ),
     "style": ("make it {style}", "turn the picture {style}", "the picture in {style}", "turn it {style}"),
 }
+OPEN_WORDINGS = {
+    "recolor": (
+        "change the color of the {object}",
+        "paint the {object}",
+        "color the {object}",
+        "paint the color of the {object}",
+    ),
+    "add": (
+        "add a {object}",
+        "put a {object} in the picture",
+        "in the picture, put a {object}",
+        "in the picture, add a {object}",
+    ),
+}
 OUTLINE_WORDINGS = (
     "make it an outline",
     "turn the picture into an outline",
@@ -97,6 +122,9 @@ OUTLINE_WORDINGS = (
 )
 REPEATS = ("the same picture", "keep the picture")  # what the base is taught to do with a reference
 NOVELTIES = ("combination", "wording", "both")
+FREEDOMS = {"": (False, False), "place": (True, False), "color": (False, True), "place and color": (True, True)}
+# A place is harder to settle than a color: it takes two places of the board, one that is filled and one that is not.
+OPENINGS = ("color", "color", "color", "color", "place", "place and color")
 
 
 @dataclass(frozen=True, order=True)
@@ -131,12 +159,78 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """One thing that words ask for, with every place and every color that they allow."""
+
+    positions: tuple[str, ...]
+    colors: tuple[str, ...]
+    shape: str
+
+    @classmethod
+    def of(cls, thing: Thing, free: str = "") -> Wish:
+        """The wish for a thing of which `free`, a key of `FREEDOMS`, is left open."""
+        place, color = FREEDOMS[free]
+        return cls(
+            tuple(POSITIONS) if place else (thing.position,), tuple(COLORS) if color else (thing.color,), thing.shape
+        )
+
+    @property
+    def words(self) -> str:
+        """How it is said: what is open is not named."""
+        color = f"{self.colors[0]} " if len(self.colors) == 1 else ""
+        place = f" {self.positions[0]}" if len(self.positions) == 1 else ""
+        return f"{color}{self.shape}{place}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The scenes that words allow: on this background, one thing for every wish, and nothing else."""
+
+    background: str
+    wishes: tuple[Wish, ...]
+
+    @classmethod
+    def exactly(cls, scene: Scene) -> Wanted:
+        return cls(scene.background, tuple(Wish.of(t) for t in scene.things))
+
+    def scenes(self) -> list[Scene]:
+        """Every allowed scene, in a fixed order."""
+        things = [[Thing(p, c, wish.shape) for p in wish.positions for c in wish.colors] for wish in self.wishes]
+        found = [c for c in itertools.product(*things) if _differ(c)]
+        return sorted({Scene(self.background, tuple(sorted(c))) for c in found}, key=lambda s: s.things)
+
+    def to_json(self) -> dict:
+        wishes = [[list(w.positions), list(w.colors), w.shape] for w in self.wishes]
+        return {"background": self.background, "wishes": wishes}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Wanted:
+        return cls(data["background"], tuple(Wish(tuple(p), tuple(c), s) for p, c, s in data["wishes"]))
+
+
+def _differ(things: tuple[Thing, ...]) -> bool:
+    """Whether no two things share a place, and no two a name."""
+    return len({t.position for t in things}) == len(things) == len({t.name for t in things})
+
+
+@dataclass(frozen=True)
 class Edit:
-    """A local edit: what is done, to which thing, and (recolor) the new color."""
+    """A local edit: what is done, to which thing, (recolor) the new color, and what the instruction leaves open."""
 
     kind: str
     thing: Thing
     color: str | None = None
+    free: str = ""
+
+    def allows(self, scene: Scene) -> Wanted:
+        """Every scene that does what the instruction asks of this one."""
+        if not self.free:
+            return Wanted.exactly(self.apply(scene))
+        kept = Wanted.exactly(replace(scene, things=tuple(t for t in scene.things if t != self.thing)))
+        wish = Wish.of(self.thing, self.free)
+        if self.kind == "recolor":
+            wish = replace(wish, colors=tuple(c for c in wish.colors if c != self.thing.color))
+        return replace(kept, wishes=(*kept.wishes, wish))
 
     def apply(self, scene: Scene) -> Scene:
         rest = tuple(t for t in scene.things if t.position != self.thing.position)
@@ -228,10 +322,32 @@ def _wording(rng: random.Random, wordings: tuple[str, ...], novel: bool) -> str:
     return wordings[-1] if novel else rng.choice(wordings[:-1])
 
 
-def caption(scene: Scene, rng: random.Random, novel: bool = False) -> str:
-    """A caption naming every thing with its place, in random order; `novel` takes the held-out wording."""
-    objects = [f"{t.name} {t.position}" for t in rng.sample(scene.things, len(scene.things))]
-    return _wording(rng, CAPTIONS, novel).format(objects=", ".join(objects), background=scene.background)
+def random_wishes(rng: random.Random, novel: bool = False) -> Wanted:
+    """Draw words for one or two things, of which one is left open; `novel` names a held-out combination in full.
+
+    A color is left open only where no other thing has the shape: of "ring, red ring" nobody could tell which is which.
+    """
+    scene = random_scene(rng, novel=novel, most=2, fewest=2 if novel else 1)
+    thing = rng.choice([t for t in scene.things if not (novel and is_held_out(t))] or scene.things)
+    free = rng.choice(OPENINGS)
+    alone = [t.shape for t in scene.things].count(thing.shape) == 1
+    wanted = Wanted(scene.background, tuple(Wish.of(t, free if t == thing else "") for t in scene.things))
+    ambiguous = "color" in free and not alone
+    named = not novel or not is_held_out(thing)
+    return wanted if named and not ambiguous and len(wanted.scenes()) > 1 else random_wishes(rng, novel)
+
+
+def allowed_scene(wanted: Wanted, rng: random.Random) -> Scene:
+    """One of the allowed scenes; one that training may show, unless the words themselves name a held-out thing."""
+    scenes = wanted.scenes()
+    known = [s for s in scenes if not any(is_held_out(t) for t in s.things)]
+    return rng.choice(known or scenes)
+
+
+def caption(wanted: Wanted, rng: random.Random, novel: bool = False) -> str:
+    """A caption naming every wish, in random order; `novel` takes the held-out wording."""
+    objects = ", ".join(w.words for w in rng.sample(wanted.wishes, len(wanted.wishes)))
+    return _wording(rng, CAPTIONS, novel).format(objects=objects, background=wanted.background)
 
 
 def _random_edit(rng: random.Random, novel: bool) -> tuple[Scene, Edit]:
@@ -252,37 +368,119 @@ def _random_edit(rng: random.Random, novel: bool) -> tuple[Scene, Edit]:
     return scene, Edit("recolor", thing, rng.choice(changed).color)
 
 
+def _random_open_edit(rng: random.Random, novel: bool) -> tuple[Scene, Edit]:
+    """An edit whose instruction leaves something open; `novel` puts a held-out thing in the source."""
+    scene = random_scene(rng, novel=novel)
+    if rng.random() < 0.5:
+        thing = rng.choice([t for t in scene.things if is_held_out(t)] if novel else scene.things)
+        edit = Edit("recolor", thing, free="color")
+    else:
+        thing = rng.choice([t for t in TRAINED if scene.at(t.position) is None])
+        edit = Edit("add", thing, free=rng.choice(OPENINGS))
+    return (scene, edit) if len(edit.allows(scene).scenes()) > 1 else _random_open_edit(rng, novel)
+
+
 def instruction(edit: Edit, rng: random.Random, novel: bool = False) -> str:
     """What a person would type for this edit."""
-    text = _wording(rng, WORDINGS[edit.kind], novel)
-    return text.format(object=edit.thing.name, color=edit.color, position=edit.thing.position)
+    place, color = FREEDOMS[edit.free]
+    unsaid = color if edit.kind == "recolor" else place
+    text = _wording(rng, (OPEN_WORDINGS if unsaid else WORDINGS)[edit.kind], novel)
+    name = edit.thing.shape if edit.kind == "add" and color else edit.thing.name
+    return text.format(object=name, color=edit.color, position=edit.thing.position)
 
 
-def _record(task: str, split: str, index: int, seed: int) -> Record:
-    rng = random.Random(f"danceopd-world/{seed}/{task}/{split}/{index}")
-    novelty = NOVELTIES[index % len(NOVELTIES)] if split == "test" else "none"
-    new_combination, new_wording = novelty in ("combination", "both"), novelty in ("wording", "both")
-    facts: dict = {"maker": "danceopd.data.world", "seed": seed, "novelty": novelty}
+@dataclass(frozen=True)
+class _Order:
+    """What one record is to hold: its words' freedom, what is new in it, and where its draws come from."""
+
+    split: str
+    asked: random.Random  # draws words and source
+    drawn: random.Random  # draws one of the allowed targets
+    leaves_open: bool
+    novelty: str
+
+    @property
+    def new_combination(self) -> bool:
+        return self.novelty in ("combination", "both")
+
+    @property
+    def new_wording(self) -> bool:
+        return self.novelty in ("wording", "both")
+
+
+def _order(task: str, split: str, index: int, seed: int, open_share: float) -> _Order:
+    """Records with open words are spread evenly over a split; those that are held out come `DRAWS` at a time."""
+    share = open_share if task in OPEN_TASKS else 0.0
+    before = math.floor(index * share)
+    leaves_open = math.floor((index + 1) * share) > before
+    asked, kind = index, ""
+    if leaves_open:
+        asked, kind = before if split == "train" else before // DRAWS, "open/"
+    name = f"danceopd-world/{seed}/{task}/{split}/{kind}{asked}"
+    novelty = NOVELTIES[asked % len(NOVELTIES)] if split == "test" else "none"
+    return _Order(split, random.Random(name), random.Random(f"{name}/{index}"), leaves_open, novelty)
+
+
+def _in_its_split(split: str, what: object) -> bool:
+    """Whether this caption's meaning or source scene may occur in the split: one in 32 is for `val` alone."""
+    for_val = hashlib.sha256(repr(what).encode()).digest()[0] < 8
+    return split == "test" or for_val == (split == "val")
+
+
+def _draw_caption(order: _Order) -> tuple[Wanted, Scene]:
+    while True:
+        if order.leaves_open:
+            wanted = random_wishes(order.asked, order.new_combination)
+        else:
+            wanted = Wanted.exactly(random_scene(order.asked, novel=order.new_combination))
+        if _in_its_split(order.split, (wanted.background, sorted(w.words for w in wanted.wishes))):
+            return wanted, allowed_scene(wanted, order.drawn)
+
+
+def _draw_edit(order: _Order) -> tuple[Scene, Edit, Wanted, Scene]:
+    while True:
+        draw = _random_open_edit if order.leaves_open else _random_edit
+        scene, edit = draw(order.asked, order.new_combination)
+        if _in_its_split(order.split, scene):
+            wanted = edit.allows(scene)
+            return scene, edit, wanted, allowed_scene(wanted, order.drawn)
+
+
+def _draw_source(order: _Order) -> Scene:
+    while True:
+        scene = random_scene(order.asked, novel=order.new_combination)
+        if _in_its_split(order.split, scene):
+            return scene
+
+
+def _record(task: str, split: str, index: int, seed: int, open_share: float) -> Record:
+    order = _order(task, split, index, seed, open_share)
+    facts: dict = {"maker": "danceopd.data.world", "seed": seed, "novelty": order.novelty}
     source = None
     if task == "t2i":
-        scene = random_scene(rng, novel=new_combination)
-        prompt, target = caption(scene, rng, new_wording), render(scene)
-        facts["scene"] = scene.to_json()
+        wanted, scene = _draw_caption(order)
+        prompt, target = caption(wanted, order.asked, order.new_wording), render(scene)
+        facts |= {"scene": scene.to_json(), "wanted": wanted.to_json()}
     elif task == "local_edit":
-        scene, edit = _random_edit(rng, new_combination)
-        prompt, source, target = instruction(edit, rng, new_wording), render(scene), render(edit.apply(scene))
-        facts |= {"scene": edit.apply(scene).to_json(), "edit": edit.kind, "position": edit.thing.position}
+        before, edit, wanted, scene = _draw_edit(order)
+        prompt, source, target = instruction(edit, order.asked, order.new_wording), render(before), render(scene)
+        facts |= {"scene": scene.to_json(), "wanted": wanted.to_json(), "edit": edit.kind}
+        if not order.leaves_open:
+            facts["position"] = edit.thing.position
     elif task == "global_style":
-        scene, style = random_scene(rng, novel=new_combination), rng.choice(list(STYLES))
-        prompt = _wording(rng, WORDINGS["style"], new_wording).format(style=style)
+        scene, style = _draw_source(order), order.asked.choice(list(STYLES))
+        prompt = _wording(order.asked, WORDINGS["style"], order.new_wording).format(style=style)
         source, target = render(scene), render(scene, style)
         facts |= {"scene": scene.to_json(), "style": style}
     elif task == "outline":
-        scene = random_scene(rng, novel=new_combination)
-        prompt, source, target = _wording(rng, OUTLINE_WORDINGS, new_wording), render(scene), render_outline(scene)
+        scene = _draw_source(order)
+        prompt = _wording(order.asked, OUTLINE_WORDINGS, order.new_wording)
+        source, target = render(scene), render_outline(scene)
         facts["scene"] = scene.to_json()
     else:
         raise unknown_name("task of the small world", task, (*TASKS, *LATER_TASKS))
+    if task in OPEN_TASKS:
+        facts["open"] = order.leaves_open
     return Record(
         id=f"world-{task}-{split}-{index:06d}",
         task=task,
@@ -294,8 +492,13 @@ def _record(task: str, split: str, index: int, seed: int) -> Record:
     )
 
 
-def world_records(sizes: dict[str, dict[str, int]], seed: int = 0) -> Iterator[Record]:
+def world_records(sizes: dict[str, dict[str, int]], seed: int = 0, open_share: float = 0.0) -> Iterator[Record]:
     """Yield the world's records: `sizes[task][split]` of each, in a fixed order.
+
+    Args:
+        sizes: how many.
+        seed: of every draw.
+        open_share: share of the records of `OPEN_TASKS` whose words leave something open, in [0, 1].
 
     Raises:
         UserError: if a task is neither in `TASKS` nor in `LATER_TASKS`.
@@ -303,7 +506,7 @@ def world_records(sizes: dict[str, dict[str, int]], seed: int = 0) -> Iterator[R
     for task, splits in sizes.items():
         for split, count in splits.items():
             for index in range(count):
-                yield _record(task, split, index, seed)
+                yield _record(task, split, index, seed, open_share)
 
 
 def corpus() -> list[str]:

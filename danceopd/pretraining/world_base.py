@@ -1,9 +1,10 @@
-"""Makes the small world's base: a tiny FLUX.2-klein pipeline folder (`danceopd world build-base`).
+"""Makes the small world's bases: tiny FLUX.2-klein pipeline folders (`danceopd world build-base`).
 
-Nobody pre-trains a real base inside a distillation run, and nobody does here: the folder this writes ships with the
+Nobody pre-trains a real base inside a distillation run, and nobody does here: the folders this writes ship with the
 package. Two stages, both on pictures the world draws afresh: an autoencoder (the latent space all fields share), then
-a flow-matching transformer that draws from captions and can repeat a reference picture, as a base checkpoint
-with reference inputs can; it knows neither the edits nor the styles.
+a flow-matching transformer that draws from captions and can repeat a reference picture, as a base checkpoint with
+reference inputs can; it knows neither the edits nor the styles. A third, for the base of open words: the same
+transformer on captions of which half leave something open.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,13 @@ SHAPE = ModelRecipe(
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How long each stage trains. The defaults are what the shipped base was made with."""
+    """How long each stage trains. The defaults made the shipped base; that of open words has 10,500 open steps."""
 
     vae_steps: int = 5000
     vae_batch: int = 32
     vae_lr: float = 5e-3
     steps: int = 8000
+    open_steps: int = 0
     batch: int = 48
     lr: float = 0.03
     seed: int = 0
@@ -273,29 +276,70 @@ def new_pipeline(vae: AutoencoderKLFlux2, transformer: Flux2Transformer2DModel |
     return Flux2KleinPipeline(scheduler, vae, encoder, tokenizer, transformer)
 
 
-def _base_batch(rng: random.Random, count: int) -> tuple[list[str], list[np.ndarray], bool]:
-    """One batch of one kind: captions to draw from (three in four), or references to repeat."""
-    if rng.random() < 0.75:
-        scenes = [world.random_scene(rng) for _ in range(count)]
-        prompts = ["" if rng.random() < 0.05 else world.caption(scene, rng) for scene in scenes]
-        return prompts, [world.render(scene) for scene in scenes], False
+Drawings = tuple[list[str], list[world.Scene]]
+
+
+def _closed_drawings(rng: random.Random, count: int) -> Drawings:
+    """Captions that determine their scenes; one in twenty is empty."""
+    scenes = [world.random_scene(rng) for _ in range(count)]
+    return ["" if rng.random() < 0.05 else world.caption(world.Wanted.exactly(s), rng) for s in scenes], scenes
+
+
+def _open_drawings(rng: random.Random, count: int) -> Drawings:
+    """Captions, half of them open, each with one of the scenes it allows; one in twenty is empty."""
+    prompts, scenes = [], []
+    for _ in range(count):
+        leaves_open = rng.random() < 0.5
+        wanted = world.random_wishes(rng) if leaves_open else world.Wanted.exactly(world.random_scene(rng))
+        scenes.append(world.allowed_scene(wanted, rng))
+        prompts.append("" if rng.random() < 0.05 else world.caption(wanted, rng))
+    return prompts, scenes
+
+
+def _repeats(rng: random.Random, count: int) -> tuple[list[str], list[np.ndarray]]:
+    """References to repeat, one in five of them in a style."""
     styles = [rng.choice([None, None, None, None, *world.STYLES]) for _ in range(count)]
     pictures = [world.render(world.random_scene(rng, fewest=0, most=4), style) for style in styles]
-    return [rng.choice(world.REPEATS) for _ in pictures], pictures, True
+    return [rng.choice(world.REPEATS) for _ in pictures], pictures
 
 
-def train_transformer(backbone: Flux2Klein, plan: BuildPlan) -> Flux2Transformer2DModel:
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the transformer's training.
+
+    Attributes:
+        name: for its random draws and its log.
+        steps: updates.
+        drawings: captions with their scenes, three batches in four.
+        shift: moves noise levels, evenly drawn, towards noise: s u / (1 + (s - 1) u), as a scheduler's shift does.
+    """
+
+    name: str
+    steps: int
+    drawings: Callable[[random.Random, int], Drawings]
+    shift: float
+
+
+def train_transformer(
+    backbone: Flux2Klein, network: Flux2Transformer2DModel, stage: Stage, plan: BuildPlan
+) -> Flux2Transformer2DModel:
     """Flow matching on captions and on repeated references; never an edit, never a styled drawing from words."""
-    network = backbone.new_transformer().requires_grad_(True)
+    network.requires_grad_(True)
     optimizer = build_optimizer(network.parameters(), "muon", plan.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, plan.steps, 200))
-    rng, noise = random.Random(f"base/{plan.seed}"), torch.Generator().manual_seed(plan.seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, stage.steps, 200))
+    rng, noise = random.Random(f"{stage.name}/{plan.seed}"), torch.Generator().manual_seed(plan.seed)
     started, drawing_loss = time.monotonic(), 0.0
-    for step in range(plan.steps):
-        prompts, pictures, repeat = _base_batch(rng, plan.batch)
+    for step in range(stage.steps):
+        repeat = rng.random() >= 0.75
+        if repeat:
+            prompts, pictures = _repeats(rng, plan.batch)
+        else:
+            prompts, scenes = stage.drawings(rng, plan.batch)
+            pictures = [world.render(scene) for scene in scenes]
         x = backbone.encode_images(to_tensor(pictures))
         condition = Condition(backbone.encode_prompts(prompts), x if repeat else None, world.SIZE, world.SIZE)
-        eps, sigma = torch.randn(x.shape, generator=noise), torch.rand(len(x), generator=noise)
+        eps, even = torch.randn(x.shape, generator=noise), torch.rand(len(x), generator=noise)
+        sigma = stage.shift * even / (1 + (stage.shift - 1) * even)
         loss = flow_matching_loss(backbone, network, x, condition, eps, sigma).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -304,14 +348,15 @@ def train_transformer(backbone: Flux2Klein, plan: BuildPlan) -> Flux2Transformer
         schedule.step()
         if not repeat:
             drawing_loss += 0.02 * (loss.item() - drawing_loss)
-        if step % 250 == 0 or step == plan.steps - 1:
-            log.info("base step %d/%d loss %.4f, %.0f s", step, plan.steps, drawing_loss, time.monotonic() - started)
+        if step % 250 == 0 or step == stage.steps - 1:
+            seconds = time.monotonic() - started
+            log.info("%s step %d/%d loss %.4f, %.0f s", stage.name, step, stage.steps, drawing_loss, seconds)
     return network.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, float]:
-    """What the base can do, on held-out scenes: reconstruction, drawing from captions, repeating a reference."""
+def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, Any]:
+    """What the base can do, on held-out scenes: reconstruction, drawing by sampling steps, repeating a reference."""
     from danceopd.config.recipe import EvaluateRecipe
     from danceopd.data.encode import encode_records
     from danceopd.evaluation.scoring import score_records
@@ -321,9 +366,17 @@ def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, float]:
     plain = [world.render(world.random_scene(rng, novel=True)) for _ in range(count)]
     styled = [world.render(world.random_scene(rng, novel=True), rng.choice(list(world.STYLES))) for _ in range(count)]
     spec, base = EvaluateRecipe(), VelocityField("base", backbone, backbone.transformer)
-    drawing = list(world.world_records({"t2i": {"test": count}}, seed=1))
-    encoded = encode_records(backbone, drawing, world.SIZE, world.SIZE, None, "", False)
-    accuracy = score_records(base, encoded, drawing, ("scene_accuracy",), spec).means["scene_accuracy"]
+    drawing = list(world.world_records({"t2i": {"test": 2 * count}}, seed=1, open_share=0.5))
+    valid: dict[str, Any] = {}
+    for kind in (False, True):
+        records = [r for r in drawing if r.facts()["open"] == kind]
+        encoded = encode_records(backbone, records, world.SIZE, world.SIZE, None, "", False)
+        valid["open" if kind else "closed"] = {
+            steps: score_records(base, encoded, records, ("valid",), spec.model_copy(update={"steps": steps})).means[
+                "valid"
+            ]
+            for steps in (1, 2, 4, 8, 16)
+        }
     repeats = [
         replace(r, prompt=world.REPEATS[0], target=r.source)
         for r in world.world_records({"global_style": {"test": count}}, seed=1)
@@ -332,31 +385,36 @@ def measure_base(backbone: Flux2Klein, count: int = 256) -> dict[str, float]:
     return {
         "reconstruction_psnr_plain": reconstruction_psnr(backbone.pipeline.vae, plain),
         "reconstruction_psnr_styled": reconstruction_psnr(backbone.pipeline.vae, styled),
-        "t2i_scene_accuracy": accuracy,
+        "valid_by_steps": valid,
         "repeat_psnr": score_records(base, encoded, repeats, ("psnr",), spec).means["psnr"],
     }
 
 
-def build_base(out: Path, plan: BuildPlan) -> dict:
+def build_base(out: Path, plan: BuildPlan, count: int = 256) -> dict:
     """Make the base and write it whole: the pipeline folder `out`, its hash `out`.sha256, its figures `out`.json."""
     started = time.monotonic()
     vae = train_vae(plan)
     trained = time.monotonic()
     backbone = Flux2Klein(new_pipeline(vae), SHAPE)
-    network = train_transformer(backbone, plan)
+    network = backbone.new_transformer()
+    stages = [Stage("base", plan.steps, _closed_drawings, 1.0)]
+    if plan.open_steps:
+        stages.append(Stage("open", plan.open_steps, _open_drawings, 1.5))
+    for stage in stages:
+        network = train_transformer(backbone, network, stage, plan)
     backbone.pipeline.transformer = network
     seconds = {"vae_seconds": round(trained - started), "transformer_seconds": round(time.monotonic() - trained)}
-    return export_base(backbone, Path(out), {"plan": asdict(plan), **seconds})
+    return export_base(backbone, Path(out), {"plan": asdict(plan), **seconds}, count)
 
 
-def export_base(backbone: Flux2Klein, out: Path, facts: dict) -> dict:
+def export_base(backbone: Flux2Klein, out: Path, facts: dict, count: int = 256) -> dict:
     """Write the base's folder with half-precision autoencoder weights, and measure what was written."""
     with atomic_folder(out) as scratch:
         backbone.save(scratch, backbone.transformer)
         _halve(scratch / "vae" / "diffusion_pytorch_model.safetensors")
     written = Flux2Klein.load(out, SHAPE)
     figures = facts | {
-        "figures": measure_base(written),
+        "figures": measure_base(written, count),
         "parameters": sum(p.numel() for p in written.transformer.parameters()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__.split("+")[0],

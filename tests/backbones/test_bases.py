@@ -10,8 +10,9 @@ from danceopd.backbones import bases
 from danceopd.errors import UserError
 
 
-def test_the_shipped_base_is_pinned_and_small():
-    source = bases.fetch_base("world", None, None)
+@pytest.mark.parametrize("name", bases.SHIPPED)
+def test_a_shipped_base_is_pinned_and_small(name):
+    source = bases.fetch_base(name, None, None)
     assert source.shipped
     assert (source.folder / "model_index.json").is_file()
     assert sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()) <= 6_000_000
@@ -43,7 +44,7 @@ def test_a_uri_is_downloaded_once(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("wrld", "not a folder, hub id or URI; shipped bases: world"),
+        ("wrld", "not a folder, hub id or URI; shipped bases: world, world_open"),
         ("file:///nowhere/at/all", "cannot be read"),
         ("nosuch://x/y", "cannot be read"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def test_unknown_words_are_spelt_and_not_lost():
 
 def test_the_longest_prompts_fit():
     tokenizer = wb.new_tokenizer()
-    longest = max((r.prompt for r in world.world_records({t: {"test": 300} for t in world.TASKS})), key=len)
+    longest = max(
+        (r.prompt for r in world.world_records({t: {"test": 300} for t in world.TASKS}, open_share=0.5)), key=len
+    )
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": longest}], tokenize=False, add_generation_prompt=True
     )
@@ -61,11 +64,13 @@ def test_the_start_averages_down_and_repeats_up():
 
 @pytest.mark.slow
 def test_a_base_is_built_measured_and_pinned(tmp_path):
-    figures = wb.build_base(tmp_path / "base", wb.BuildPlan(vae_steps=3, vae_batch=2, steps=3, batch=2))
+    figures = wb.build_base(
+        tmp_path / "base", wb.BuildPlan(vae_steps=3, vae_batch=2, steps=3, open_steps=3, batch=2), count=8
+    )
     assert set(figures["figures"]) == {
         "reconstruction_psnr_plain",
         "reconstruction_psnr_styled",
-        "t2i_scene_accuracy",
+        "valid_by_steps",
         "repeat_psnr",
     }
     assert json.loads((tmp_path / "base.json").read_text())["plan"]["steps"] == 3
@@ -80,5 +85,21 @@ def test_the_shipped_base_reconstructs_and_draws():
     backbone = wb.Flux2Klein.load(shipped_folder("world"), wb.SHAPE)
     measured = wb.measure_base(backbone, count=24)
     assert measured["reconstruction_psnr_styled"] > 32
-    assert measured["t2i_scene_accuracy"] >= 0.9
+    assert measured["valid_by_steps"]["closed"][8] >= 0.9
     assert measured["repeat_psnr"] > 26
+
+
+def test_one_step_fails_where_sixteen_succeed_and_words_leave_something_open():
+    figures = json.loads(shipped_folder("world_open").with_suffix(".json").read_text())["figures"]
+    by_steps = figures["valid_by_steps"]["open"]
+    assert by_steps["1"] < by_steps["16"] / 2 and by_steps["16"] > 0.5
+
+
+def test_a_base_learns_captions_that_leave_something_open_and_some_that_do_not():
+    for drawings, share in ((wb._closed_drawings, 0), (wb._open_drawings, 0.5)):
+        prompts, scenes = drawings(random.Random(0), 400)
+        empty = prompts.count("")
+        named = sum(p.count(t.name) for p, s in zip(prompts, scenes, strict=True) for t in s.things if p)
+        assert 5 < empty < 40 and not any(world.is_held_out(t) for s in scenes for t in s.things)
+        whole = sum(all(f"{t.name} {t.position}" in p for t in s.things) for p, s in zip(prompts, scenes, strict=True))
+        assert named and abs(whole / (400 - empty) - (1 - share)) < 0.1

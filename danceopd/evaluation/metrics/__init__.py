@@ -7,12 +7,14 @@ judge that the recipe names (`evaluate.networks`, `evaluate.judge`); without the
 from __future__ import annotations
 
 from danceopd.errors import unknown_name
-from danceopd.evaluation.metrics import drawing, editing, fidelity, judged, small_world, styling
+from danceopd.evaluation.metrics import drawing, editing, fidelity, judged, open_words, small_world, styling
 from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, read_picture
 
 __all__ = ["MAX_PSNR", "METRICS", "Metric", "metric", "read_picture"]
 
-METRICS = {m.name: m for room in (small_world, fidelity, drawing, editing, styling, judged) for m in room.METRICS}
+METRICS = {
+    m.name: m for room in (small_world, open_words, fidelity, drawing, editing, styling, judged) for m in room.METRICS
+}
 
 
 def metric(name: str) -> Metric:

@@ -29,6 +29,7 @@ _ADVICE = {
     "target": "give the held-out records target images, or measure this task by another metric",
     "scene": "only the small world's records have one; measure this task by psnr or ssim",
     "position": "only the small world's local edits have one; measure this task by psnr or ssim",
+    "wanted": "only the small world's drawings and edits have one; measure this task by psnr or ssim",
     "mask": "give it source and target images, or a 'mask' or 'box' in its provenance",
 }
 
@@ -100,11 +101,22 @@ def _has(record: Record, need: str) -> bool:
         return both or facts.get("mask") is not None or facts.get("box") is not None
     if need == "position":
         return facts.get("position") in world.POSITIONS
+    if need == "wanted":
+        return _says_what_is_wanted(facts)
     try:
         scene = world.Scene.from_json(facts["scene"])
     except (KeyError, TypeError):
         return False
     return scene.background in world.BACKGROUNDS and set(scene.things) <= set(world.ALL_THINGS)
+
+
+def _says_what_is_wanted(facts: dict) -> bool:
+    try:
+        wanted = world.Wanted.from_json(facts["wanted"])
+        scenes = wanted.scenes()
+    except (KeyError, TypeError, ValueError):
+        return False
+    return wanted.background in world.BACKGROUNDS and bool(scenes) and set(scenes[0].things) <= set(world.ALL_THINGS)
 
 
 def read_picture(data: bytes, height: int, width: int, where: str) -> np.ndarray:

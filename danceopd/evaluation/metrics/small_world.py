@@ -17,14 +17,14 @@ from danceopd.evaluation.metrics.tools import Tools
 
 
 @cache
-def _candidates(position: str) -> tuple[tuple[tuple[str, world.Thing | None], ...], np.ndarray]:
+def candidates(position: str) -> tuple[tuple[tuple[str, world.Thing | None], ...], np.ndarray]:
     """Everything one place can hold, as (background, thing), and its renderings (K, CELL * CELL * 3)."""
     things = [None, *(t for t in world.ALL_THINGS if t.position == position)]
     options = tuple((background, thing) for background in world.BACKGROUNDS for thing in things)
     return options, np.stack([world.draw_cell(background, position, thing).ravel() for background, thing in options])
 
 
-def _board(pictures: np.ndarray, name: str) -> np.ndarray:
+def board(pictures: np.ndarray, name: str) -> np.ndarray:
     """Pictures as means of the board's grid pixels, (B, GRID, GRID, 3) float64.
 
     A rendering is constant inside a grid pixel, so nearest by squared error is the same on means as on pixels.
@@ -39,10 +39,10 @@ def _board(pictures: np.ndarray, name: str) -> np.ndarray:
     return pictures.reshape(shape).mean(axis=(2, 4), dtype=np.float64)
 
 
-def _distances(board: np.ndarray, position: str) -> np.ndarray:
+def distances(board: np.ndarray, position: str) -> np.ndarray:
     """Squared error (B, K) between one place of the boards and its candidates."""
     cells = board[(slice(None), *world.cell_slice(position, scale=1))].reshape(len(board), 1, -1)
-    return np.square(cells - _candidates(position)[1]).sum(axis=-1)
+    return np.square(cells - candidates(position)[1]).sum(axis=-1)
 
 
 def _scene(record: Record) -> world.Scene:
@@ -50,27 +50,27 @@ def _scene(record: Record) -> world.Scene:
 
 
 def _scene_accuracy(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
-    board = _board(pictures, "scene_accuracy")
+    read = board(pictures, "scene_accuracy")
     scenes = [_scene(r) for r in records]
     right = np.ones(len(records), dtype=bool)
     for position in world.POSITIONS:
-        options = _candidates(position)[0]
+        options = candidates(position)[0]
         wanted = [options.index((scene.background, scene.at(position))) for scene in scenes]
-        right &= _distances(board, position).argmin(axis=1) == wanted
+        right &= distances(read, position).argmin(axis=1) == wanted
     return right.astype(float).tolist()
 
 
 def _edit_success(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
-    board = _board(pictures, "edit_success")
+    read = board(pictures, "edit_success")
     values = np.zeros(len(records))
     places = [r.facts()["position"] for r in records]
     for position in sorted(set(places)):
         rows = [i for i, place in enumerate(places) if place == position]
         scenes = [_scene(records[i]) for i in rows]
-        options = _candidates(position)[0]
+        options = candidates(position)[0]
         backgrounds = np.array([background for background, _ in options])
         elsewhere = backgrounds != np.array([scene.background for scene in scenes])[:, None]
-        nearest = np.where(elsewhere, np.inf, _distances(board[rows], position)).argmin(axis=1)
+        nearest = np.where(elsewhere, np.inf, distances(read[rows], position)).argmin(axis=1)
         values[rows] = [options[k][1] == scene.at(position) for k, scene in zip(nearest, scenes, strict=True)]
     return values.tolist()
 
