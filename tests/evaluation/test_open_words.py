@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
+from test_metrics import noisy, pictures, scene_of, wrong_scenes
 
 from danceopd.data import world
 from danceopd.data.records import Record, decode_image
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import MAX_PSNR, metric
-from test_metrics import noisy, pictures, scene_of, wrong_scenes
 
 
 def world_task(task: str, count: int = 12) -> list[Record]:
