@@ -181,6 +181,7 @@ def _in_git(repo: Path) -> bool:
 
 def _mismatch(entry: DvcEntry) -> UserError:
     from danceopd.data.assemble import verify_dataset
+    from danceopd.data.columns import INDEX
     from danceopd.data.records import MANIFEST
 
     where = f"{entry.path}: not the data that {DVC_FILE} names"
@@ -192,7 +193,7 @@ def _mismatch(entry: DvcEntry) -> UserError:
     if found != wanted:
         return UserError(f"{where}: other records (content {found[:16]} instead of {wanted[:16]}); {mend}")
     present = {p.relative_to(entry.path).as_posix() for p in entry.path.rglob("*") if p.is_file()}
-    if strange := sorted(present - {MANIFEST, *manifest["files"]}):
+    if strange := sorted(present - {MANIFEST, INDEX, *manifest["files"]}):
         return UserError(f"{where}: the same records and, beside them, {', '.join(strange)}; move that elsewhere")
     reader, writer = version("pyarrow"), entry.meta.get("pyarrow", "another version")
     return UserError(

@@ -39,7 +39,7 @@ def test_a_dataset_is_built_validated_and_counted(monkeypatch, capsys, tmp_path)
     code, text, _ = run(monkeypatch, capsys, "data", "validate", out)
     assert (code, "4 records in 2 shards, all valid" in text) == (0, True)
     code, text, _ = run(monkeypatch, capsys, "data", "stats", out)
-    assert (code, "train: 3 records, 3 distinct prompts" in text) == (0, True)
+    assert (code, "train: 3 records in 3 groups that share pictures, 3 distinct prompts" in text) == (0, True)
     assert "cut" not in text
     limit = ["--recipe", "world", "--set", "model.max_sequence_length=8", "--workspace", tmp_path / "ws"]
     code, text, _ = run(monkeypatch, capsys, "data", "stats", out, *limit)

@@ -17,6 +17,8 @@ from danceopd.data.assemble import assemble, open_dataset
 from danceopd.errors import UserError
 from danceopd.files import hash_file, read_json, write_json
 
+PROJECT = Path(__file__).parents[2]
+
 
 def git(repo: Path, *arguments: str) -> str:
     command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", *arguments]
@@ -44,6 +46,7 @@ def origin(tmp_path_factory) -> Path:
     (repo / ".dvc").mkdir()
     (repo / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
     (repo / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (repo / ".dvcignore").write_text((PROJECT / ".dvcignore").read_text())
     build(repo / "data")
     versioning.track(repo, repo / "data", recipe_data="abc")
     git(repo, "add", ".")
