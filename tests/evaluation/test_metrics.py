@@ -62,21 +62,23 @@ def wrong_scenes(scene: world.Scene) -> dict[str, world.Scene]:
     }
 
 
+@pytest.mark.parametrize("name", ["scene_accuracy", "valid"])
 @pytest.mark.parametrize("kind", ["color", "shape", "missing", "extra", "moved", "background"])
-def test_scene_accuracy_is_zero_for_a_picture_that_differs_in_one_thing(kind):
+def test_a_picture_that_differs_in_one_thing_is_wrong(kind, name):
     records = world_task("t2i", 9)
     wrong = np.stack([world.render(wrong_scenes(scene_of(r))[kind]) for r in records])
-    assert metric("scene_accuracy").score(wrong, records) == [0.0] * 9
+    assert metric(name).score(wrong, records) == [0.0] * 9
 
 
-def test_scene_accuracy_sees_a_background_that_is_wrong_in_one_place_only():
+@pytest.mark.parametrize("name", ["scene_accuracy", "valid"])
+def test_a_background_that_is_wrong_in_one_place_is_seen(name):
     record = next(r for r in world_task("t2i") if len(scene_of(r).things) == 1)
     scene = scene_of(record)
     free = next(p for p in world.POSITIONS if scene.at(p) is None)
     other = next(b for b in world.BACKGROUNDS if b != scene.background)
     picture = world.render(scene)
     picture[world.cell_slice(free)] = world.BACKGROUNDS[other]
-    assert metric("scene_accuracy").score(picture[None], [record]) == [0.0]
+    assert metric(name).score(picture[None], [record]) == [0.0]
 
 
 def test_edit_success_is_one_on_the_targets_and_zero_on_the_untouched_sources():
