@@ -35,7 +35,7 @@ SMALL = [
     " gates: [{metric: psnr, max_drop: 0.5, champion_margin: 0.5}]},"
     " outline: {teacher: outline, needs_source: true, metrics: [psnr],"
     " gates: [{metric: psnr, max_drop: 0.5, champion_margin: 1}]}}",
-    "teachers.outline.train={trainable: full, optimizer: muon, lr: 0.04, steps: 24, batch: 8, warmup: 4}",
+    "teachers.outline.train={trainable: full, optimizer: muon, lr: 0.04, steps: 60, batch: 8, warmup: 4}",
     "distill.steps=1",
     "distill.lr=1.0e-9",
     "distill.warmup=1",

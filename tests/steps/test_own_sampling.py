@@ -15,6 +15,7 @@ from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.files import read_json
 from danceopd.inference.generate import Sample, open_student
 from danceopd.inference.side_by_side import find_origins, open_side_by_side
+from danceopd.tracking import mlflow_store
 
 FEW = [
     "distill.start=base",
@@ -33,7 +34,6 @@ FEW = [
 
 @pytest.mark.slow
 def test_a_few_step_student_that_keeps_guidance_is_drawn_so_everywhere(tiny_base, tmp_path):
-    import mlflow
 
     recipe = load_recipe("world", [f"model.base={tiny_base}", *SMALL, *FEW])
     base, data, teachers, student = run_to_student(recipe, tmp_path)
@@ -56,8 +56,8 @@ def test_a_few_step_student_that_keeps_guidance_is_drawn_so_everywhere(tiny_base
     assert (beside.sampling, beside.samplings["global_style"]) == (own, Sampling(steps=4, guidance=3.0))
     done = steps.register_student(run, teachers, student, evaluation)
     assert done.registered
-    mlflow.set_tracking_uri(run.store)
-    loaded = mlflow.pyfunc.load_model(f"models:/{recipe.register_as.model}/{done.version}")
+    with mlflow_store.current_store(run.store) as mlflow:
+        loaded = mlflow.pyfunc.load_model(f"models:/{recipe.register_as.model}/{done.version}")
     [drawn] = loaded.predict(pd.DataFrame({"prompt": ["a red ring"]}))["image"]
     assert Image.open(io.BytesIO(drawn)).tobytes() == picture.tobytes()
     again = steps.measure_champion(run, student, evaluation)
