@@ -11,11 +11,10 @@ import argparse
 import sys
 from dataclasses import replace
 
-from benchmarks.forwards import engine_passes
-from benchmarks.harness import Report, arguments, names, run_script
+from benchmarks.forwards import engine_passes, parser
+from benchmarks.harness import Report, run_script
 from benchmarks.setting import SIZES, STEPS, Setting, make_setting
 from danceopd.flow.displacement import SmallSteps
-from danceopd.methods.queries import NAMED
 
 HOW = (
     "Samples that pass through the transformer's last block, per sample of the batch, as in `forwards.py`. The formula "
@@ -57,15 +56,8 @@ def measure(options: argparse.Namespace) -> list[Report]:
     return [Report("displacement", title, HOW, COLUMNS, [row for row, _ in found], notes=notes, exact=exact)]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = arguments("forwards per sample of a displacement, counted on the network, against the formula")
-    parser.add_argument("--windows", type=names(list(NAMED)), default=list(NAMED))
-    parser.add_argument("--batch", type=int, default=12, help="samples; the count does not depend on it")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    return run_script(parser(), measure, argv)
+    return run_script(parser("forwards per sample of a displacement"), measure, argv)
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def measure(options: argparse.Namespace) -> list[Report]:
     ]
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = arguments("forwards per sample, counted on the network, against the formula")
+def parser(counted: str = "forwards per sample") -> argparse.ArgumentParser:
+    parser = arguments(f"{counted}, counted on the network, against the formula")
     parser.add_argument("--windows", type=names(list(NAMED)), default=list(NAMED))
     parser.add_argument("--batch", type=int, default=12, help="samples; the count does not depend on it")
     return parser

@@ -19,7 +19,7 @@ def world_build_base(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     open_steps: Annotated[int | None, typer.Option(min=0, help="on captions that leave something open")] = None,
 ) -> None:
-    """Make the small world's base from nothing: an hour or two of training on one core."""
+    """Make the small world's base from nothing: 34 minutes of training; 10,500 open steps took 42 more."""
     from dataclasses import replace
 
     from danceopd.files import check_output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,15 +23,15 @@ BATCH = 16
 BATCH_PIXELS = BATCH * 256 * 256
 
 
-class Rows:
+class Rows(ABC):
     """Rows that may differ in length or lie on disk; indexed like the tensor (N, ...) they would be."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def row(self, number: int) -> Tensor:
         """One row, float32."""
-        raise NotImplementedError
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Rows of one length by number (B,): (B, ...)."""

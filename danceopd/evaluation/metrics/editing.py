@@ -102,11 +102,11 @@ def _outside_psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> list
     values = []
     for picture, record in zip(pictures, records, strict=True):
         outside = ~edit_mask(record, *picture.shape[:2])
-        values.append(_psnr_over(outside, picture, picture_of(record, "source", picture.shape)))
+        values.append(psnr_over(outside, picture, picture_of(record, "source", picture.shape)))
     return values
 
 
-def _psnr_over(pixels: np.ndarray, picture: np.ndarray, wanted: np.ndarray) -> float:
+def psnr_over(pixels: np.ndarray, picture: np.ndarray, wanted: np.ndarray) -> float:
     psnr = image_functions().peak_signal_noise_ratio
 
     ours, theirs = (torch.from_numpy(p[pixels]).float() / 255 for p in (picture, wanted))
@@ -123,7 +123,7 @@ def _preserved_psnr(pictures: np.ndarray, records: list[Record], _: Tools) -> li
                 f"record {record.id!r}: metric 'preserved_psnr' finds no pixel that source and target "
                 "share; measure this task by psnr or ssim, or by outside_psnr"
             )
-        values.append(_psnr_over(outside, picture, target))
+        values.append(psnr_over(outside, picture, target))
     return values
 
 

@@ -13,11 +13,14 @@ import numpy as np
 
 from danceopd.data import world
 from danceopd.data.records import Record
-from danceopd.evaluation.metrics.base import MAX_PSNR, Metric, pictures_of
+from danceopd.evaluation.metrics.base import Metric, pictures_of
+from danceopd.evaluation.metrics.editing import psnr_over
 from danceopd.evaluation.metrics.small_world import board, candidates, distances
 from danceopd.evaluation.metrics.tools import Tools
 
 SHARP = 30.0  # dB: what blurs two scenes stays well below it, what the autoencoder loses well above
+
+_EVERYWHERE = np.ones((world.SIZE, world.SIZE), bool)
 
 
 @cache
@@ -57,11 +60,6 @@ def _wanted(record: Record) -> world.Wanted:
     return world.Wanted.from_json(record.facts()["wanted"])
 
 
-def _psnr(picture: np.ndarray, other: np.ndarray) -> float:
-    error = np.square(picture.astype(np.float64) - other).mean()
-    return MAX_PSNR if error == 0 else float(min(20 * np.log10(255) - 10 * np.log10(error), MAX_PSNR))
-
-
 def _read(pictures: np.ndarray, records: list[Record], name: str) -> list[_Reading]:
     drawn = board(pictures, name)
     apart = [distances(drawn, position) for position in world.POSITIONS]
@@ -70,7 +68,9 @@ def _read(pictures: np.ndarray, records: list[Record], name: str) -> list[_Readi
         scenes, held = _allowed(_wanted(record))
         nearest = np.sum([d[row][held[:, place]] for place, d in enumerate(apart)], axis=0).argmin()
         whole = [d[row].argmin() for d in apart] == held[nearest].tolist()
-        readings.append(_Reading(scenes[nearest], whole, _psnr(picture, world.render(scenes[nearest]))))
+        readings.append(
+            _Reading(scenes[nearest], whole, psnr_over(_EVERYWHERE, picture, world.render(scenes[nearest])))
+        )
     return readings
 
 
@@ -92,7 +92,7 @@ def _untouched(pictures: np.ndarray, records: list[Record], _: Tools) -> list[fl
         kept = np.ones((world.SIZE, world.SIZE), bool)
         for place in map(world.cell_slice, world.POSITIONS):
             kept[place] = np.array_equal(wanted[place], source[place])
-        values.append(_psnr(picture[kept], source[kept]))
+        values.append(psnr_over(kept, picture, source))
     return values
 
 
