@@ -6,18 +6,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from danceopd.backbones.base import Backbone, Condition
 from danceopd.config.recipe import ModelRecipe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    import torch
+
+    from danceopd.backbones.base import Backbone
     from danceopd.backbones.flux2_klein import Flux2Klein
     from danceopd.backbones.qwen_image import QwenImage
     from danceopd.backbones.sd3 import SD3
     from danceopd.backbones.z_image import ZImage
 
-__all__ = ["FAMILIES", "Backbone", "Condition", "load_backbone", "open_outline", "stock_guidance"]
+__all__ = ["FAMILIES", "load_backbone", "open_outline", "stock_guidance"]
 
 # A module of this package, its class.
 FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwen_image": "QwenImage"}

@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torch import Tensor
 
-from danceopd.backbones import Condition, load_backbone
+from danceopd.backbones import load_backbone
+from danceopd.backbones.base import Condition
 from danceopd.backbones.base import SETTINGS
 from danceopd.config.recipe import ModelRecipe
 from danceopd.config.sampling import Sampling, read_sampling

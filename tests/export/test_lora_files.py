@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import Condition, load_backbone
+from danceopd.backbones import load_backbone
+from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import adapter_parameters, add_lora
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import Condition
+from danceopd.backbones.base import Condition
 from danceopd.config.load import parse_recipe
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
