@@ -193,6 +193,3 @@ def _threads(step: str, options: PipelineOptions) -> int:
     if options.threads is None:
         return options.placement.needs(step).cpu[1]
     return options.threads.finetune if step == "finetune" else options.threads.others
-
-
-danceopd_pipeline = build_pipeline(PipelineOptions())

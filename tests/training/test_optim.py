@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from danceopd.errors import UserError
-from danceopd.training.optim import OPTIMIZERS, Muon, build_optimizer, lr_factor
+from danceopd.training.optim import OPTIMIZERS, Muon, build_optimizer, lr_factor, orthogonalised
 
 EIGHT_BIT = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 NAMES = [pytest.param(name, marks=EIGHT_BIT) if name == "adamw8bit" else name for name in OPTIMIZERS]
@@ -54,6 +54,25 @@ def test_saved_state_resumes_bit_for_bit(name):
     train(model, optimizer, 5, seed=2)
     train(twin, other, 5, seed=2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 24), (16, 32), (16, 150), (150, 16), (1, 5), (5, 1)])
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 0.0])  # singular values fall to it
+def test_a_matrix_of_any_shape_is_orthogonalised_as_in_double_precision(shape, smallest):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(0, 1, len(v), dtype=torch.float64).pow(4) * (1 - smallest) + smallest
+    matrix = u @ values.diag() @ v
+
+    exact = orthogonalised(matrix, COEFFICIENTS, 5, 1e-7)
+    found = orthogonalised(matrix.float(), COEFFICIENTS, 5, 1e-7)
+
+    assert (found.double() - exact).norm() < 1e-3 * max(1.0, float(exact.norm()))
+    if smallest == 1.0:
+        assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.4  # the iteration's own spread
 
 
 def test_the_schedule_reaches_every_group():
