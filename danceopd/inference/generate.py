@@ -20,8 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from danceopd.backbones import load_backbone
-from danceopd.backbones.base import Condition
-from danceopd.backbones.base import SETTINGS
+from danceopd.backbones.base import SETTINGS, Condition
 from danceopd.config.recipe import ModelRecipe
 from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.data.encoded import tell_cut
