@@ -31,6 +31,7 @@ def finetune(
     spec: FinetuneRecipe,
     checkpoints: Checkpoints | None = None,
     record: Callable[[dict], None] | None = None,
+    empty: Tensor | None = None,
 ) -> tuple[VelocityField, list[dict]]:
     """Fine-tune the base on encoded records with targets (they should be of one task).
 
@@ -41,6 +42,7 @@ def finetune(
         spec: the recipe's section.
         checkpoints: where training is saved, and resumed from; None: it is not.
         record: called with every entry of the history as it is made, and again after an interruption.
+        empty: embedding of the empty prompt, (L, D); None: it is encoded now.
 
     Returns:
         The teacher's field, frozen, and its history: one {"step", "loss", "grad_norm"} per logged step.
@@ -56,7 +58,7 @@ def finetune(
         raise UserError(f"teachers.{name}.train.batch {spec.batch}: {processes.count} processes need a sample each")
     sampler = TaskSampler({"all": list(range(len(encoded.tasks)))}, spec.seed)
     generator = torch.Generator().manual_seed(spec.seed)
-    empty = backbone.encode_prompts([""])[0].to(device)
+    empty = (backbone.encode_prompts([""])[0] if empty is None else empty).to(device)
     progress = StepProgress(f"finetune {name}", spec.steps, spec.log_every)
     with resumable(checkpoints, spec, learner, sampler, generator) as keeper:
         history: list[dict] = keeper.kept.get("history", [])

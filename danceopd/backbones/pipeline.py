@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from danceopd.backbones.base import LOADING, SETTINGS, Condition, kind_of
-from danceopd.backbones.bases import INDEX, components
+from danceopd.backbones.bases import INDEX, OTHER_FORMATS, components
 from danceopd.backbones.lora import plain_copy
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.sharded import is_sharded, outline_of
-from danceopd.backbones.weights import read_transformer, stored_dtype
+from danceopd.backbones.weights import read_transformer, stored_dtype, weight_files
 from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
@@ -247,29 +248,50 @@ class PipelineBackbone:
         return other.to(self.transformer.device)
 
     def save(self, folder: Path, transformer: nn.Module) -> None:
-        self._need_encoders()
+        kept = self._encoders_of_the_folder()
+        if not kept:
+            self._need_encoders()
         for name, part in self.pipeline.components.items():
             if name.startswith(("tokenizer", "processor")) and part is not None:
                 # A tokenizer's file would tell how it was last called; every call sets both anew.
                 backend = (part.tokenizer if name == "processor" else part).backend_tokenizer
                 backend.no_padding()
                 backend.no_truncation()
-        frozen = self.pipeline.transformer
+        before = {"transformer": self.pipeline.transformer} | {name: getattr(self.pipeline, name) for name in kept}
+        elsewhere = is_sharded(transformer) or next(transformer.parameters()).is_meta
         try:
-            self.pipeline.transformer = _class_of(transformer) if is_sharded(transformer) else transformer
+            self.pipeline.transformer = _class_of(transformer) if elsewhere else transformer
+            self.pipeline.register_modules(**dict.fromkeys(kept))
             self.pipeline.save_pretrained(str(folder), safe_serialization=True)
         finally:
-            self.pipeline.transformer = frozen
+            self.pipeline.register_modules(**before)
+        self._copy_encoders(kept, Path(folder))
         forget_origin(folder)
         settings = self.settings.model_dump(mode="json", exclude={"base", "revision", "transformer", *LOADING})
         (Path(folder) / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def _encoders_of_the_folder(self) -> list[str]:
+        """Text encoders whose files can be copied as they lie, without being read."""
+        if self._folder is None:
+            return []
+        own = [name for name in self.encoders if name in components(self._folder / INDEX)]
+        return own if all(weight_files(self._folder / name) for name in own) else []
+
+    def _copy_encoders(self, names: list[str], folder: Path) -> None:
+        index = read_object(folder / INDEX)
+        for name in names:
+            assert self._folder is not None
+            shutil.copytree(self._folder / name, folder / name, ignore=shutil.ignore_patterns(*OTHER_FORMATS))
+            index[name] = read_object(self._folder / INDEX)[name]
+        if names:
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _to_vae(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.pipeline.vae.device, self.pipeline.vae.dtype)
 
 
 def _class_of(network: Any) -> Any:
-    """What stands in a pipeline's folder for a sharded transformer, whose files all that share it write together."""
+    """What stands in a pipeline's folder for a transformer whose files are written by themselves."""
     outline = outline_of(network)
     outline.save_pretrained = lambda folder: None
     return outline

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,10 +81,15 @@ def weights_of(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace(".base_layer.", "."), weight
 
 
-def write_transformer(network: ModelMixin, folder: Path) -> None:
-    """Write a sharded network's folder in diffusers' layout, one file a layer; every process must call it.
+def write_transformer(network: ModelMixin, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write a network's folder in diffusers' layout, one file a layer; every process that shares it must call this.
 
     Each weight is gathered by itself, and only the first process keeps it until its layer's file is written.
+
+    Args:
+        network: sharded, or with `state`.
+        folder: where the files go.
+        state: what to write for its weights, asked one by one; default: those it has.
     """
     writer, folder = writes(network), Path(folder)
     if writer:
@@ -93,13 +98,13 @@ def write_transformer(network: ModelMixin, folder: Path) -> None:
         (folder / "config.json").write_text(
             json.dumps(config | {"_class_name": kind_of(network).__name__}, indent=2, sort_keys=True) + "\n"
         )
-    state = network.state_dict()
+    state = network.state_dict() if state is None else state
     layers = _layers(network, list(state))
     total, where = 0, {}
     for number, names in enumerate(layers, start=1):
         file, layer = f"{FILE}-{number:05d}-of-{len(layers):05d}.safetensors", {}
         for name in names:
-            weight = whole(cast(Tensor, state[name]).detach())
+            weight = whole(state[name].detach())
             total += weight.nbytes
             where[name] = file
             if writer:

@@ -47,13 +47,13 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
     try:
         check_json_files(path)
         config = kind.load_config(str(path), local_files_only=True)
-        wanted = _shapes(_empty(kind, config))
+        wanted = shapes_of(_empty(kind, config))
         found: dict[str, Shape] = {}
         for file in sorted(path.glob("*.safetensors")):
             found |= file_shapes(file)
         if not found:
             raise UserError(f"{path}: no transformer checkpoint (no safetensors file there)")
-        _check_fit(path, kind, wanted, found, "its config")
+        check_fit(path, kind, wanted, found, "its config")
         network = kind.from_pretrained(str(path), local_files_only=True, use_safetensors=True, dtype=dtype)
         check_finite(path, network.state_dict())
         return network
@@ -84,12 +84,12 @@ def same_weights(network: nn.Module, folder: Path) -> bool:
 
 def _read_file(kind: type[ModelMixin], file: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> ModelMixin:
     network = _empty(kind, config)
-    wanted = _shapes(network)
+    wanted = shapes_of(network)
     file_shapes(file)  # is it one?
     state = {_PREFIX.sub("", key): value for key, value in load_file(file).items()}
     if not wanted.keys() <= state.keys():
         state = _under_diffusers_names(kind, file, state, wanted, config)
-    _check_fit(file, kind, wanted, {key: tuple(value.shape) for key, value in state.items()}, "the base's config")
+    check_fit(file, kind, wanted, {key: tuple(value.shape) for key, value in state.items()}, "the base's config")
     check_finite(file, state)
     network.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
     return network
@@ -134,7 +134,8 @@ def _empty(kind: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
         return kind.from_config(config)
 
 
-def _shapes(network: ModelMixin) -> dict[str, Shape]:
+def shapes_of(network: ModelMixin) -> dict[str, Shape]:
+    """Names and shapes of a network's weights."""
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -171,9 +172,21 @@ def stored_dtype(path: Path) -> torch.dtype:
     return _DTYPES.get(max(counts, key=lambda kind: counts[kind]), torch.float32) if counts else torch.float32
 
 
-def _check_fit(
+def check_fit(
     where: Path, kind: type[ModelMixin], wanted: Mapping[str, Shape], found: Mapping[str, Shape], to: str
 ) -> None:
+    """Hold a checkpoint's names and shapes against a network's.
+
+    Args:
+        where: the checkpoint, for messages.
+        kind: the network's class.
+        wanted: what the network has.
+        found: what the checkpoint has.
+        to: what the network is made by, for messages.
+
+    Raises:
+        UserError: naming keys, if they differ.
+    """
     ignored = kind._keys_to_ignore_on_load_unexpected or []
     unexpected = [key for key in found if key not in wanted and not any(re.search(each, key) for each in ignored)]
     other = [

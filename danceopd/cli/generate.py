@@ -43,7 +43,7 @@ def generate(
     ] = [],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="for --teacher: the base they belong to")] = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures per forward pass; the last bit may depend on it")] = 1,
-    dtype: Annotated[Precision, typer.Option(help="of the weights")] = "float32",
+    dtype: Annotated[Precision | None, typer.Option(help="of the weights; default: the student's own")] = None,
 ) -> None:
     """Draw or edit pictures with a student: one, or a batch; `--grid` lays its teachers' beside them."""
     from danceopd.files import check_output, check_output_file
@@ -85,7 +85,7 @@ def _rows(prompt: str | None, images: list[Path], prompts: Path | None) -> list[
     return read_rows(prompts)
 
 
-def _draw_one(model: Path, item: Item, out: Path, dtype: Precision) -> Path:
+def _draw_one(model: Path, item: Item, out: Path, dtype: Precision | None) -> Path:
     from danceopd.files import write_atomic
     from danceopd.inference.draw_batch import check_items, with_sources
     from danceopd.inference.generate import encode_file, open_student
@@ -97,13 +97,13 @@ def _draw_one(model: Path, item: Item, out: Path, dtype: Precision) -> Path:
 
 
 def _draw_many(
-    model: Path, items: list[Item], folder: Path, origins: Origins | None, batch: int, dtype: Precision
+    model: Path, items: list[Item], folder: Path, origins: Origins | None, batch: int, dtype: Precision | None
 ) -> Path:
     from danceopd.inference.draw_batch import draw_batch
-    from danceopd.inference.generate import open_student
+    from danceopd.inference.generate import open_student, own_dtype
     from danceopd.inference.side_by_side import STUDENT, open_side_by_side
 
-    about: dict[str, Any] = {"model": str(model), "dtype": dtype}
+    about: dict[str, Any] = {"model": str(model), "dtype": dtype or own_dtype(model)}
     fields: dict[str, Field]
     if origins is None:
         drawer = open_student(model, dtype)

@@ -37,7 +37,7 @@ def serve(
     max_upload_mb: Annotated[int, typer.Option(min=1, help="of a request's body")] = 20,
     queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more are told to come again")] = 8,
     grace: Annotated[int, typer.Option(min=0, help="seconds for the request in work once told to stop")] = 25,
-    dtype: Annotated[Precision, typer.Option(help="of the weights")] = "float32",
+    dtype: Annotated[Precision | None, typer.Option(help="of the weights; default: the student's own")] = None,
     tracking_uri: StoreOption = None,
     follow_every: Annotated[int, typer.Option(min=1, help="seconds between two looks at the alias")] = 30,
     cache: Annotated[Path, typer.Option(help="folder for registered versions")] = CACHE,

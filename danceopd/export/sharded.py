@@ -15,7 +15,7 @@ from danceopd.backbones.sharded import INDEX, rows_here, sharded_like, write_tra
 from danceopd.config.recipe import Recipe
 from danceopd.errors import UserError
 from danceopd.export.lora_files import export_lora
-from danceopd.export.student import PIPELINE, PROBE, note_proof
+from danceopd.export.student import PIPELINE, PROBE, note_proof, probe_condition
 from danceopd.files import FIELD, write_json
 from danceopd.flow.field_io import probe, save_field
 from danceopd.flow.fields import VelocityField
@@ -23,7 +23,9 @@ from danceopd.training.fsdp import shares_of
 from danceopd.training.processes import Processes
 
 
-def export_sharded(student: VelocityField, recipe: Recipe, scratch: Path, processes: Processes) -> None:
+def export_sharded(
+    student: VelocityField, recipe: Recipe, scratch: Path, processes: Processes, condition: Condition | None = None
+) -> None:
     """Write the pipeline folder, a LoRA merged into it and beside it as it is, and the probe to prove it by.
 
     Every process must call it; the main one writes, into its own folder. The transformer's weights are of the base's
@@ -34,6 +36,7 @@ def export_sharded(student: VelocityField, recipe: Recipe, scratch: Path, proces
         recipe: names the base's dtype and the picture's size.
         scratch: where the main process's export goes; the folders of the others stay empty.
         processes: those.
+        condition: of `probe_condition`, in the main process; None: it reads the text encoder again for it.
 
     Raises:
         UserError: if what was written is, read back, not the student.
@@ -42,7 +45,7 @@ def export_sharded(student: VelocityField, recipe: Recipe, scratch: Path, proces
     shares = shares_of(student.network)
     assert shares is not None, "a student that is not shared out is exported by `export_student`"
     folder = Path(processes.gather(str(scratch))[0])
-    condition = _prompts(student, recipe, processes)
+    condition = _shared(student, recipe, processes, condition)
     if student.adapter is not None:
         save_field(student, folder)
         export_lora(student, folder / "lora", condition)
@@ -69,10 +72,11 @@ def export_sharded(student: VelocityField, recipe: Recipe, scratch: Path, proces
         note_proof(folder, found, wanted)
 
 
-def _prompts(student: VelocityField, recipe: Recipe, processes: Processes) -> Condition:
-    """What the student is asked under; the main process alone reads the text encoder for it."""
-    texts = ["", recipe.name]
-    prompt = student.backbone.encode_prompts(texts).cpu() if processes.main else None
+def _shared(student: VelocityField, recipe: Recipe, processes: Processes, condition: Condition | None) -> Condition:
+    """What the student is asked under, in every process; the main one alone reads the text encoder, if it must."""
+    if processes.main and condition is None:
+        condition = probe_condition(student.backbone, recipe)
+    prompt = None if condition is None else condition.prompt.cpu()
     processes.wait()
     prompt = processes.gather(prompt)[0]
     return Condition(prompt.to(processes.device), None, recipe.model.height, recipe.model.width)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from danceopd.backbones import load_backbone
 from danceopd.backbones.base import SETTINGS, Condition
+from danceopd.backbones.weights import stored_dtype
 from danceopd.config.recipe import ModelRecipe
 from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.data.encoded import tell_cut
@@ -324,13 +325,22 @@ def read_settings(folder: Path) -> ModelRecipe:
         raise UserError(f"{path}: {where}{': ' if where else ''}{what['msg']}; export the student again") from error
 
 
-def open_student(folder: Path, dtype: str = "float32") -> Drawer:
-    """Load an exported student from its pipeline folder, its transformer's weights as `dtype`.
+def open_student(folder: Path, dtype: str | None = None) -> Drawer:
+    """Load an exported student from its pipeline folder.
+
+    Args:
+        folder: the pipeline's.
+        dtype: of its transformer's weights; None: as they lie in their files, where a CPU maps them into memory.
 
     Raises:
         UserError: if the folder is no student's pipeline.
     """
-    settings = read_settings(folder).model_copy(update={"dtype": dtype})
+    settings = read_settings(folder).model_copy(update={"dtype": dtype or own_dtype(folder)})
     backbone = load_backbone(Path(folder), settings, best_device())
     sampling = read_sampling(folder) or Sampling()
     return Drawer(VelocityField("student", backbone, backbone.transformer), settings, sampling)
+
+
+def own_dtype(folder: Path) -> str:
+    """The dtype in which a student's transformer was written."""
+    return str(stored_dtype(Path(folder) / "transformer")).removeprefix("torch.")

@@ -17,7 +17,7 @@ from danceopd.errors import UserError
 from danceopd.files import read_json
 from danceopd.flow.field_io import field_kind, load_fields
 from danceopd.flow.fields import Field, VelocityField
-from danceopd.inference.generate import Drawer, read_settings
+from danceopd.inference.generate import Drawer, own_dtype, read_settings
 from danceopd.workspace import STEP, Product, open_product
 
 STUDENT = "student"
@@ -92,13 +92,13 @@ def named_origins(base: str | None, teachers: Mapping[str, str], workspace: Path
     return Origins(None if base is None else fetch_base(base, None, workspace).folder, found)
 
 
-def open_side_by_side(model: Path, origins: Origins, dtype: str = "float32") -> tuple[Drawer, dict[str, Field]]:
+def open_side_by_side(model: Path, origins: Origins, dtype: str | None = None) -> tuple[Drawer, dict[str, Field]]:
     """Load a student and its teachers on one base.
 
     Args:
         model: the student's pipeline folder.
         origins: its base and teachers. Without a base the student's own pipeline serves as one.
-        dtype: of the weights.
+        dtype: of the weights; None: the student's own.
 
     Returns:
         The student's drawer, and the columns in order: the teachers by name, then the student.
@@ -106,6 +106,7 @@ def open_side_by_side(model: Path, origins: Origins, dtype: str = "float32") -> 
     Raises:
         UserError: if one of them cannot be loaded, or lives in another latent space.
     """
+    dtype = dtype or own_dtype(model)
     settings = read_settings(model).model_copy(update={"dtype": dtype})
     backbone = load_backbone(origins.base or model, settings, best_device())
     fields: dict[str, Field] = dict(load_fields(backbone, origins.teachers))

@@ -43,13 +43,13 @@ def try_out(drawer: Drawer, what: str) -> Drawer:
     return drawer
 
 
-def from_folder(folder: Path, dtype: str) -> Callable[[Metrics], Served]:
+def from_folder(folder: Path, dtype: str | None) -> Callable[[Metrics], Served]:
     """Loads a student from its folder, and tries it."""
     return lambda _: Served(try_out(open_student(folder, dtype), str(folder)))
 
 
 def following(
-    reference: Reference, tracking_uri: str, cache: Path, dtype: str, every: float
+    reference: Reference, tracking_uri: str, cache: Path, dtype: str | None, every: float
 ) -> tuple[Callable[[Metrics], Served], Callable[[Worker, threading.Event], None]]:
     """Loads what an alias names, and keeps a worker at it; see `Follower`."""
     made: list[Follower] = []

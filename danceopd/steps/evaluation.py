@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
+from danceopd.evaluation.names import STUDENT
 from danceopd.files import read_json
 from danceopd.steps.cost import Spent, cost_table, spent_on
 from danceopd.steps.encodings import Encoder, open_backbone
@@ -19,6 +20,7 @@ from danceopd.tracking import recording
 from danceopd.workspace import Product, code_revision, make_product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.backbones.base import Backbone
     from danceopd.flow.fields import Field
 
 
@@ -78,8 +80,7 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     encoder = Encoder(run, backbone)
     fields: dict[str, Field] = {"base": VelocityField("base", backbone, backbone.transformer)}
     fields |= load_teachers(encoder, teachers)
-    trained = backbone.new_transformer(student.pipeline)
-    fields["student"] = VelocityField("student", backbone, trained)
+    fields[STUDENT] = _load_student(backbone, student)
     started = time.monotonic()
     place = (run.cache, encoder.key, judged_in(student))
     samplings = Samplings(recipe, encoder.empty_prompt, stated_samplings(teachers))
@@ -98,6 +99,20 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     write_report(evaluation, scratch, provenance)
     metrics = read_json(scratch / "metrics.json")
     return {"passed": metrics["passed"], "scores": metrics["scores"]["student"], "report": "report.html"}
+
+
+def _load_student(backbone: Backbone, student: Product) -> Field:
+    """The student's field: a LoRA as one more adapter on the base, which then need not lie in memory twice.
+
+    Into a base in 8 bits nothing was merged: what is measured there is the exported transformer.
+    """
+    from danceopd.flow.field_io import field_kind, load_field
+    from danceopd.flow.fields import VelocityField
+
+    if field_kind(student.folder) == "lora" and backbone.settings.quantize is None:
+        return load_field(backbone, STUDENT, student.folder)
+    network = backbone.new_transformer(student.pipeline)
+    return VelocityField(STUDENT, backbone, network)
 
 
 def judged_in(student: Product) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from danceopd.config.recipe import Weight
 from danceopd.config.sampling import write_sampling
 from danceopd.errors import UserError
-from danceopd.export.student import export_student
+from danceopd.export.student import export_student, probe_condition
 from danceopd.files import write_json
 from danceopd.preflight.at_start import check_start
 from danceopd.preflight.findings import settle
@@ -169,6 +169,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     if recipe.distill.select is not None:
         sets = ready.encoder.held_out("val", recipe.distill.select.per_task)
         validate = GateValidator(recipe, fields, sets, run.cache / "judge", samplings)
+    condition = probe_condition(backbone, recipe) if processes.main else None
     backbone.free_encoders()  # everything is encoded
     share_out(backbone, fields.values(), recipe.distill, STUDENT, processes)
     facts = {name: product.facts for name, product in teachers.items()}
@@ -188,7 +189,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
         ready.empty,
     )
     if shares(recipe.distill, processes):
-        export_sharded(student, recipe, scratch, processes)
+        export_sharded(student, recipe, scratch, processes, condition)
     if not processes.main:
         return {}  # the main process writes the student
     shutil.copytree(previews, scratch / "previews")
@@ -196,7 +197,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     plot_history(history, scratch / "previews" / "training.png")
     journal.file(scratch / "previews" / "training.png")
     if not shares(recipe.distill, processes):
-        export_student(student, recipe, base, scratch)
+        export_student(student, recipe, base, scratch, condition)
     origins = {"data": data.facts["content"], "dvc": data.facts["dvc"], "git": data.facts["git"], "base": base.digest}
     origins |= {f"teacher {name}": product.digest for name, product in teachers.items()}
     write_sampling(scratch / "pipeline", recipe.sampling("student"))

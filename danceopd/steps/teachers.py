@@ -12,6 +12,7 @@ from danceopd.backbones.bases import hash_weights
 from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.errors import UserError
+from danceopd.export.student import probe_condition
 from danceopd.files import FIELD, write_json
 from danceopd.preflight.at_start import check_start
 from danceopd.preflight.findings import settle
@@ -23,6 +24,7 @@ from danceopd.tracking.recording import recorder
 from danceopd.workspace import Product, main_first, make_product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
+    from danceopd.backbones.base import Condition
     from danceopd.flow.fields import Field
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,7 @@ def _build_teacher(
         _require_held_out(recipe, data, teacher)
     backbone = open_backbone(run, spec.train if isinstance(spec, FinetunedTeacher) else None)
     encoder = Encoder(run, backbone)
+    condition = probe_condition(backbone, recipe)
     device = this_process().device
     field: Field
     facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
@@ -133,9 +136,12 @@ def _build_teacher(
         from danceopd.finetune import finetune
         from danceopd.training.checkpoints import Checkpoints
 
-        encoded = encoder.train((spec.task,), targets=True)
+        encoded, empty = encoder.train((spec.task,), targets=True), encoder.empty_prompt()
+        for task in _taught(recipe, teacher):
+            encoder.split("val", (task,), recipe.evaluate.per_task)  # kept for the proof
+        backbone.free_encoders()  # everything is encoded
         saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
-        field, history = finetune(backbone, teacher, encoded, spec.train, saves, recorder(journal, teacher))
+        field, history = finetune(backbone, teacher, encoded, spec.train, saves, recorder(journal, teacher), empty)
         write_json(scratch / "history.json", history)
         forwards = TRAINED * spec.train.batch * spec.train.steps
         facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
@@ -153,11 +159,16 @@ def _build_teacher(
     if spec.guidance is not None:  # the recipe's scale goes before the folder's
         field = GuidedField(plain, spec.guidance, encoder.empty_prompt(), spec.guidance_batched)
     # Guidance would make another field of the base's own weights, too: where there are others, they are looked at.
-    _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base)
+    _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base, condition)
     save_field(field, scratch)
     if not isinstance(spec, ChampionTeacher):
         facts["scores"] = _prove_teacher(encoder, field)
     return facts
+
+
+def _taught(recipe: Recipe, teacher: str) -> list[str]:
+    """The tasks that a teacher serves."""
+    return [task for task, spec in recipe.tasks.items() if spec.teacher == teacher]
 
 
 def _require_held_out(recipe: Recipe, data: Product, teacher: str) -> None:
@@ -176,19 +187,17 @@ def _check_kind(teacher: str, spec: CheckpointTeacher, field: Field) -> None:
         raise UserError(f"teachers.{teacher}.kind is {spec.kind}, and {spec.path} holds a {found}; write kind: {found}")
 
 
-def _prove_other_than_base(recipe: Recipe, field: Field, base: Product) -> None:
+def _prove_other_than_base(recipe: Recipe, field: Field, base: Product, condition: Condition) -> None:
     """Hold a teacher against the base.
 
     Raises:
         UserError: if it changes nothing.
     """
-    from danceopd.backbones.base import Condition
     from danceopd.backbones.weights import same_weights
     from danceopd.flow.field_io import probe
     from danceopd.flow.fields import VelocityField
 
-    spec, backbone, model = recipe.teachers[field.name], field.backbone, recipe.model
-    condition = Condition(backbone.encode_prompts(["", recipe.name]), None, model.height, model.width)
+    spec, backbone = recipe.teachers[field.name], field.backbone
     mine, bare = (probe(f, condition) for f in (field, VelocityField("base", backbone, backbone.transformer)))
     change = float((mine - bare).square().mean().sqrt() / bare.square().mean().sqrt())
     if field.network is not backbone.transformer and same_weights(field.network, base.pipeline / "transformer"):
@@ -225,7 +234,7 @@ def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
     tools = Tools(recipe.evaluate, cache=encoder.run.cache / "judge")
     samplings = Samplings(recipe, encoder.empty_prompt)
     scores: dict[str, dict] = {}
-    for task in [t for t, s in recipe.tasks.items() if s.teacher == field.name]:
+    for task in _taught(recipe, field.name):
         records, encoded = encoder.split("val", (task,), recipe.evaluate.per_task)
         skipped = skipped_metrics(recipe.tasks[task].metrics, tools)
         metrics = tuple(name for name in recipe.tasks[task].metrics if name not in skipped)
