@@ -79,7 +79,6 @@ def _tell(console: Console, recipe: Recipe, ahead: Outlook, gpus: int, tflops: f
             f"of {gpus} GPUs",
             f"each {whole} with parallel: replicate, {shared} with shard; replicate is faster where it fits",
         )
-    table.add_row("before that", "the text encoder and the autoencoder, until all is encoded")
     table.add_row(
         "forwards",
         f"{ahead.forwards:.1f} per sample, {update:,.0f} per update of {spec.batch}, "
@@ -91,6 +90,11 @@ def _tell(console: Console, recipe: Recipe, ahead: Outlook, gpus: int, tflops: f
         f"{_duration(seconds)} on {gpus} GPU{'s' * (gpus > 1)} that reach {tflops:g} x 10^12 a "
         "second (--tflops), without encoding, fine-tuned teachers and evaluation",
     )
+    console.print(table)
+    table = Table("phase", "memory per GPU", "disk")
+    for phase in ahead.phases:
+        disk = "grows with the data" if phase.disk is None else say_size(phase.disk) if phase.disk else ""
+        table.add_row(phase.name, say_size(phase.memory) if phase.memory else "", disk)
     console.print(table)
 
 

@@ -153,29 +153,40 @@ def samples_at_once(spec: DistillRecipe, processes: int) -> int:
 
 
 def estimate_memory(recipe: Recipe, outline: Backbone, shapes: Iterable[Samples], processes: int) -> MemoryEstimate:
+    """What distilling adds on each process, told from shapes alone (see `estimate_training`)."""
+    return estimate_training(recipe.distill, outline, shapes, processes, recipe.model.dtype)
+
+
+def estimate_training(
+    spec: TrainRecipe, outline: Backbone, shapes: Iterable[Samples], processes: int, dtype: str
+) -> MemoryEstimate:
     """What training adds on each process, told from shapes alone.
 
     Args:
-        recipe: its `distill` section decides.
+        spec: the recipe's section that decides.
         outline: the base's back end without weights.
-        shapes: of what passes the student together, each as many as one process takes at once.
+        shapes: of what passes the network together, each as many as one process takes at once.
         processes: how many train together.
+        dtype: of the frozen base.
     """
-    spec = recipe.distill
     parameters = trained_parameters(outline.transformer, spec, outline.lora_targets)
     share = sharing(spec, processes)
     held = parameters * 4 // share
+    targets = outline.lora_targets
     return MemoryEstimate(
         parameters=parameters,
         weights=held,
         gradients=held,
         optimizer=parameters * STATE_BYTES[spec.optimizer] // share,
-        averages=held * ((spec.ema is not None) + (spec.select is not None)),
+        averages=held * averages_of(spec),
         activations=max(kept_bytes(outline, spec, samples) for samples in shapes),
-        gathered=0
-        if share == 1
-        else gathered_bytes(outline.transformer, spec, outline.lora_targets, BYTES[recipe.model.dtype]),
+        gathered=0 if share == 1 else gathered_bytes(outline.transformer, spec, targets, BYTES[dtype]),
     )
+
+
+def averages_of(spec: TrainRecipe) -> int:
+    """How many more copies of what trains are kept: the moving average, and the best state if one is selected."""
+    return (spec.ema is not None) + (isinstance(spec, DistillRecipe) and spec.select is not None)
 
 
 def sharing(spec: TrainRecipe, processes: int) -> int:

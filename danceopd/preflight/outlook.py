@@ -31,6 +31,7 @@ from danceopd.preflight.memory import (
     sharing,
     trained_parameters,
 )
+from danceopd.preflight.phases import Phase, phases_of
 from danceopd.preflight.sampling import check_sampling
 
 
@@ -47,6 +48,7 @@ class Outlook:
         training: what training adds to them.
         other: bytes of both if the processes shared the weights where the recipe has whole ones in each, or the other
             way round; None: there is one process, or the recipe cannot be otherwise.
+        phases: memory and disk of every phase of the run.
         findings: what is doubtful about how the student will be drawn.
     """
 
@@ -57,6 +59,7 @@ class Outlook:
     held: int
     training: MemoryEstimate
     other: int | None
+    phases: list[Phase]
     findings: list[Finding]
 
 
@@ -80,14 +83,17 @@ def look_ahead(recipe: Recipe, workspace: Path, processes: int = 1) -> Outlook:
     count = samples_at_once(recipe.distill, processes)
     edits = {task.needs_source for task in recipe.tasks.values()}
     shapes = [Samples(count, model.height, model.width, one) for one in sorted(edits)]
+    held = _held(recipe, backbone, processes)
+    training = estimate_memory(recipe, backbone, shapes, processes)
     return Outlook(
         parameters=parameters,
         tokens=tokens,
         forwards=expected_forwards(recipe, backbone, _stand_ins(recipe), _fields(recipe, backbone)),
         operations=max(forward_operations(backbone, replace(shape, count=1)) for shape in shapes),
-        held=_held(recipe, backbone, processes),
-        training=estimate_memory(recipe, backbone, shapes, processes),
+        held=held,
+        training=training,
         other=_other_way(recipe, backbone, shapes, processes),
+        phases=phases_of(recipe, backbone, folder, held, training, processes),
         findings=check_sampling(recipe, backbone),
     )
 
