@@ -24,7 +24,11 @@ FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwe
 
 
 def load_backbone(
-    folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu", transformer: bool = True
+    folder: Path,
+    settings: ModelRecipe,
+    device: torch.device | str = "cpu",
+    transformer: bool = True,
+    encodes_only: bool = False,
 ) -> Backbone:
     """Load the back end that `settings.backbone` names from a pipeline folder, onto a device.
 
@@ -33,15 +37,16 @@ def load_backbone(
         settings: of the recipe.
         device: where it computes.
         transformer: whether the transformer goes there, too; else it stays on the CPU, to be shared out from there.
+        encodes_only: prompts and pictures are all it is for: its transformer gets no memory, and is not read.
 
     Raises:
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
     from danceopd.backbones.kernels import quantize_frozen, set_attention
-    from danceopd.backbones.lora_factors import check_finite
 
-    backbone = _family(settings).load(Path(folder), settings, device, transformer)
-    check_finite(Path(folder) / "transformer", backbone.transformer.state_dict())
+    backbone = _family(settings).load(Path(folder), settings, device, transformer, encodes_only)
+    if encodes_only:
+        return backbone
     set_attention(backbone.transformer, settings.attention)
     if settings.quantize is not None:
         quantize_frozen(backbone.transformer, settings.quantize)

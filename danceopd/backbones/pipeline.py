@@ -22,7 +22,7 @@ from danceopd.backbones.bases import INDEX, OTHER_FORMATS, components
 from danceopd.backbones.lora import plain_copy
 from danceopd.backbones.packing import to_latents, to_tokens
 from danceopd.backbones.sharded import is_sharded, outline_of
-from danceopd.backbones.weights import read_transformer, stored_dtype, weight_files
+from danceopd.backbones.weights import empty_transformer, read_transformer, stored_dtype, weight_files
 from danceopd.config.recipe import ModelRecipe
 from danceopd.errors import UserError
 from danceopd.files import forget_origin
@@ -52,7 +52,12 @@ class PipelineBackbone:
 
     @classmethod
     def load(
-        cls, folder: Path, settings: ModelRecipe, device: torch.device | str = "cpu", transformer: bool = True
+        cls,
+        folder: Path,
+        settings: ModelRecipe,
+        device: torch.device | str = "cpu",
+        transformer: bool = True,
+        encodes_only: bool = False,
     ) -> Self:
         """Load a pipeline folder onto a device.
 
@@ -62,6 +67,7 @@ class PipelineBackbone:
             device: where it computes.
             transformer: whether the transformer goes there, too; else it stays on the CPU as it lies in its files,
                 mapped into memory, and so do others that are read later: to be shared out from there.
+            encodes_only: read no weight of the transformer, which then has none.
 
         Raises:
             UserError: if the folder holds no such pipeline, or its transformer's weights do not fit.
@@ -72,7 +78,11 @@ class PipelineBackbone:
         dtypes = {**dict.fromkeys(cls.encoders, "auto"), "default": torch.float32}
         weights = folder / "transformer"
         dtype = getattr(torch, settings.dtype) if transformer else stored_dtype(weights)
-        given = {"transformer": read_transformer(network, weights, dtype, {})}
+        given = {
+            "transformer": empty_transformer(network, weights)
+            if encodes_only
+            else read_transformer(network, weights, dtype, {})
+        }
         try:
             given |= cls._given(folder)
             pipeline = kind.from_pretrained(str(folder), local_files_only=True, dtype=dtypes, **given)
@@ -80,7 +90,7 @@ class PipelineBackbone:
             raise UserError(f"{folder}: no {kind.__name__} folder ({' '.join(str(error).split())})") from error
         for name in components(folder / INDEX):
             part = getattr(pipeline, name, None)
-            if isinstance(part, nn.Module) and (transformer or name != "transformer"):
+            if isinstance(part, nn.Module) and (name != "transformer" or (transformer and not encodes_only)):
                 part.to(device)
         backbone = cls(pipeline, settings, folder)
         backbone._as_stored = not transformer

@@ -63,6 +63,19 @@ def read_transformer(kind: type[ModelMixin], path: Path, dtype: torch.dtype, con
         raise UserError(f"{path}: no transformer checkpoint ({' '.join(str(error).split())})") from error
 
 
+def empty_transformer(kind: type[ModelMixin], folder: Path) -> ModelMixin:
+    """A transformer's folder's network without memory for its weights, of which none is read.
+
+    Raises:
+        UserError: if there is no such configuration.
+    """
+    check_json_files(folder)
+    try:
+        return _empty(kind, kind.load_config(str(folder), local_files_only=True))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: no transformer's config ({' '.join(str(error).split())})") from error
+
+
 def same_weights(network: nn.Module, folder: Path) -> bool:
     """Whether a network holds the weights of a transformer folder, as far as bfloat16 tells them apart.
 

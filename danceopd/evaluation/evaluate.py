@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
 from functools import cached_property
@@ -313,6 +313,7 @@ def evaluate(
     base_key: str,
     judged: str = "",
     samplings: Samplings | None = None,
+    when_encoded: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Score every field on every task of the recipe.
 
@@ -326,6 +327,7 @@ def evaluate(
         judged: name of a folder of the cache in which the judge's answers of this evaluation are kept, so that none
             from another day is held against one from today.
         samplings: how each field is drawn; default: as the recipe says.
+        when_encoded: called before the first picture is drawn, when the text encoders are not needed any more.
 
     Raises:
         UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
@@ -345,9 +347,13 @@ def evaluate(
     drawn = {name: _Drawn(*known.drawn(name, field)) for name, field in fields.items()}
     held_out = _held_out(recipe, dataset, skipped)
     canaries = judge_canaries(tools, recipe, held_out, skipped)
+    encodings = {
+        task: encode_records(backbone, records, *size, cache, base_key, targets=True)
+        for task, records in held_out.items()
+    }
+    when_encoded()
     for task, records in held_out.items():
-        metrics = recipe.tasks[task].metrics
-        encoded = encode_records(backbone, records, *size, cache, base_key, targets=True)
+        metrics, encoded = recipe.tasks[task].metrics, encodings.pop(task)
         ceiling = score_ceiling(backbone, encoded, records, metrics, spec.batch, tools)
         scored = _score_fields(drawn, task, encoded, records, recipe, tools)
         worst = _worst(scored, recipe.tasks[task].teacher, metrics, spec.worst, skipped)

@@ -136,7 +136,7 @@ def cache_encodings(run: Run, folder: Path, share: tuple[int, int] | None = None
     from danceopd.training.processes import this_process
 
     recipe, processes = run.recipe, this_process()
-    reader = load_backbone(run.base.pipeline, recipe.model, processes.device, transformer=False)  # nothing draws
+    reader = load_backbone(run.base.pipeline, recipe.model, processes.device, encodes_only=True)
     encoder, sizing, cache = Encoder(run, reader), sizing_of(recipe), open_cache(recipe, folder)
     backbone, dataset = encoder.backbone, encoder.dataset()
     taught = {t.task for t in recipe.teachers.values() if isinstance(t, FinetunedTeacher)}

@@ -84,7 +84,7 @@ def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, 
     started = time.monotonic()
     place = (run.cache, encoder.key, judged_in(student))
     samplings = Samplings(recipe, encoder.empty_prompt, stated_samplings(teachers))
-    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place, samplings)
+    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place, samplings, backbone.free_encoders)
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
     spent = spent_on(teachers, student)
     machine = hardware(next(backbone.transformer.parameters()).device)
