@@ -33,7 +33,7 @@ from danceopd.config.recipe import DistillRecipe, LoraRecipe, ModelRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
-from danceopd.flow.rollout import roll_out
+from danceopd.flow.rollout import roll_out, rollout_drift
 from danceopd.methods.base import Distillation, Group, UpdateFigures
 from danceopd.methods.danceopd import DanceOPD
 from danceopd.pretraining.world_base import new_text_encoder, new_vae
@@ -50,21 +50,26 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 SWITCH = ("off", "on")
+ROLLOUT = ("own", "merged")
+GROWS = 1.02  # a larger batch that gains less ends the search for it
 HOW = (
     "Utilisation is the model's floating-point operations (counted on the network's graph, recomputation left out; a "
     "LoRA student's backward pass needs no gradient of the frozen weights) over time, as a share of the bfloat16 "
     "matrix product rate measured first on the same card. Rollout: {steps} grid steps of the whole batch, no gradient. "
     "Update: routed teachers, student forward and backward, AdamW. Samples a second is for the `semantic` window. "
-    "Median of {iterations} after a warm-up. Search: batch and checkpointing first, then attention kernels, "
-    "then compilation."
+    "Median of {iterations} after a warm-up. Search: batch and checkpointing first, until memory ends or it gains no "
+    "more; then attention kernels, then the rollout's weights, then compilation. Drift: how far a merged copy's states "
+    "lie from the student's own after those steps, as a share of the way from the noise."
 )
 COLUMNS = [
     "batch",
     "checkpointing",
     "attention",
+    "rollout of",
     "compile",
     "rollout TFLOP/s",
     "share",
+    "drift",
     "update TFLOP/s",
     "share",
     "samples/s",
@@ -137,10 +142,11 @@ class Settings:
     batch: int
     checkpointing: str = "off"
     sdpa: str = "auto"
+    rollout: str = "own"
     compile: str = "off"
 
     def cells(self) -> list:
-        return [self.batch, self.checkpointing, self.sdpa, self.compile]
+        return [self.batch, self.checkpointing, self.sdpa, self.rollout, self.compile]
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ class Timing:
 
     rollout_step: float
     update: float
+    drift: float
     rollout_peak: int | None
     update_peak: int | None
 
@@ -218,13 +225,23 @@ class Contest:
     def roll(self) -> None:
         stop = torch.full((len(self.group.rows),), ROLLOUT_STEPS)
         with self.learner.precision():
-            roll_out(self.learner.field, self.group.noise, self.group.grid, stop, self.group.condition)
+            roll_out(self.learner.walker, self.group.noise, self.group.grid, stop, self.group.condition)
+
+    def drift(self) -> float:
+        """How far a merged copy leads from the student itself; 0 where there is none."""
+        stop = torch.full((len(self.group.rows),), ROLLOUT_STEPS)
+        own, walker = self.learner.field, self.learner.walker
+        if own is walker:
+            return 0.0
+        with self.learner.precision():
+            return rollout_drift(own, walker, self.group.noise, self.group.grid, stop, self.group.condition)
 
     def update(self) -> None:
-        """With its query at the noise: no rollout."""
+        """With its query at the noise: no rollout. A merged copy is brought up to date, too."""
         with self.learner.precision():
             DanceOPD().accumulate(self.distillation, self.learner, self.group, UpdateFigures())
         self.learner.update()
+        _ = self.learner.walker
 
 
 def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
@@ -243,6 +260,7 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         rollout_steps=STEPS,
         precision="bfloat16",
         compile=settings.compile,
+        rollout_weights=settings.rollout,
         activation_checkpointing=settings.checkpointing == "on",
     )
     learner = new_learner(backbone, "student", spec)
@@ -333,8 +351,9 @@ def try_settings(scale: Scale, settings: Settings, device: str, iterations: int)
         with nullcontext() if kernel is None else sdpa_kernel(kernel):
             contest = prepare(scale, settings, device)
             rollout, rollout_peak = timed(contest.roll, device, iterations)
+            drift = contest.drift()
             update, update_peak = timed(contest.update, device, iterations)
-        return Timing(rollout / ROLLOUT_STEPS, update, rollout_peak, update_peak)
+        return Timing(rollout / ROLLOUT_STEPS, update, drift, rollout_peak, update_peak)
     except torch.OutOfMemoryError:
         return "out of memory"
     except RuntimeError as error:  # a kernel or compiler that does not take this
@@ -366,6 +385,8 @@ class Search:
         if settings not in self.tried:
             print(f"benchmarks: gpu {settings}", file=sys.stderr)
             self.tried[settings] = try_settings(self.scale, settings, self.device, self.iterations)
+            # A machine that is lent for minutes may go before the table is printed.
+            print(f"benchmarks: gpu {self.score(settings):.4g} samples/s, {self.tried[settings]}", file=sys.stderr)
         return not isinstance(self.tried[settings], str)
 
     def best(self) -> Settings:
@@ -380,14 +401,21 @@ class Search:
         return best
 
     def run(self, options: argparse.Namespace) -> None:
-        """Batch and checkpointing first, then attention kernels, then compilation, each from the best before it."""
+        """Batch and checkpointing first, then attention kernels, the rollout's weights and compilation, each from the
+        best before it."""
         for checkpointing in options.checkpointing:
+            before = 0.0
             for batch in sorted(options.batch):
-                if not self.attempt(Settings(batch, checkpointing)):
+                settings = Settings(batch, checkpointing)
+                if not self.attempt(settings) or self.score(settings) < GROWS * before:
                     break
+                before = self.score(settings)
         best = self.best()
         for sdpa in options.sdpa:
             self.attempt(replace(best, sdpa=sdpa))
+        best = self.best()
+        for rollout in options.rollout:
+            self.attempt(replace(best, rollout=rollout))
         best = self.best()
         for mode in options.compile:
             self.attempt(replace(best, compile=mode))
@@ -397,7 +425,7 @@ def row(search: Search, settings: Settings, flops: Flops, rate: float) -> list:
     """The table's row of one setting."""
     timing = search.tried[settings]
     if isinstance(timing, str):
-        return [*settings.cells(), timing, "", "", "", "", ""]
+        return [*settings.cells(), timing, "", "", "", "", "", ""]
     rollout = flops.forward * settings.batch / timing.rollout_step
     update = flops.update * settings.batch / timing.update
     peak = "unknown" if timing.update_peak is None else max(timing.rollout_peak, timing.update_peak) / 1e9
@@ -405,6 +433,7 @@ def row(search: Search, settings: Settings, flops: Flops, rate: float) -> list:
         *settings.cells(),
         rollout / 1e12,
         rollout / rate,
+        timing.drift,
         update / 1e12,
         update / rate,
         search.score(settings),
@@ -447,7 +476,8 @@ def measure(options: argparse.Namespace) -> list[Report]:
     search.run(options)
     best = search.best()
     rows = [row(search, settings, flops, rate) for settings in sorted(search.tried, key=search.score, reverse=True)]
-    shares = {"rollout": rows[0][5], "update": rows[0][7]}
+    first = dict(zip(("rollout", "update"), (i for i, name in enumerate(COLUMNS) if name == "share"), strict=True))
+    shares = {what: rows[0][place] for what, place in first.items()}
     products = ", ".join(f"{side}: {value / 1e12:.4g}" for side, value in rates.items())
     notes = [
         f"bfloat16 matrix products, TFLOP/s by side: {products}; shares are of the best.",
@@ -479,6 +509,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=batches, default=[1, 2, 4, 8, 16, 32], help="sizes, tried until memory ends")
     parser.add_argument("--checkpointing", type=names(SWITCH), default=list(SWITCH))
     parser.add_argument("--sdpa", type=names(list(SDPA)), default=list(SDPA), help="attention kernels")
+    parser.add_argument("--rollout", type=names(ROLLOUT), default=list(ROLLOUT), help="weights the rollout follows")
     parser.add_argument("--compile", type=names(COMPILE), default=list(COMPILE))
     parser.add_argument("--iterations", type=int, default=5)
     return parser

@@ -115,7 +115,7 @@ def recipe(rank: int, batch: int) -> DistillRecipe:
 
 def load_base(size: Size) -> Flux2Klein:
     """The shipped world base, with a random transformer of another size if `size` says so."""
-    backbone = load_backbone(shipped_folder("world"), SHAPE)
+    backbone = load_backbone(shipped_folder("world"), SHAPE, "cpu")
     if size.shape is not None:
         config = backbone.transformer.config
         network = new_transformer(config.joint_attention_dim, config.in_channels, *size.shape)

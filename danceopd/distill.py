@@ -14,6 +14,7 @@ from danceopd.data.sampler import TaskSampler
 from danceopd.errors import UserError
 from danceopd.flow.fields import Field, VelocityField
 from danceopd.methods.base import UpdateFigures
+from danceopd.methods.drift_gate import DriftGate
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.merges import merge
 from danceopd.methods.queries import WindowSchedule, query_window
@@ -97,6 +98,7 @@ def distill(
         since = UpdateFigures(**keeper.kept.get("since", {}))
         selection = Selection(**keeper.kept.get("selection", {}))
         guard = FiniteGuard(learner.section, spec, encoded, keeper.kept.get("skipped", 0))
+        gate = DriftGate(spec, learner, keeper.kept.get("own_rollout", False))
         for step in progress.steps(keeper.start):
             if selection.ended:
                 break
@@ -111,6 +113,7 @@ def distill(
                     method.accumulate(setup, learner, group, part)
                     bad += not_finite(part.losses, group.rows, group.tags)
                     figures.merge(part)
+            gate.look(setup, groups, step + 1)
             norm = learner.update()
             found = learner.processes.gather((figures, bad))
             good = guard.good(step, norm, [row for _, of in found for row in of], rows)
@@ -126,15 +129,14 @@ def distill(
                     learner.keep_best()
             last = last or selection.ended
             if done % spec.log_every == 0 or last:
-                history.append(_entry(done, since, norm, selection.news(done)))
+                history.append(_entry(done, since, norm, selection.news(done) | gate.news()))
                 record(history[-1])
                 since = UpdateFigures()
             if preview is not None and (last or (spec.preview_every and done % spec.preview_every == 0)):
                 with learner.shown() as field:
                     preview(field, done)
-            keeper.after(
-                done, last, history=history, since=vars(since), selection=vars(selection), skipped=guard.skipped
-            )
+            state = {"since": vars(since), "selection": vars(selection), "skipped": guard.skipped}
+            keeper.after(done, last, history=history, own_rollout=gate.closed, **state)
     learner.check_finite()
     return learner.finish(), history
 

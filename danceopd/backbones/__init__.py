@@ -26,7 +26,7 @@ FAMILIES = {"flux2_klein": "Flux2Klein", "z_image": "ZImage", "sd3": "SD3", "qwe
 def load_backbone(
     folder: Path,
     settings: ModelRecipe,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     transformer: bool = True,
     encodes_only: bool = False,
 ) -> Backbone:
@@ -35,7 +35,7 @@ def load_backbone(
     Args:
         folder: the pipeline's.
         settings: of the recipe.
-        device: where it computes.
+        device: where it computes; default: where training does, the accelerator if there is one.
         transformer: whether the transformer goes there, too; else it stays on the CPU, to be shared out from there.
         encodes_only: prompts and pictures are all it is for: its transformer gets no memory, and is not read.
 
@@ -43,8 +43,9 @@ def load_backbone(
         UserError: if the folder holds no such pipeline, or this machine lacks what `attention` or `quantize` need.
     """
     from danceopd.backbones.kernels import quantize_frozen, set_attention
+    from danceopd.devices import best_device
 
-    backbone = _family(settings).load(Path(folder), settings, device, transformer, encodes_only)
+    backbone = _family(settings).load(Path(folder), settings, device or best_device(), transformer, encodes_only)
     if encodes_only:
         return backbone
     set_attention(backbone.transformer, settings.attention)

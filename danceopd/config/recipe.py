@@ -195,12 +195,14 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 
 
+ROLL_OUT = ("danceopd", "soft", "dense")  # of these, those that ask on the student's own path
 # Which methods read a knob that the others have no use for.
 ASKS = ("danceopd", "off_policy", "soft", "dense")  # methods that ask the routed teachers at one state or several
 READ_BY = {
     "queries": ("dense",),
     "target_steps": ("danceopd", "dense", "off_policy"),
     "target_solver": ("danceopd", "dense", "off_policy"),
+    "rollout_drift": ROLL_OUT,
     "merge_scale": ("merge_task_arithmetic", "merge_ties"),
     "merge_density": ("merge_ties",),
 }
@@ -242,6 +244,17 @@ class DistillRecipe(TrainRecipe):
     )
     start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
     rollout_steps: int = Field(16, gt=0, description="of the student's own sampling grid")
+    rollout_weights: Literal["own", "merged"] = Field(
+        "own",
+        description="what the rollout follows: the student itself, or a copy with its LoRA merged, in model.dtype: "
+        "faster, for one more copy of the weights that the LoRA changes",
+    )
+    rollout_drift: float | None = Field(
+        None,
+        gt=0,
+        description="merged: how far its query states may be from the student's own, as a share of the way from the "
+        "noise; beyond, the rollout follows the student itself; default 0.05",
+    )
     target: Literal["velocity", "displacement"] = Field(
         "velocity",
         description="what the student matches at its query state: the teacher's velocity there, or its mean velocity "
@@ -292,6 +305,25 @@ class DistillRecipe(TrainRecipe):
         if self.dropout and self.method not in (*ASKS, "joint"):
             takes = " or ".join((*ASKS, "joint"))
             raise ValueError(f"prompt_dropout is for method {takes}, and method is {self.method}; remove it")
+        return self
+
+    @property
+    def drift_limit(self) -> float:
+        """How far a merged student's query states may be from its own."""
+        return 0.05 if self.rollout_drift is None else self.rollout_drift
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> Self:
+        if self.rollout_weights == "own":
+            if self.rollout_drift is not None:
+                raise ValueError("rollout_drift is for rollout_weights: merged; remove it")
+            return self
+        if self.method not in ROLL_OUT:
+            raise ValueError(f"rollout_weights: merged is for method {' or '.join(ROLL_OUT)}, not {self.method}")
+        if self.trainable != "lora":
+            raise ValueError("rollout_weights: merged is for trainable: lora; full weights have nothing to merge")
+        if self.parallel == "shard":
+            raise ValueError("rollout_weights: merged holds whole weights, and parallel: shard does not; choose one")
         return self
 
     @model_validator(mode="after")
@@ -588,6 +620,10 @@ class Recipe(_Part):
                 raise ValueError(f"{where}.parallel: shard cannot share out a base in 8 bits; remove model.quantize")
         if self.distill.parallel == "shard" and self.model.offload:
             raise ValueError("distill.parallel: shard shares the teachers out as well; remove model.offload")
+        if self.distill.rollout_weights == "merged" and self.model.quantize is not None:
+            raise ValueError(
+                "distill.rollout_weights: merged cannot merge into a base in 8 bits; remove model.quantize"
+            )
         return self
 
     @model_validator(mode="after")

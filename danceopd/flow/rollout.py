@@ -63,3 +63,26 @@ def states_on_the_way(field: Field, noise: Tensor, grid: Tensor, stop: Tensor, c
             velocity = field(state[index], sigma, condition.rows(index)).to(state.dtype)
             state[index] += (grid[step + 1] - grid[step]).to(state) * velocity
     return kept
+
+
+@torch.no_grad()
+def rollout_drift(own: Field, other: Field, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition) -> float:
+    """How far a field's query states are from where another one leads, as a share of the way from the noise.
+
+    Args:
+        own: the field.
+        other: what would take its place.
+        noise: (B, N, C), the state at grid[0].
+        grid: (steps + 1,), falling.
+        stop: (B,), int64: index of each sample's query state; those that ask at the noise do not count.
+        condition: of the same B samples.
+
+    Returns:
+        The mean over samples; 0 where all ask at the noise.
+    """
+    moved = stop.to(noise.device) > 0
+    if not bool(moved.any()):
+        return 0.0
+    there, instead = (roll_out(field, noise, grid, stop, condition).state[moved] for field in (own, other))
+    way, apart = (there - noise[moved]).flatten(1).norm(dim=1), (instead - there).flatten(1).norm(dim=1)
+    return float((apart / way).mean())

@@ -31,7 +31,7 @@ class Dense(Method):
 
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
-        path = setup.path(learner.field)
+        path = setup.path(learner.walker)
         states = states_on_the_way(path, group.noise, group.grid, group.stop, group.condition)
         sigmas = group.grid[group.stop].to(group.noise)
         losses, asked = [], 0

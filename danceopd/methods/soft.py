@@ -33,7 +33,7 @@ class SoftRouting(Method):
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
         fields = [setup.teachers[name] for name in sorted(set(setup.teacher_of.values()))]
-        query = roll_out(setup.path(learner.field), group.noise, group.grid, group.stop[:, 0], group.condition)
+        query = roll_out(setup.path(learner.walker), group.noise, group.grid, group.stop[:, 0], group.condition)
         target = mean_velocity(fields, query.state, query.sigma, group.trained)
         losses, _ = match_velocity(setup, learner, group, query.state, query.sigma, target, sync=group.last)
         spent = query.forwards + len(group.rows) * (sum(field.forwards for field in fields) + learner.update_forwards)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -110,6 +111,7 @@ def _kept(outline: Backbone, network: nn.Module, spec: TrainRecipe, samples: Sam
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, cache_enabled=True) if low else nullcontext(),
+            disable_input_dtype_casting(network, active=low),  # as the learner's own pass
         ):
             _pass(outline, network, samples)
     return sum(sizes)

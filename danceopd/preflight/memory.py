@@ -34,6 +34,7 @@ class MemoryEstimate:
         averages: the moving average, and the best state if the recipe selects one.
         activations: what the largest forward pass keeps for its backward pass; roughly.
         gathered: where processes share the weights, the blocks that are whole for a moment, and their gradients.
+        merged: where rollouts follow a merged copy, the weights that it does not share with the base.
     """
 
     parameters: int
@@ -43,11 +44,12 @@ class MemoryEstimate:
     averages: int
     activations: int
     gathered: int = 0
+    merged: int = 0
 
     @property
     def sure(self) -> int:
         """What is needed whatever the activations turn out to be."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
+        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered + self.merged
 
     @property
     def total(self) -> int:
@@ -61,6 +63,7 @@ class MemoryEstimate:
             "optimizer": self.optimizer,
             "averages": self.averages,
             "whole blocks": self.gathered,
+            "merged copy": self.merged,
             "activations": self.activations,
         }
         text = ", ".join(f"{name} {say_size(value)}" for name, value in parts.items() if value)
@@ -94,6 +97,19 @@ def _lora_sizes(network: nn.Module, spec: TrainRecipe, default_targets: str) -> 
         if isinstance(inner, nn.Linear) and _is_target(name, targets):
             found[name] = spec.lora.rank * (inner.in_features + inner.out_features)
     return found
+
+
+def merged_bytes(network: nn.Module, spec: TrainRecipe, default_targets: str, frozen: int) -> int:
+    """What a merged copy holds of its own: the weights that the LoRA changes, `frozen` bytes each."""
+    if not isinstance(spec, DistillRecipe) or spec.rollout_weights == "own":
+        return 0
+    changed = set(_lora_sizes(network, spec, default_targets))
+    inner = (
+        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        for name, layer in network.named_modules()
+        if name in changed
+    )
+    return frozen * sum(layer.weight.numel() for layer in inner)
 
 
 def gathered_bytes(network: nn.Module, spec: TrainRecipe, default_targets: str, frozen: int) -> int:
@@ -181,6 +197,7 @@ def estimate_training(
         averages=held * averages_of(spec),
         activations=max(kept_bytes(outline, spec, samples) for samples in shapes),
         gathered=0 if share == 1 else gathered_bytes(outline.transformer, spec, targets, BYTES[dtype]),
+        merged=merged_bytes(outline.transformer, spec, targets, BYTES[dtype]),
     )
 
 

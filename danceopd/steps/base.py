@@ -48,5 +48,5 @@ def _join_transformer(recipe: Recipe, base: Path, weights: Path, folder: Path) -
     """A base's pipeline folder with other weights for its transformer."""
     from danceopd.backbones import load_backbone
 
-    backbone = load_backbone(base, recipe.model.model_copy(update={"quantize": None, "attention": "native"}))
+    backbone = load_backbone(base, recipe.model.model_copy(update={"quantize": None, "attention": "native"}), "cpu")
     backbone.save(folder, backbone.new_transformer(weights))

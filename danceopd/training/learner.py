@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +21,7 @@ from danceopd.config.recipe import DistillRecipe, TrainRecipe
 from danceopd.errors import UserError
 from danceopd.flow.fields import Field, VelocityField
 from danceopd.training.fsdp import Shares, mixed_precision, share_out
+from danceopd.training.merged import MergedCopy
 from danceopd.training.optim import build_optimizer, lr_factor
 from danceopd.training.processes import Processes, this_process
 from danceopd.training.shard_files import SavedTensor
@@ -42,6 +44,7 @@ class Learner:
         average: exponential moving average of `parameters`, or None.
         best: the weights that validated best so far, or None.
         shares: what the processes share, of every weight; None: each holds all weights.
+        merged: what rollouts follow in the field's place; None: the field itself.
     """
 
     field: VelocityField
@@ -53,6 +56,7 @@ class Learner:
     average: list[Tensor] | None = None
     best: list[Tensor] | None = None
     shares: Shares | None = None
+    merged: MergedCopy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,12 +68,21 @@ class Learner:
         """What one forward and backward pass cost, in forwards; recomputed activations are one more."""
         return 4 if self.spec.activation_checkpointing else 3
 
+    @property
+    def walker(self) -> Field:
+        """What the student's rollouts follow, as the last update left it."""
+        return self.field if self.merged is None else self.merged.renewed()
+
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Run the block's matrix products in the recipe's precision; weights and their updates stay float32."""
         low = self.spec.precision == "bfloat16"
-        # Casts kept from the rollout, which has no gradient, would cut the gradient of the pass that learns.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False):
+        # Casts kept from the rollout, which has no gradient, would cut the gradient of the pass that learns. PEFT would
+        # cast a layer's input to the adapter's float32, for autocast to cast it back: two passes over it for nothing.
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False),
+            disable_input_dtype_casting(self.field.network, active=low),
+        ):
             yield
 
     @contextmanager
@@ -110,6 +123,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if math.isfinite(norm):
             self._follow()
+        if self.merged is not None:
+            self.merged.stale = True
         return norm
 
     @torch.no_grad()
@@ -203,6 +218,8 @@ class Learner:
             saved = state[name]
             setattr(self, name, saved and [_like(w, p) for w, p in zip(saved, self.parameters, strict=True)])
         by_shape = {p.shape: p for p in self.parameters}
+        if self.merged is not None:
+            self.merged.stale = True
         self.optimizer.load_state_dict(_mapped(state["optimizer"], lambda t: _like(t, by_shape.get(t.shape))))
         self.schedule.load_state_dict(state["schedule"])
 
@@ -264,7 +281,9 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
     optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]
-    learner = Learner(field, processes, parameters, optimizer, schedule, spec, average, shares=shares)
+    merges = isinstance(spec, DistillRecipe) and spec.rollout_weights == "merged"
+    merged = MergedCopy(field, spec.compile) if merges else None
+    learner = Learner(field, processes, parameters, optimizer, schedule, spec, average, shares=shares, merged=merged)
     if shares is not None:
         shares.lockstep.learns(network, learner.learning)
     return learner

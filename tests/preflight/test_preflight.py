@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -293,6 +294,12 @@ def test_the_estimate_follows_the_recipe(outline, encoded):
     )
     assert estimate(outline, encoded, processes=2).activations == pytest.approx(plain.activations / 2, rel=0.01)
     assert estimate(outline, encoded, "distill.activation_checkpointing=true").activations < 0.7 * plain.activations
+    lora = ("distill.trainable=lora", "distill.start=base")
+    copy = estimate(outline, encoded, *lora, "distill.rollout_weights=merged")
+    changed = [m for name, m in outline.transformer.named_modules() if re.fullmatch(outline.lora_targets, name)]
+    assert copy.merged == 4 * sum(m.weight.numel() for m in changed) > 0
+    assert copy.sure == estimate(outline, encoded, *lora).sure + copy.merged
+    assert "merged copy" in str(copy)
     sharded = estimate(outline, encoded, "distill.optimizer=adamw", "distill.parallel=shard", processes=2)
     assert sharded.sure == plain.sure // 2 + sharded.gathered
     assert sharded.gathered > count  # of two blocks nearly everything is whole at some time
