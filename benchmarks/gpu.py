@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -356,11 +356,18 @@ def try_settings(scale: Scale, settings: Settings, device: str, iterations: int)
         return Timing(rollout / ROLLOUT_STEPS, update, drift, rollout_peak, update_peak)
     except torch.OutOfMemoryError:
         return "out of memory"
+    except torch.AcceleratorError as error:
+        raise DeviceLost(str(error).strip().splitlines()[0][:80]) from error
     except RuntimeError as error:  # a kernel or compiler that does not take this
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
     finally:
         contest = None
-        release_memory(device)
+        with suppress(torch.AcceleratorError):
+            release_memory(device)
+
+
+class DeviceLost(Exception):
+    """A kernel broke this process's hold on its device: nothing more can be tried here."""
 
 
 @dataclass
@@ -384,7 +391,11 @@ class Search:
         """Try a setting once; returns whether it runs."""
         if settings not in self.tried:
             print(f"benchmarks: gpu {settings}", file=sys.stderr)
-            self.tried[settings] = try_settings(self.scale, settings, self.device, self.iterations)
+            try:
+                self.tried[settings] = try_settings(self.scale, settings, self.device, self.iterations)
+            except DeviceLost as lost:
+                self.tried[settings] = f"device lost: {lost}"
+                raise
             # A machine that is lent for minutes may go before the table is printed.
             print(f"benchmarks: gpu {self.score(settings):.4g} samples/s, {self.tried[settings]}", file=sys.stderr)
         return not isinstance(self.tried[settings], str)
@@ -473,7 +484,11 @@ def measure(options: argparse.Namespace) -> list[Report]:
     flops = count_flops(scale)
     grid = new_backbone(scale, "meta", torch.float32).sigmas(STEPS, scale.pixels, scale.pixels)
     search = Search(scale, device, options.iterations, mean_steps("semantic", grid), {})
-    search.run(options)
+    lost = None
+    try:
+        search.run(options)
+    except DeviceLost as error:
+        lost = error
     best = search.best()
     rows = [row(search, settings, flops, rate) for settings in sorted(search.tried, key=search.score, reverse=True)]
     first = dict(zip(("rollout", "update"), (i for i, name in enumerate(COLUMNS) if name == "share"), strict=True))
@@ -484,8 +499,10 @@ def measure(options: argparse.Namespace) -> list[Report]:
         f"One sample: forward {flops.forward / 1e12:.3g} TFLOP, update {flops.update / 1e12:.3g} TFLOP; "
         f"{search.steps_before_query:.2f} grid steps before a `semantic` query.",
         f"Fastest: {', '.join(f'{name} {value}' for name, value in asdict(best).items())}.",
-        *memory_notes(scale, device, search.tried[best]),
+        *([] if lost else memory_notes(scale, device, search.tried[best])),
     ]
+    if lost:
+        notes.append(f"The device was lost at the last setting, and the search ended there: {lost}.")
     bars = [] if options.tiny else [Bar(f"{what}: share of the matrix rate", shares[what], TARGET) for what in shares]
     title = "GPU: utilisation at FLUX.2-klein-4B size" + (" (tiny trial, not a result)" if options.tiny else "")
     how = HOW.format(steps=ROLLOUT_STEPS, iterations=options.iterations)

@@ -23,7 +23,8 @@ class DriftGate:
 
     def __init__(self, spec: DistillRecipe, learner: Learner, closed: bool = False):
         self._every, self._limit, self._learner = spec.log_every, spec.drift_limit, learner
-        self.closed, self._last = closed, None
+        self.closed = closed
+        self._last: float | None = None
         if closed:
             learner.merged = None
 
@@ -39,13 +40,13 @@ class DriftGate:
             with self._learner.precision():
                 mine = rollout_drift(own, copy, group.noise, group.grid, group.stop[:, -1], group.condition)
         found = [drift for drift in self._learner.processes.gather(mine) if drift is not None]
-        self._last = sum(found) / len(found)
-        if self._last > self._limit:
+        drift = self._last = sum(found) / len(found)
+        if drift > self._limit:
             log.warning(
                 "distill step %d: the merged student's query states are %.3g of the way from its own, more than "
                 "distill.rollout_drift allows (%g): rollouts follow its own weights from here on",
                 done,
-                self._last,
+                drift,
                 self._limit,
             )
             self.closed, self._learner.merged = True, None

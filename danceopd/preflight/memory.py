@@ -103,13 +103,12 @@ def merged_bytes(network: nn.Module, spec: TrainRecipe, default_targets: str, fr
     """What a merged copy holds of its own: the weights that the LoRA changes, `frozen` bytes each."""
     if not isinstance(spec, DistillRecipe) or spec.rollout_weights == "own":
         return 0
-    changed = set(_lora_sizes(network, spec, default_targets))
-    inner = (
-        layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        for name, layer in network.named_modules()
-        if name in changed
-    )
-    return frozen * sum(layer.weight.numel() for layer in inner)
+    count = 0
+    for name in _lora_sizes(network, spec, default_targets):
+        module = network.get_submodule(name)
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        count += inner.get_parameter("weight").numel()
+    return frozen * count
 
 
 def gathered_bytes(network: nn.Module, spec: TrainRecipe, default_targets: str, frozen: int) -> int:

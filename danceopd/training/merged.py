@@ -8,6 +8,7 @@ path; velocity is still matched there by both fields as they are. How far off is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -69,11 +70,8 @@ def _shell(network: ModelMixin, adapter: str) -> tuple[ModelMixin, list[tuple[An
     Of those it has its own, yet to be written.
     """
     shell = outline_of(network).eval()
-    layers = {
-        f"{path}.weight": layer
-        for path, layer in network.named_modules()
-        if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_A
-    }
+    tuned: Iterator[tuple[str, Any]] = ((p, m) for p, m in network.named_modules() if isinstance(m, BaseTunerLayer))
+    layers = {f"{path}.weight": layer for path, layer in tuned if adapter in layer.lora_A}
     own = []
     for name, weight in weights_of(network):
         plain = nn.Parameter(torch.empty_like(weight) if name in layers else weight.detach(), requires_grad=False)

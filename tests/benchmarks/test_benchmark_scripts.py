@@ -264,6 +264,33 @@ def test_a_setting_that_cannot_run_is_a_row_not_an_end(monkeypatch):
         gpu.measure(options)
 
 
+def test_a_lost_device_ends_the_search_and_not_its_table(monkeypatch):
+    def prepare(scale, settings, device):
+        if settings.rollout == "merged":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return real(scale, settings, device)
+
+    real = gpu.prepare
+    monkeypatch.setattr(gpu, "prepare", prepare)
+    options = [
+        "--tiny",
+        "--device",
+        "cpu",
+        "--iterations",
+        "1",
+        "--batch",
+        "1",
+        "--sdpa",
+        "auto",
+        "--checkpointing",
+        "off",
+    ]
+    [report] = gpu.measure(gpu.parser().parse_args(options))
+    assert len(report.rows) == 2
+    assert "device lost: CUDA error" in report.rows[-1][5]
+    assert any("search ended there" in note for note in report.notes)
+
+
 def test_a_missed_bar_is_said_and_ends_with_1(capsys):
     missed = Report("x", "X", "How.", ["a"], [[1.0]], [Bar("speed", 2.0, 3.0), Bar("memory", 0.3, 0.4, at_least=False)])
     assert harness.run_script(harness.arguments("x"), lambda options: [missed], []) == 1
