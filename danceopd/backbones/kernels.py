@@ -7,10 +7,30 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from danceopd.backbones.base import repeated_blocks
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:  # slow to import
     from diffusers import ModelMixin
+
+
+VARIANTS = 64  # of one block's code that may be compiled; torch stops at 8, and runs the others uncompiled
+
+
+def compile_blocks(network: nn.Module, mode: str) -> None:
+    """Let torch.compile take a transformer's blocks, one kind of block at a time.
+
+    Every adapter, with and without gradient and autocast, is another variant of the same code.
+
+    Args:
+        network: the transformer.
+        mode: of torch.compile.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for block in repeated_blocks(network):
+        block.compile(mode=mode, dynamic=True)
 
 
 def set_attention(network: ModelMixin, backend: str) -> None:

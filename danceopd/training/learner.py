@@ -14,7 +14,8 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.base import Backbone
+from danceopd.backbones.kernels import compile_blocks
 from danceopd.backbones.lora import adapter_parameters, add_lora, plain_copy
 from danceopd.backbones.sharded import local, rows_here, sharded_like, whole
 from danceopd.config.recipe import DistillRecipe, TrainRecipe
@@ -276,8 +277,7 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
     if spec.activation_checkpointing:
         network.enable_gradient_checkpointing()
     if spec.compile != "off":
-        for block in repeated_blocks(network):
-            block.compile(mode=spec.compile, dynamic=True)
+        compile_blocks(network, spec.compile)
     optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]

@@ -17,8 +17,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from danceopd.backbones.base import Condition, repeated_blocks
-from danceopd.backbones.kernels import set_attention
+from danceopd.backbones.base import Condition
+from danceopd.backbones.kernels import compile_blocks, set_attention
 from danceopd.backbones.sharded import outline_of, weights_of
 from danceopd.flow.fields import Field, VelocityField
 
@@ -50,8 +50,8 @@ class MergedCopy:
         self._adapter = field.adapter
         network, self._layers = _shell(field.network, field.adapter)
         set_attention(network, field.backbone.settings.attention)
-        for block in repeated_blocks(network) if compile != "off" else ():
-            block.compile(mode=compile, dynamic=True)
+        if compile != "off":
+            compile_blocks(network, compile)
         self._field = MergedField(f"{field.name}, merged", field.backbone, network)
         self.stale = True
 

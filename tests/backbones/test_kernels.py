@@ -12,6 +12,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from danceopd import steps
 from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Condition
+from danceopd.backbones.kernels import compile_blocks
+from danceopd.backbones.lora import add_lora
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import LoraRecipe, TrainRecipe
 from danceopd.errors import UserError
@@ -43,6 +45,24 @@ def test_another_attention_backend_gives_the_velocity_within_a_millionth(tiny_ba
     found = velocity(plain)
     assert not torch.equal(found, wanted)  # another kernel sums in another order
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.slow
+def test_more_adapters_than_torch_takes_variants_are_all_compiled(tiny_base, monkeypatch):
+    def compile_eagerly(block, mode, dynamic):
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    base = load_backbone(tiny_base, SHAPE)
+    names = ["one", "two", "three"]
+    for seed, name in enumerate(names):
+        add_lora(base.transformer, name, LoraRecipe(rank=2, alpha=2), base.lora_targets, seed)
+    condition = Condition(torch.randn(1, *base.prompt_shape(False)), None, 64, 64)
+    few = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)  # it is 8, and takes longer
+    with few, torch.no_grad():
+        compile_blocks(base.transformer, "default")
+        for name in names:
+            probe(VelocityField(name, base, base.transformer, adapter=name), condition)
 
 
 @pytest.mark.parametrize(("name", "message"), [("flsh", "native"), ("xformers", "xformers")])
