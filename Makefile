@@ -2,7 +2,7 @@
 #
 #   make run                      the whole chain on the small world
 #   make test                     everything a change must pass
-#   make unit                     the inner loop: what takes no more than a few seconds a test
+#   make unit                     the inner loop: what takes no more than about half a second a test, in one process
 #   make bench                    the CPU benchmarks, as a Markdown block for benchmarks/RESULTS.md
 #   make docs                     the pages and the API as a site in site/, every link checked
 #   make image                    the container image; TARGET=compile: with a compiler, for recipes that say `compile`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -13,6 +14,17 @@ import torch
 from judge_server import serve_judge
 
 torch.set_num_threads(1)
+LONG = 2.0  # seconds
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name what `make unit` had to wait for. It fails nothing: a busy machine is no fault of a test's."""
+    if terminalreporter.config.option.markexpr == "not slow":
+        calls = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+        if long := sorted((r for r in calls if r.duration > LONG), key=lambda r: -r.duration):
+            terminalreporter.section(f"over {LONG:.0f} s and not marked slow")
+            for report in long:
+                terminalreporter.line(f"{report.duration:6.1f} s  {report.nodeid}")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +55,21 @@ def backbone(tiny_base):
     return load_backbone(tiny_base, SHAPE)
 
 
+@pytest.fixture
+def own_backbone(backbone):
+    """A copy of the tiny base for a test that changes it; loading one takes three times as long."""
+    return copy.deepcopy(backbone)
+
+
+@pytest.fixture(scope="session")
+def training_set(backbone, small_data):
+    """The small world's training records with their targets, encoded. Do not change it."""
+    from danceopd.data.assemble import open_dataset
+    from danceopd.data.encode import encode_records
+
+    return encode_records(backbone, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=True)
+
+
 @pytest.fixture(scope="session")
 def student_pipeline(backbone, tmp_path_factory) -> Path:
     """The tiny base exported as a student's pipeline folder. Do not change it."""
@@ -60,6 +87,16 @@ def small_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "world"
     assemble(world.world_records({t: {"train": 12, "val": 6, "test": 6} for t in world.TASKS}), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """An empty MLflow store's SQLite file, to be copied: to make one is a hundred migrations of a schema."""
+    from danceopd.tracking.mlflow_store import DATABASE, open_client
+
+    database = tmp_path_factory.mktemp("empty_store") / DATABASE
+    open_client(f"sqlite:///{database}")
+    return database
 
 
 @pytest.fixture

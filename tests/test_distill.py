@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from danceopd.backbones import load_backbone
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe, SelectRecipe, WeightPhase
 from danceopd.data.assemble import open_dataset
 from danceopd.data.encode import encode_records
@@ -23,7 +22,6 @@ from danceopd.methods.base import Distillation, UpdateFigures
 from danceopd.methods.danceopd import DanceOPD
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.queries import NAMED, query_window
-from danceopd.pretraining.world_base import SHAPE
 from danceopd.training import learner as training
 from danceopd.training.learner import new_learner
 from danceopd.training.selection import Selection, Validation
@@ -33,13 +31,13 @@ WEIGHTS = {"t2i": 1.0, "local_edit": 1.0, "global_style": 2.0}
 
 
 @pytest.fixture
-def base(tiny_base):
-    return load_backbone(tiny_base, SHAPE)
+def base(own_backbone):
+    return own_backbone
 
 
-@pytest.fixture
-def encoded(base, small_data):
-    return encode_records(base, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=False)
+@pytest.fixture(scope="module")
+def encoded(backbone, small_data):
+    return encode_records(backbone, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=False)
 
 
 def editor(base):
@@ -172,6 +170,7 @@ def test_the_loss_is_the_float32_mean_and_stops_at_the_teacher():
     assert student.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainable", "lr"), [("full", 5e-3), ("lora", 2e-2)])
 def test_distillation_learns_and_leaves_the_base_as_it_was(base, encoded, trainable, lr):
     before = {name: p.clone() for name, p in base.transformer.named_parameters()}
@@ -234,6 +233,7 @@ def test_previews_come_at_their_steps_and_at_the_end(base, encoded):
     assert seen == [("student", 2), ("student", 4), ("student", 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_teacher_learns_its_task(base, small_data, trainable, optimizer):

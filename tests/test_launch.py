@@ -47,6 +47,7 @@ def handlers_as_they_were(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (1, 1), (2, 2), (75, 75), (-9, 137)])
 def test_two_workers_of_which_one_ends_with_a_code(tmp_path, code, ends):
     (tmp_path / "worker.py").write_text(WORKER)

@@ -47,11 +47,6 @@ drawing_and_editing = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def load(folder_of):
-    return lambda family, height=64, width=64: load_backbone(folder_of(family), family.shape(height, width))
-
-
 def picture(seed, height, width):
     values = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR)

@@ -24,16 +24,23 @@ STRENGTH = 1.5  # alpha 3 over rank 2, as `with_lora` makes them
 
 
 @pytest.fixture(scope="module")
-def bases(folder_of):
-    """family -> a loaded base for LoRAs under many names; its own weights stay as they are."""
-    made = {}
+def loaded() -> dict:
+    """The bases that tests of this file share, by family."""
+    return {}
+
+
+@pytest.fixture
+def bases(folder_of, loaded):
+    """family -> a loaded base for LoRAs, which go with the test; its own weights stay as they are."""
 
     def base(family):
-        if family.name not in made:
-            made[family.name] = load_backbone(folder_of(family), family.shape())
-        return made[family.name]
+        if family.name not in loaded:
+            loaded[family.name] = load_backbone(folder_of(family), family.shape())
+        return loaded[family.name]
 
-    return base
+    yield base
+    for one in loaded.values():  # each slows every forward pass down
+        one.transformer.delete_adapters(list(getattr(one.transformer, "peft_config", {})))
 
 
 def velocity(field):

@@ -48,6 +48,7 @@ def check_table(text: str, report: dict):
         assert [harness.shown(value) for value in row] == printed
 
 
+@pytest.mark.slow
 def test_both_sides_of_the_contest_compute_the_same_gradient(setting, plain):
     assert engine.gradient_difference(setting, plain) < 1e-3
 
@@ -94,6 +95,7 @@ def test_engine(capsys, tmp_path):
     assert figures["engine"]["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_forwards_are_counted_on_the_network(capsys, tmp_path):
     code, text, figures = run(capsys, tmp_path, forwards.main, "--batch", "6")
     assert code == 0
@@ -104,6 +106,7 @@ def test_forwards_are_counted_on_the_network(capsys, tmp_path):
         assert row[-2] == STEPS + 4
 
 
+@pytest.mark.slow
 def test_forwards_of_few_steps_are_counted_on_the_network(capsys, tmp_path):
     code, text, figures = run(capsys, tmp_path, displacement.main, "--batch", "6", "--windows", "uniform")
     assert code == 0
@@ -111,6 +114,7 @@ def test_forwards_of_few_steps_are_counted_on_the_network(capsys, tmp_path):
     assert all(row[3] == row[4] for row in figures["displacement"]["rows"])
 
 
+@pytest.mark.slow
 def test_a_forward_too_many_is_noticed(capsys, monkeypatch, setting):
     honest = forwards.DanceOPD
 
@@ -203,6 +207,7 @@ def test_a_larger_batch_that_gains_nothing_ends_the_search_for_it(monkeypatch):
     assert {settings.batch for settings in search.tried} == {1, 2, 4}
 
 
+@pytest.mark.slow
 def test_operations_of_the_large_network_are_those_of_its_matrices_and_attention():
     """Counted by hand: 2 x tokens x weights of each matrix product, 4 x tokens^2 x width of each attention."""
     width, text, image, rank = 3072, 512, 4096, gpu.KLEIN_4B.rank
@@ -248,6 +253,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, main, arguments, message)
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_setting_that_cannot_run_is_a_row_not_an_end(monkeypatch):
     def prepare(scale, settings, device):
         if settings.batch > 1:

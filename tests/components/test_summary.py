@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -23,6 +24,13 @@ def a_run(monkeypatch):
     monkeypatch.setenv(RUN_ID, "run-1")
 
 
+@pytest.fixture
+def workspace(tmp_path, empty_store):
+    """A folder with an MLflow store."""
+    shutil.copy(empty_store, tmp_path)
+    return tmp_path
+
+
 def test_the_summary_of_a_failed_run_says_what_and_why():
     notes = [
         {"step": "resolve-base", "state": "done", "seconds": 1.0},
@@ -34,18 +42,18 @@ def test_the_summary_of_a_failed_run_says_what_and_why():
     assert "| resolve-base | 1.0 | done |" in text and "Registration" not in text
 
 
-def test_the_summary_of_a_good_run_has_the_registration_and_the_report(tmp_path):
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "report.md").write_text("# World: figures\n")
+def test_the_summary_of_a_good_run_has_the_registration_and_the_report(workspace):
+    (workspace / "evaluation").mkdir()
+    (workspace / "evaluation" / "report.md").write_text("# World: figures\n")
     registration = {"registered": True, "version": "3", "alias": ["challenger", "champion"], "champion_before": None}
-    with running("register", RECIPE.model_dump_json(), str(tmp_path)) as step:
+    with running("register", RECIPE.model_dump_json(), str(workspace)) as step:
         step.results["registration"] = registration
-        step.results["evaluation"] = str(tmp_path / "evaluation")
-    write_summary(str(tmp_path), "SUCCEEDED", str(tmp_path / "out"), data_revision="da7a")
-    text = (tmp_path / "out").read_text()
+        step.results["evaluation"] = str(workspace / "evaluation")
+    write_summary(str(workspace), "SUCCEEDED", str(workspace / "out"), data_revision="da7a")
+    text = (workspace / "out").read_text()
     assert "- alias: challenger, champion\n- champion_before: none\n" in text
     assert text.endswith("# World: figures\n") and "What failed" not in text
-    assert (notes_folder(tmp_path) / "summary.md").read_text() == text
+    assert (notes_folder(workspace) / "summary.md").read_text() == text
 
 
 def test_the_summary_names_the_revision_a_step_found_unless_it_was_given(tmp_path):
@@ -86,15 +94,15 @@ def ended_in_mlflow(workspace) -> str:
         ("SUCCEEDED", False, True),  # the local runner's
     ],
 )
-def test_a_good_run_ends_well_whatever_kubeflow_calls_it(tmp_path, state, registered, good):
-    with running("check-recipe", RECIPE.model_dump_json(), str(tmp_path)):
+def test_a_good_run_ends_well_whatever_kubeflow_calls_it(workspace, state, registered, good):
+    with running("check-recipe", RECIPE.model_dump_json(), str(workspace)):
         pass
     if registered:
-        register_note(tmp_path)
-    write_summary(str(tmp_path), state, str(tmp_path / "out"))
+        register_note(workspace)
+    write_summary(str(workspace), state, str(workspace / "out"))
     word = "SUCCEEDED" if good else "FAILED"
-    assert (tmp_path / "out").read_text().startswith(f"# DanceOPD run: {word}")
-    assert ended_in_mlflow(tmp_path) == ("FINISHED" if good else "FAILED")
+    assert (workspace / "out").read_text().startswith(f"# DanceOPD run: {word}")
+    assert ended_in_mlflow(workspace) == ("FINISHED" if good else "FAILED")
 
 
 @pytest.fixture

@@ -191,6 +191,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on_and_ends_as_if_it_had_not_been(tmp_path, capsys):
     write_omniedit(tmp_path / "in", 200, SIDE, file_rows=90)
     command = [

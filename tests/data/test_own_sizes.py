@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from danceopd.backbones import load_backbone
 from danceopd.config.recipe import DistillRecipe, FinetuneRecipe, LoraRecipe
 from danceopd.data.cache import EncodingCache
 from danceopd.data.columns import table_of
@@ -25,7 +24,6 @@ from danceopd.methods.base import Distillation
 from danceopd.methods.danceopd import DanceOPD
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.queries import query_window
-from danceopd.pretraining.world_base import SHAPE
 from danceopd.training.learner import new_learner
 from danceopd.training.processes import Processes
 
@@ -43,9 +41,9 @@ def record(number, task, size, edits, target=True):
 
 
 @pytest.fixture
-def base(tiny_base):
+def base(own_backbone):
     """A base of the test's own, to train on."""
-    return load_backbone(tiny_base, SHAPE)
+    return own_backbone
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +122,7 @@ def test_a_size_the_base_cannot_take_is_named_with_its_record(backbone, records,
     encode_records(backbone, odd, 64, 64, None, "k", targets=True)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_all_sizes_in_one_batch(base, records):
     encoded = own(base, records, targets=False)
     teacher = base.new_transformer().requires_grad_(False)

@@ -68,6 +68,7 @@ def dvc_status(repo: Path) -> dict:
         return opened.status()
 
 
+@pytest.mark.slow
 def test_track_writes_an_entry_that_git_and_dvc_understand(origin):
     entry = versioning.tracked(origin, origin / "data")
     assert entry.path == (origin / "data").resolve()

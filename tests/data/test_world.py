@@ -77,6 +77,7 @@ def meaning(record):
     return record.source, wanted.background, frozenset(wanted.wishes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_val_shares_no_record_with_train(seed):
     found = list(world.world_records({t: {"train": 1500, "val": 60} for t in (*world.TASKS, "outline")}, seed, 0.25))

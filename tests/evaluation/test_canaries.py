@@ -107,6 +107,7 @@ def test_how_far_a_judge_has_moved(theirs, told):
     assert say_moved(ours | {"tolerance": 1.0}, ours | {"verdicts": {"a": [7, 6, 6, 6], "b": [9, 6, 6, 6]}}) == ""
 
 
+@pytest.mark.slow
 def test_every_evaluation_keeps_them_with_its_figures(judge_server, backbone, small_data, tmp_path):
     recipe = recipe_of(judge_server, tasks=["local_edit"], price_prompt=1.0, price_completion=1.0)
     field = VelocityField("base", backbone, backbone.transformer)

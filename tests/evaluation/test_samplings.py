@@ -59,6 +59,7 @@ def counted(own):
         del own.velocity
 
 
+@pytest.mark.slow
 def test_every_field_is_measured_in_its_own_steps_and_guidance_and_its_forwards_are_counted(own, fields, small_data):
     recipe = recipe_of()
     with counted(own) as passed:
@@ -81,6 +82,7 @@ def test_the_same_network_drawn_in_two_ways_is_scored_twice(own, fields, small_d
     assert scores["student"]["t2i"]["psnr"] != scores["base"]["t2i"]["psnr"]
 
 
+@pytest.mark.slow
 def test_a_field_that_is_measured_alone_is_drawn_as_it_states(own, fields, small_data):
     recipe = recipe_of(drift=None)
     student = ev.evaluate(recipe, own, fields, open_dataset(small_data), None, "key").metrics

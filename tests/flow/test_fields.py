@@ -28,9 +28,9 @@ from danceopd.pretraining.world_base import SHAPE
 
 
 @pytest.fixture
-def fresh(tiny_base):
+def fresh(own_backbone):
     """A tiny base of one's own, to put adapters on."""
-    return load_backbone(tiny_base, SHAPE)
+    return own_backbone
 
 
 def condition_of(backbone, count=4):

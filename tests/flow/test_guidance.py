@@ -24,9 +24,9 @@ from danceopd.pretraining.world_base import SHAPE
 
 
 @pytest.fixture
-def fresh(tiny_base):
+def fresh(own_backbone):
     """A tiny base of one's own, which counts the samples of every forward pass in `passed`."""
-    base = load_backbone(tiny_base, SHAPE)
+    base = own_backbone
     base.passed = []
     real = base.velocity
     base.velocity = lambda network, z, *rest: (base.passed.append(len(z)), real(network, z, *rest))[1]
@@ -149,6 +149,7 @@ def test_the_empty_prompt_is_encoded_once(fresh, tmp_path):
     assert fresh.pipeline.text_encoder is not None
 
 
+@pytest.mark.slow
 def test_a_student_absorbs_guidance(fresh, small_data, tmp_path):
     records = open_dataset(small_data).records("train", "t2i")
     encoded = encode_records(fresh, records, 64, 64, tmp_path, "k", targets=False)

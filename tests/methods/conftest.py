@@ -9,18 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from danceopd.backbones import load_backbone
 from danceopd.backbones.base import Backbone
 from danceopd.config.recipe import DistillRecipe
-from danceopd.data.assemble import open_dataset
-from danceopd.data.encode import encode_records
 from danceopd.data.encoded import EncodedRecords
 from danceopd.distill import distill
 from danceopd.flow.fields import VelocityField
 from danceopd.methods.base import Distillation, UpdateFigures
 from danceopd.methods.groups import draw_groups
 from danceopd.methods.queries import query_window
-from danceopd.pretraining.world_base import SHAPE
 from danceopd.training.learner import new_learner
 
 TEACHER_OF = {"t2i": "base", "local_edit": "editor", "global_style": "editor"}
@@ -123,7 +119,6 @@ def editor(base, factor=20.0) -> VelocityField:
 
 
 @pytest.fixture
-def bench(tiny_base, small_data) -> Bench:
-    base = load_backbone(tiny_base, SHAPE)
-    encoded = encode_records(base, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=True)
-    return Bench(base, encoded, {"base": VelocityField("base", base, base.transformer), "editor": editor(base)})
+def bench(own_backbone, training_set) -> Bench:
+    teachers = {"base": VelocityField("base", own_backbone, own_backbone.transformer), "editor": editor(own_backbone)}
+    return Bench(own_backbone, training_set, teachers)

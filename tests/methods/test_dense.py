@@ -25,6 +25,7 @@ def test_its_cost_is_one_rollout_and_four_forwards_a_query(bench):
     assert figures.forwards == sum(int(g.stop.max(dim=1).values.sum()) for g in groups) + 6 * 3 * 4
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("local_edit", method="dense", queries=2)
 

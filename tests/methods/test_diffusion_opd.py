@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from danceopd.methods.base import Distillation
@@ -13,6 +14,7 @@ def test_it_counts_its_forwards_and_leaves_the_teachers_alone(bench):
     assert bench.check_counting_and_teachers(DiffusionOPD()).forwards_per_sample == 3 * 4
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("local_edit", method="diffusion_opd")
 

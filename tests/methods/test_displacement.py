@@ -108,6 +108,7 @@ def test_what_does_not_fit_is_refused(bench, changes, told):
         bench.spec(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_a_student_in_two_steps_comes_nearer_to_its_teachers_picture_than_the_teacher_in_two(bench, trainable):
     """The teacher's picture is that of 16 steps; windows are scheduled. A student of velocities gains little."""

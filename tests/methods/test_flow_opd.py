@@ -20,6 +20,7 @@ def test_it_counts_its_forwards_and_leaves_the_teachers_alone(bench):
     assert bench.check_counting_and_teachers(FlowOPD()).forwards_per_sample == 2 * 4  # the last of 3 steps is left out
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("local_edit", method="flow_opd")
 
@@ -106,6 +107,7 @@ def test_its_paths_hang_on_the_seeds_alone(bench):
     assert not torch.allclose(whole, bench.gradient(FlowOPD(), seed=1))
 
 
+@pytest.mark.slow
 def test_no_state_of_the_path_outlives_its_step(bench, monkeypatch):
     """When a step begins, only the state it starts from has a graph or a name: earlier ones are gone."""
     import gc
@@ -127,6 +129,7 @@ def test_no_state_of_the_path_outlives_its_step(bench, monkeypatch):
     assert alive == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(bench, tmp_path, monkeypatch):
     class Crash(Exception):
         pass

@@ -16,6 +16,7 @@ def test_it_counts_its_forwards_and_leaves_the_teachers_alone(bench):
     assert bench.check_counting_and_teachers(Joint()).forwards_per_sample == 3
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("global_style", 0.97, method="joint", steps=25, lr=1e-2, batch=12)
 

@@ -138,6 +138,7 @@ def test_what_does_not_fit_is_refused(bench, changes, told):
         bench.spec(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["keep", "absorb"])
 @pytest.mark.parametrize(("target", "steps", "fine"), [("velocity", 3, 3), ("displacement", 2, 8)])
 def test_a_student_draws_what_its_guided_teacher_draws(bench, empty, way, target, steps, fine):

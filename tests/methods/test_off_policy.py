@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from danceopd.methods.danceopd import DanceOPD
@@ -15,6 +16,7 @@ def test_it_counts_its_forwards_and_leaves_the_teachers_alone(bench):
     assert bench.check_counting_and_teachers(OffPolicy()).forwards_per_sample == 4
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("local_edit", method="off_policy")
 

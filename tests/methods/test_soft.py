@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from danceopd.methods.danceopd import DanceOPD
@@ -12,6 +13,7 @@ def test_it_counts_its_forwards_and_leaves_the_teachers_alone(bench):
     bench.check_counting_and_teachers(SoftRouting())
 
 
+@pytest.mark.slow
 def test_it_learns(bench):
     bench.check_learning("local_edit", method="soft")
 

@@ -100,6 +100,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client to acknowledge its head
     state: KfpServer
 
     def log_message(self, *_):

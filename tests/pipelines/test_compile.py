@@ -108,6 +108,7 @@ def test_a_run_needs_no_typing_and_every_parameter_is_described(plain, with_gpu)
     assert parameters(with_gpu[0])["gpus"]["defaultValue"] == 8
 
 
+@pytest.mark.slow
 def test_two_compiles_give_the_same_bytes(plain, plain_folder, tmp_path):
     code = (
         "import sys, pathlib\n"

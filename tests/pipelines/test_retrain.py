@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -18,11 +19,9 @@ pytestmark = [pytest.mark.usefixtures("no_settings"), pytest.mark.filterwarnings
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory) -> str:
-    """The address of an empty registry, which many models share."""
-    uri = mlflow_store.default_tracking_uri(tmp_path_factory.mktemp("store"))
-    mlflow_store.open_client(uri)
-    return uri
+def store(tmp_path_factory, empty_store) -> str:
+    """The address of a registry, which many models share."""
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path_factory.mktemp('store'))}"
 
 
 class Registry:
@@ -133,6 +132,7 @@ def test_a_retraining_is_tried_again_while_a_server_is_away(registered, kfp, pac
     assert ": was run already" in good(*run) or len(kfp.kept["runs"]) == 1, "it was started, and is found again"
 
 
+@pytest.mark.slow
 def test_a_run_starts_once_and_only_if_something_changed(registered, kfp, package):
     run = ("run", "--host", kfp.address, "--package", package, "--if-changed", *registered.options)
     kfp.progress = [("RUNNING", {})]

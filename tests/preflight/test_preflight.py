@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from danceopd.backbones import load_backbone, open_outline
+from danceopd.backbones import open_outline
 from danceopd.backbones.base import Condition, repeated_blocks
 from danceopd.backbones.lora import add_lora
 from danceopd.config.load import load_recipe
@@ -53,8 +53,8 @@ def recipe_with(*settings):
 
 
 @pytest.fixture
-def base(tiny_base):
-    return load_backbone(tiny_base, SHAPE)
+def base(own_backbone):
+    return own_backbone
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,7 @@ def test_the_activations_are_what_autograd_keeps(base, outline, trainable):
     assert told == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_kept_grows_with_samples_and_shrinks_by_precision_and_checkpointing(outline):
     def kept(*settings, count=4):
         return kept_bytes(outline, recipe_with(*settings).distill, Samples(count, 64, 64, True))
@@ -282,6 +283,7 @@ def outline(tiny_base):
     return open_outline(tiny_base, SHAPE)
 
 
+@pytest.mark.slow
 def test_the_estimate_follows_the_recipe(outline, encoded):
     plain = estimate(outline, encoded, "distill.optimizer=adamw")
     count = plain.parameters

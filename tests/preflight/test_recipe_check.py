@@ -44,6 +44,7 @@ def test_weights_and_forwards_are_those_of_the_run(recipe, tiny_base, tmp_path):
     assert 4 < guided.forwards < 5
 
 
+@pytest.mark.slow
 def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
     plain = look_ahead(recipe(), tmp_path)
     assert plain.held == 3 * 4 * plain.parameters  # the base and two fine-tuned teachers
@@ -69,6 +70,7 @@ def test_memory_heeds_teachers_dtype_and_what_trains(recipe, tmp_path):
     assert lora.training.activations < plain.training.activations
 
 
+@pytest.mark.slow
 def test_what_processes_share_is_counted_once_among_them(recipe, tmp_path):
     settings = ["model.dtype=bfloat16", "distill.optimizer=adamw"]
     whole, shared = (
@@ -81,6 +83,7 @@ def test_what_processes_share_is_counted_once_among_them(recipe, tmp_path):
     assert look_ahead(recipe("model.offload=true"), tmp_path, 4).other is None  # no sharing beside it
 
 
+@pytest.mark.slow
 def test_the_command_tells_and_names_what_is_missing(tiny_base, tmp_path, capsys):
     settings = [f"model.base={tiny_base}", "teachers.global_style={kind: lora, path: nowhere/lora}"]
     with pytest.raises(UserError, match="teacher global_style: lora nowhere/lora: no such file or folder"):

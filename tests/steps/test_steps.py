@@ -132,6 +132,7 @@ def test_what_is_there_is_reused(recipe, workspace, made, caplog):
     assert sum("reused" in line for line in caplog.messages) == 6
 
 
+@pytest.mark.slow
 def test_a_changed_section_makes_its_own_product_and_those_behind_it(base_folder, workspace, made):
     changed = load_recipe("world", [f"model.base={base_folder}", *SMALL, "distill.window=semantic"])
     base, _, teachers, student = run_to_student(changed, workspace)
@@ -154,6 +155,7 @@ def test_the_stock_pipeline_opens_the_student_and_draws(made):
     assert picture.size == (64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_the_export_is_the_student(base_folder, workspace, made, trainable):
     from safetensors.torch import load_file
@@ -182,6 +184,7 @@ def test_the_export_is_the_student(base_folder, workspace, made, trainable):
         torch.testing.assert_close(lora, written, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "trained"), [("joint", 3), ("merge_average", 0)])
 def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder, workspace, made, method, trained):
     settings = ["distill.start=base", "distill.trainable=full", f"distill.method={method}"]
@@ -195,6 +198,7 @@ def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder,
     assert student.digest != made[3].digest
 
 
+@pytest.mark.slow
 def test_evaluation_and_registration_follow(recipe, workspace, made):
     base, data, teachers, student = made
     evaluation = steps.evaluate_student(steps.Run(recipe, workspace, base, data), teachers, student)
@@ -257,6 +261,7 @@ def state_of(folder, dtype=None):
     return {key: value.to(dtype or value.dtype) for key, value in found.items()}
 
 
+@pytest.mark.slow
 def test_a_teacher_that_changes_nothing_is_refused_by_name(base_folder, workspace, made, tmp_path):
     from safetensors.torch import save_file
 
@@ -302,6 +307,7 @@ def test_guidance_that_finds_no_prompt_is_refused(base_folder, made, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_merged_and_other_checkpoints_teach(base_folder, workspace, made, tmp_path):
     from safetensors.torch import save_file
 
@@ -345,6 +351,7 @@ def test_a_task_without_training_records_is_named(recipe, workspace, made, base_
         steps.distill_student(steps.Run(bare, workspace, base, data), teachers)
 
 
+@pytest.mark.slow
 def test_a_guided_teacher_goes_the_whole_way(base_folder, workspace, made, monkeypatch, caplog):
     from danceopd.evaluation import scoring as ev
 
@@ -473,6 +480,7 @@ def test_changed_inputs_are_read_again(recipe, base_folder, tmp_path):
     assert found[0].digest != found[1].digest
 
 
+@pytest.mark.slow
 def test_a_start_that_teaches_no_task_is_brought_along(base_folder, workspace, made):
     settings = [f"model.base={base_folder}", *SMALL, "tasks.global_style.teacher=base", "distill.start=global_style"]
     recipe = load_recipe("world", settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -18,8 +19,6 @@ from danceopd import workspace
 from danceopd.config.load import load_recipe
 from danceopd.config.recipe import MERGES, METHODS
 from danceopd.config.shipped import shipped_names
-from danceopd.data.assemble import open_dataset
-from danceopd.data.encode import encode_records
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
 from danceopd.flow.fields import VelocityField
@@ -74,6 +73,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_study_resumes_where_it_stopped(tiny_base, here, monkeypatch):
     study = load_study(write(here, plan(tiny_base)))
     summary = run_study(study, here / "ws", 1)
@@ -96,6 +96,7 @@ def test_a_study_resumes_where_it_stopped(tiny_base, here, monkeypatch):
     assert result["forwards"] == pytest.approx(result["forwards_per_sample"] * 12)
 
 
+@pytest.mark.slow
 def test_cells_are_found_under_another_label_and_not_with_other_settings(tiny_base, here):
     study = load_study(write(here, plan(tiny_base, seeds=[0])))
     run_study(study, here / "ws", 1)
@@ -121,6 +122,7 @@ def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
     assert cells.find_result(cell, shared) is None
 
 
+@pytest.mark.slow
 def test_merges_take_nothing_and_are_scored(tiny_base, here):
     variants = {"merge": {"set": ["distill.method=merge_average"]}, "joint": {"set": ["distill.method=joint"]}}
     budget = {"forwards": 300}
@@ -194,22 +196,23 @@ def test_shipped_studies_are_valid(name):
 
 
 @pytest.fixture(scope="module")
-def training_set(backbone, small_data):
-    return encode_records(backbone, open_dataset(small_data).records("train"), 64, 64, None, "k", targets=True)
+def cost(backbone, training_set):
+    """Expected forwards of the world's recipe with settings and a method, and no teacher guided."""
 
+    @functools.cache
+    def forwards(*settings, method="danceopd"):
+        recipe = load_recipe("world", ["distill.start=base", f"distill.method={method}", *settings])
+        plain = {name: VelocityField(name, backbone, backbone.transformer) for name in recipe.teachers}
+        return expected_forwards(recipe, backbone, training_set, plain)
 
-def cost(backbone, training_set, *settings, method="danceopd"):
-    """Expected forwards of the world's recipe with some teachers guided or not."""
-    recipe = load_recipe("world", ["distill.start=base", f"distill.method={method}", *settings])
-    plain = {name: VelocityField(name, backbone, backbone.transformer) for name in recipe.teachers}
-    return expected_forwards(recipe, backbone, training_set, plain)
+    return forwards
 
 
 SCHEDULE = "[{until: 0.3, window: semantic}, {until: 1, window: uniform}]"
 
 
 @pytest.mark.parametrize("window", [*NAMED, *BY_STEP, "[0.3, 0.6]", SCHEDULE])
-def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window):
+def test_steps_at_equal_forwards_spend_the_budget(backbone, window, cost):
     """Against the exact mean of the stops on the grid, found by integration over each window's density."""
     recipe = load_recipe("world", [f"distill.window={window}", "distill.start=base"])
     spec = recipe.distill
@@ -219,7 +222,7 @@ def test_steps_at_equal_forwards_spend_the_budget(backbone, training_set, window
         share += (phase.until - before) * mean_stop(phase.window, grid)
         before = phase.until
     budget = 130_000
-    found = cost(backbone, training_set, f"distill.window={window}")
+    found = cost(f"distill.window={window}")
     count = steps_within(Budget(forwards=budget), found, spec.batch)
     assert count * spec.batch * (share + 1 + 3) == pytest.approx(budget, rel=0.03)
 
@@ -238,9 +241,9 @@ def mean_stop(window, grid) -> float:
     return sum(k * (above[k] - above[k + 1]) for k in range(len(states)))
 
 
-def test_checkpointed_activations_cost_one_more(backbone, training_set):
-    plain = cost(backbone, training_set)
-    assert cost(backbone, training_set, "distill.activation_checkpointing=true") == pytest.approx(plain + 1)
+def test_checkpointed_activations_cost_one_more(cost):
+    plain = cost()
+    assert cost("distill.activation_checkpointing=true") == pytest.approx(plain + 1)
 
 
 def test_a_guided_teacher_costs_two(backbone, training_set):
@@ -249,15 +252,13 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
     assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
 
 
-def test_guidance_kept_or_absorbed_is_counted(backbone, training_set):
+def test_guidance_kept_or_absorbed_is_counted(backbone, training_set, cost):
     grid = ["distill.rollout_steps=3", "distill.window=every_step"]
-    plain = cost(backbone, training_set, *grid)
-    kept = cost(backbone, training_set, *grid, "distill.guidance={keep: 3}")
+    plain = cost(*grid)
+    kept = cost(*grid, "distill.guidance={keep: 3}")
     assert kept == pytest.approx(plain + 1, rel=0.01)  # a mean of one step of rollout, guided
     small = ["distill.target=displacement", "distill.target_steps=4"]
-    assert cost(backbone, training_set, *grid, *small, "distill.guidance={keep: 3}") == pytest.approx(
-        kept + 6, rel=0.01
-    )
+    assert cost(*grid, *small, "distill.guidance={keep: 3}") == pytest.approx(kept + 6, rel=0.01)
     guided = GuidedField(VelocityField("x", backbone, backbone.transformer), 3.0, backbone.encode_prompts([""]))
     recipe = load_recipe("world", ["distill.start=base", "distill.method=off_policy", "distill.prompt_dropout=0.5"])
     found = expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided))
@@ -265,12 +266,12 @@ def test_guidance_kept_or_absorbed_is_counted(backbone, training_set):
 
 
 @pytest.mark.parametrize(("solver", "mean"), [("euler", 3), ("heun", 6 - 1 / 2)])
-def test_small_steps_of_a_displacement_are_counted(backbone, training_set, solver, mean):
+def test_small_steps_of_a_displacement_are_counted(solver, mean, cost):
     """On two steps half of the queries are in the last interval, where Heun's last step is Euler's."""
     few = ["distill.target=displacement", "distill.target_steps=3", f"distill.target_solver={solver}"]
     few += ["distill.rollout_steps=2", "distill.window=every_step"]
-    assert cost(backbone, training_set, *few, method="off_policy") == pytest.approx(mean + 3, rel=0.02)
-    assert cost(backbone, training_set, *few) == pytest.approx(1 / 2 + mean + 3, rel=0.02)
+    assert cost(*few, method="off_policy") == pytest.approx(mean + 3, rel=0.02)
+    assert cost(*few) == pytest.approx(1 / 2 + mean + 3, rel=0.02)
 
 
 # Where a method's count does not depend on drawn stops it is known: 8 grid steps, 3 teachers of the world.
@@ -278,9 +279,9 @@ EXACT = {"off_policy": 4, "joint": 3, "diffusion_opd": 8 * 4, "flow_opd": 7 * 4}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_cost(backbone, training_set, method):
-    found = cost(backbone, training_set, "distill.window=semantic", method=method)
-    plain = cost(backbone, training_set, "distill.window=semantic")
+def test_every_method_has_a_cost(method, cost):
+    found = cost("distill.window=semantic", method=method)
+    plain = cost("distill.window=semantic")
     if method in EXACT:
         assert found == pytest.approx(EXACT[method])
     elif method == "soft":
@@ -297,6 +298,7 @@ def test_a_budget_below_one_update_is_refused():
     assert steps_within(Budget(steps=5), 8.0, 32) == 5
 
 
+@pytest.mark.slow
 def test_what_a_cell_spent_is_what_was_planned(tiny_base, here, caplog):
     study = load_study(write(here, plan(tiny_base, seeds=[0], budget={"forwards": 900})))
     summary = run_study(study, here / "ws", 1)
@@ -362,6 +364,7 @@ def test_the_verdict_goes_by_pairs():
     assert verdict([]) == verdict(ranked(a=[None])) == "no variant has a result yet"
 
 
+@pytest.mark.slow
 def test_the_page_states_what_it_shows(tiny_base, here):
     study = load_study(write(here, plan(tiny_base, seeds=[0], variants={"early": {}})))
     summary = run_study(study, here / "ws", 1)
@@ -375,6 +378,7 @@ def test_the_page_states_what_it_shows(tiny_base, here):
     assert terminal_table(summary).row_count == 3
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_named_and_the_others_are_kept(tiny_base, here, monkeypatch):
     study = load_study(write(here, plan(tiny_base, seeds=[0])))
     whole = cells.run_cell

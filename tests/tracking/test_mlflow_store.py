@@ -153,7 +153,7 @@ class _Answering(http.server.BaseHTTPRequestHandler):
 def test_who_answers_and_who_does_not(monkeypatch):
     monkeypatch.setattr(mlflow_store, "_PATIENCE", 0.2)
     server = http.server.HTTPServer(("127.0.0.1", 0), _Answering)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     address = f"me:secret@127.0.0.1:{server.server_port}"
     for code, there in {200: True, 401: True, 404: True, 502: False, 503: False}.items():
         assert mlflow_store.answers(f"http://{address}/{code}/") == there

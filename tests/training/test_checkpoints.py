@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
 import logging
@@ -46,17 +48,27 @@ class Crash(Exception):
     pass
 
 
+@functools.cache
+def load(base_folder):
+    return load_backbone(base_folder, SHAPE)
+
+
+@functools.cache
+def encode(base_folder, data, tasks, targets):
+    records = [record for task in tasks for record in open_dataset(data).records("train", task)]
+    return encode_records(load(base_folder), records, 64, 64, None, "k", targets=targets)
+
+
 def train(kind, base_folder, data, folder=None, preview=None, run="a run", **changes):
     """Distill or fine-tune the tiny base; returns the trained weights by name, and the history."""
-    base, dataset = load_backbone(base_folder, SHAPE), open_dataset(data)
+    base = copy.deepcopy(load(base_folder))
     settings = COMMON | {"lora": LORA} | changes
     saves = None if folder is None else Checkpoints(folder, settings.get("keep_checkpoints", 2), run)
     if kind == "finetune":
-        encoded = encode_records(base, dataset.records("train", "local_edit"), 64, 64, None, "k", targets=True)
+        encoded = encode(base_folder, data, ("local_edit",), True)
         field, history = finetune(base, "editor", encoded, FinetuneRecipe(prompt_dropout=0.3, **settings), saves)
     else:
-        records = [record for task in WEIGHTS for record in dataset.records("train", task)]
-        encoded = encode_records(base, records, 64, 64, None, "k", targets=False)
+        encoded = encode(base_folder, data, tuple(WEIGHTS), False)
         editor = base.new_transformer().requires_grad_(False)
         editor.proj_out.weight.mul_(2)
         teachers = {
@@ -109,8 +121,8 @@ def flip_a_byte(path):
 
 
 @pytest.mark.parametrize("kind", ["distill", "finetune"])
-@pytest.mark.parametrize("trainable", ["full", "lora"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_resumed_after_a_crash_as_if_there_was_none(
     kind, trainable, optimizer, tiny_base, small_data, tmp_path, monkeypatch, caplog
 ):
@@ -123,6 +135,7 @@ def test_resumed_after_a_crash_as_if_there_was_none(
     assert_same(found, wanted)
 
 
+@pytest.mark.slow
 def test_averages_and_the_best_state_belong_to_the_checkpoint(tiny_base, small_data, tmp_path, monkeypatch):
     changes = {"ema": 0.8, "accumulate": 2, "select": SelectRecipe(every=1)}
     wanted = train("distill", tiny_base, small_data, **changes)
@@ -130,6 +143,7 @@ def test_averages_and_the_best_state_belong_to_the_checkpoint(tiny_base, small_d
     assert_same(train("distill", tiny_base, small_data, tmp_path, **changes), wanted)
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing_and_the_finished_state_is_kept(tiny_base, small_data, tmp_path):
     wanted = train("distill", tiny_base, small_data, checkpoint_every=0)
     assert_same(train("distill", tiny_base, small_data, tmp_path), wanted)
@@ -167,6 +181,7 @@ def test_a_save_is_due_after_so_many_minutes_too(tiny_base, small_data, tmp_path
     assert steps_saved(tmp_path) == saved
 
 
+@pytest.mark.slow
 def test_a_save_by_steps_counts_for_the_minutes_as_well(tiny_base, small_data, tmp_path, monkeypatch):
     Clock(monkeypatch, 8.1)
     often = {"checkpoint_every": 3, "keep_checkpoints": 10, "checkpoint_minutes": 16}
@@ -179,6 +194,7 @@ def test_checkpoint_every_zero_saves_nothing(tiny_base, small_data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_newest_falls_back_loudly(tiny_base, small_data, tmp_path, monkeypatch, caplog, name):
     wanted = train("distill", tiny_base, small_data)
@@ -192,6 +208,7 @@ def test_a_damaged_newest_falls_back_loudly(tiny_base, small_data, tmp_path, mon
     assert_same(found, wanted)
 
 
+@pytest.mark.slow
 def test_with_none_whole_training_starts_anew(tiny_base, small_data, tmp_path, monkeypatch, caplog):
     wanted = train("distill", tiny_base, small_data)
     crashed(monkeypatch, 7, "distill", tiny_base, small_data, tmp_path)
@@ -229,6 +246,7 @@ def test_those_ahead_never_push_out_the_one_just_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
+@pytest.mark.slow
 def test_a_crash_in_the_middle_of_a_save_leaves_nothing_half_written(
     tiny_base, small_data, tmp_path, monkeypatch, caplog
 ):
@@ -260,6 +278,7 @@ def test_what_is_flattened_comes_back():
         flatten({"x": {1}}, "state", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_loop_saves_and_exits_with_the_code_to_retry(tiny_base, small_data, tmp_path, number):
     wanted = train("distill", tiny_base, small_data, preview_every=1)

@@ -87,6 +87,7 @@ def test_every_method_is_watched(bench, method):
         bench().distill(steps=8, method=method, trainable="full", lr=1e-4)
 
 
+@pytest.mark.slow
 def test_a_few_bad_batches_are_left_out_counted_and_kept_over_a_restart(bench, caplog, tmp_path):
     found = bench()
     with caplog.at_level(logging.WARNING, "danceopd"):
