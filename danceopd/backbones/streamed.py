@@ -1,6 +1,6 @@
 """A transformer's weights one at a time: as they are handed over, as they lie in files, and computed with in float32.
 
-What is written, read back and compared is never a second network: no more is whole than one block of it.
+What is written, read back and compared is never a second network: no more of it is there than one layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OwnWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         weight, layer = self._of[name].detach(), self._layers.get(name)
         if layer is not None:
-            weight = weight.float() + layer.get_delta_weight(self._adapter)
+            weight = layer.get_delta_weight(self._adapter).add_(weight)  # float32, as the adapter is
         return weight.to(self._dtype) if weight.is_floating_point() else weight
 
     def __iter__(self) -> Iterator[str]:
@@ -81,65 +81,70 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+SMALL = 2**25  # numbers of a layer outside the blocks that is raised all the while: back ends read such layers' dtype
+
+
 @contextmanager
 def in_float32(network: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str) -> Iterator[None]:
-    """Let a network compute with other weights, in float32: a block's while it is at work, the rest's all the while.
+    """Let a network compute with other weights, in float32, a layer's no longer than it is at work.
 
     The network's own come back at the end; they may have no memory. Its adapters must be off.
 
     Args:
-        network: whose blocks take turns.
+        network: whose layers take turns.
         weights: by plain name, of the network's shapes, of any dtype and device.
         device: where it computes.
     """
-    blocks = repeated_blocks(network)
-    parts = {id(module) for block in blocks for module in block.modules()}
-    paths = {id(module): path for path, module in network.named_modules()}
-    rest = _Raised([m for m in network.modules() if id(m) not in parts], paths, weights, device)
-    hooks = []
-    for block in blocks:
-        mine = _Raised(list(block.modules()), paths, weights, device)
-        hooks.append(block.register_forward_pre_hook(lambda module, given, mine=mine: mine.put()))
-        hooks.append(block.register_forward_hook(lambda *told, mine=mine: mine.take_back(), always_call=True))
+    inside = {id(module) for block in repeated_blocks(network) for module in block.modules()}
+    always, hooks = [], []
+    for path, module in network.named_modules():
+        if ".lora_" in f".{path}.":
+            continue
+        layer = _Layer(path, module, weights, device)
+        if id(module) not in inside and layer.size < SMALL:
+            always.append(layer)
+        elif layer.size:
+            hooks.append(module.register_forward_pre_hook(lambda *told, layer=layer: layer.put()))
+            hooks.append(module.register_forward_hook(lambda *told, layer=layer: layer.take_back(), always_call=True))
     try:
-        rest.put()
+        for layer in always:
+            layer.put()
         with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled again for other weights
             yield
     finally:
-        rest.take_back()
+        for layer in always:
+            layer.take_back()
         for hook in hooks:
             hook.remove()
 
 
-class _Raised:
-    """Some modules' weights, which others in float32 stand in for."""
+class _Layer:
+    """A module's own weights and buffers, which others in float32 stand in for while it is at work."""
 
-    def __init__(
-        self,
-        modules: list[nn.Module],
-        paths: Mapping[int, str],
-        weights: Mapping[str, Tensor],
-        device: torch.device | str,
-    ):
-        self._modules, self._paths, self._weights, self._device = modules, paths, weights, device
-        self._own: list[tuple[dict, str, Tensor | None]] = []
+    def __init__(self, path: str, module: nn.Module, weights: Mapping[str, Tensor], device: torch.device | str):
+        self._path, self._weights, self._device = path, weights, device
+        self._kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        self._own: list[tuple[dict, str, Tensor]] = []
+
+    @property
+    def size(self) -> int:
+        """How many numbers they are."""
+        return sum(own.numel() for kind in self._kinds for own in kind.values() if own is not None)
 
     def put(self) -> None:
-        for module in self._modules:
-            path = self._paths[id(module)]
-            if ".lora_" in f".{path}.":
-                continue
-            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for kind in kinds:
-                for key, own in list(kind.items()):
-                    if own is None:
-                        continue
-                    found = self._weights.get(_plain(f"{path}.{key}" if path else key), own).detach()
-                    value = found.to(self._device, torch.float32 if found.is_floating_point() else None)
-                    self._own.append((kind, key, own))
-                    kind[key] = nn.Parameter(value, False) if kind is module._parameters else value
+        """Raise them."""
+        parameters, _ = self._kinds
+        for kind in self._kinds:
+            for key, own in list(kind.items()):
+                if own is None:
+                    continue
+                found = self._weights.get(_plain(f"{self._path}.{key}" if self._path else key), own).detach()
+                value = found.to(self._device, torch.float32 if found.is_floating_point() else None)
+                self._own.append((kind, key, own))
+                kind[key] = nn.Parameter(value, False) if kind is parameters else value
 
     def take_back(self) -> None:
+        """Give the module its own again."""
         for kind, key, own in self._own:
             kind[key] = own
         self._own.clear()

@@ -15,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from danceopd.backbones.base import Backbone, repeated_blocks
+from danceopd.backbones.base import Backbone
 from danceopd.backbones.bases import INDEX, components
 from danceopd.config.recipe import FinetunedTeacher, FinetuneRecipe, Recipe, TrainRecipe
 from danceopd.preflight.fake_pass import Samples
@@ -113,7 +113,7 @@ def phases_of(
     found.append(Phase("distill", held + training.total, saves))
     # Layer by layer in float32, and of a LoRA its files once more for diffusers and for ComfyUI.
     written = exported + (3 * student if lora else 0)
-    found.append(Phase("export", held + student // share + _largest_layer(outline), written))
+    found.append(Phase("export", held + student // share + _raised(outline), written))
     beside = student if lora and recipe.model.quantize is None else base.transformer
     found.append(Phase("evaluate", held * share + beside + base.coding, 0))
     found.append(Phase("register", 0, 2 * exported))  # MLflow's copy, and that of its scratch folder
@@ -142,9 +142,6 @@ def saved(spec: TrainRecipe, parameters: int) -> int:
     return parameters * (4 + STATE_BYTES[spec.optimizer] + 4 * averages_of(spec))
 
 
-def _largest_layer(outline: Backbone) -> int:
-    """Bytes in float32 of what an export raises at once: one block, and all that is in none."""
-    network = outline.transformer
-    blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(network)]
-    whole = sum(p.numel() for p in network.parameters())
-    return 4 * (whole - sum(blocks) + max(blocks, default=0))
+def _raised(outline: Backbone) -> int:
+    """Bytes in float32 of what an export raises at once: the largest layer, its change by the LoRA and their sum."""
+    return 3 * 4 * max(p.numel() for p in outline.transformer.parameters())
