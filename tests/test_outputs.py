@@ -114,6 +114,7 @@ def test_an_output_that_fails_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_writers_to_one_place(tmp_path):
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom danceopd.files import lock_output\n"

@@ -27,9 +27,13 @@ MANIFESTS = ROOT / "manifests"
 FOLDERS = sorted(p.parent.relative_to(MANIFESTS).as_posix() for p in MANIFESTS.rglob("kustomization.yaml"))
 KUBERNETES = "1.31"
 TOOL = next(([t, *a] for t, a in (("kustomize", ["build"]), ("kubectl", ["kustomize"])) if shutil.which(t)), None)
-needs_kustomize = pytest.mark.skipif(TOOL is None, reason="needs kustomize or kubectl")
 BIN = str(Path(sys.executable).parent)
 FOREIGN = ("trainer.kubeflow.org/", "kueue.x-k8s.io/", "monitoring.coreos.com/", "kubeflow.org/")
+
+
+def needs_kustomize(test):
+    """The marks of a test that builds manifests."""
+    return pytest.mark.slow(pytest.mark.skipif(TOOL is None, reason="needs kustomize or kubectl")(test))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_slow():
     loaded = run("import danceopd, sys; danceopd.__version__, dir(danceopd); print(*sys.modules)").split()
     assert not SLOW & {name.split(".")[0] for name in loaded}

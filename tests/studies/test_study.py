@@ -108,14 +108,15 @@ def test_cells_are_found_under_another_label_and_not_with_other_settings(tiny_ba
 
 
 def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
-    study = load_study(write(here, plan(tiny_base, seeds=[0], variants={"early": {}})))
+    few = {"seeds": [0], "records": 1, "budget": {"steps": 1}}
+    study = load_study(write(here, plan(tiny_base, variants={"early": {}}, **few)))
     run_study(study, here / "ws", 1)
     [path] = (here / "ws" / "studies" / "tiny" / "cells").iterdir()
     result = read_json(path) | {"scores": "as they were"}
     del result["settings"]["distill"]["ema"]  # as if the code had gained it since
     write_json(path, result)
-    shared = cells.open_shared(study.recipe_of("early", 0, 2), {"base"}, here / "ws", path.parents[1])
-    cell = cells.Cell("early", study.recipe_of("early", 0, 2), 5.0)
+    shared = cells.open_shared(study.recipe_of("early", 0, 1), {"base"}, here / "ws", path.parents[1])
+    cell = cells.Cell("early", study.recipe_of("early", 0, 1), 5.0)
     assert cells.find_result(cell, shared)["scores"] == "as they were"
     result["settings"]["distill"]["warmup"] = 21  # as if the default had been another
     write_json(path, result)
@@ -252,6 +253,7 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
     assert expected_forwards(recipe, backbone, training_set, dict.fromkeys(recipe.teachers, guided)) == 5
 
 
+@pytest.mark.slow
 def test_guidance_kept_or_absorbed_is_counted(backbone, training_set, cost):
     grid = ["distill.rollout_steps=3", "distill.window=every_step"]
     plain = cost(*grid)
