@@ -21,7 +21,7 @@ from danceopd.cli.generate import generate
 from danceopd.cli.recipe import recipe_app
 from danceopd.cli.registry import registry_app
 from danceopd.cli.serve import serve
-from danceopd.cli.steps import distill, evaluate, finetune, register
+from danceopd.cli.steps import distill, evaluate, finetune, map_, register
 from danceopd.cli.study import study
 from danceopd.cli.tracking import add_tracking
 from danceopd.cli.world import world_app
@@ -40,6 +40,7 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(recipe_app, name="recipe")
 for command in (finetune, distill, evaluate, register, study, generate, serve):
     app.command()(command)
+app.command("map")(map_)
 add_tracking(app)
 
 

@@ -1,11 +1,12 @@
-"""`danceopd finetune|distill|evaluate|register`: one step of the chain each, with what it lacks made first."""
+"""`danceopd finetune|map|distill|evaluate|register`: one step of the chain each, with what it lacks made first."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from danceopd.cli.options import RecipeOption, SetOption, StoreOption, WorkspaceOption, open_recipe
 from danceopd.errors import UserError
@@ -38,8 +39,48 @@ def _student(run: Run) -> tuple[dict[str, Product], Product]:
     """The run's teachers and student, made where they are missing."""
     from danceopd import steps
 
-    teachers = {name: steps.finetune_teacher(run, name) for name in run.recipe.teachers}
+    teachers = _teachers(run)
     return teachers, steps.distill_student(run, teachers)
+
+
+def _teachers(run: Run) -> dict[str, Product]:
+    from danceopd import steps
+
+    return {name: steps.finetune_teacher(run, name) for name in run.recipe.teachers}
+
+
+def map_(
+    recipe: RecipeOption = "world",
+    overrides: SetOption = [],  # noqa: B006
+    workspace: WorkspaceOption = None,
+    levels: Annotated[int, typer.Option(min=2, help="noise levels of the student's path that are asked at")] = 4,
+    records: Annotated[int, typer.Option(min=1, help="training records of each task")] = 8,
+) -> None:
+    """Show where teachers and student disagree before training, and how tasks pull; missing teachers are made first."""
+    from rich.console import Console
+
+    from danceopd import steps
+
+    run = steps.open_run(*open_recipe(recipe, overrides, workspace))
+    made = steps.map_teachers(run, _teachers(run), levels, records)
+    console = Console()
+    for table in _map_tables(made.facts):
+        console.print(table)
+    _tell(str(made.folder / "map.png"))
+
+
+def _map_tables(facts: dict[str, Any]) -> list[Table]:
+    """What a map says: teachers against the student, then pairs of tasks."""
+    levels = [f"sigma {sigma:.2f}" for sigma in facts["sigmas"]]
+    apart, pulls = Table("task", "teacher", *levels), Table("tasks", *levels, title="cosine of gradients")
+    apart.title = "velocity against the student's"
+    for task, teachers in facts["disagreement"].items():
+        for teacher, values in teachers.items():
+            own = " (its own)" if teacher == facts["teacher_of"][task] else ""
+            apart.add_row(task, f"{teacher}{own}", *(f"{value:.3g}" for value in values))
+    for pair, values in facts["conflict"].items():
+        pulls.add_row(pair, *(f"{value:+.2f}" for value in values))
+    return [apart, pulls]
 
 
 def distill(recipe: RecipeOption = "world", overrides: SetOption = [], workspace: WorkspaceOption = None) -> None:  # noqa: B006

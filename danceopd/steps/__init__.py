@@ -11,6 +11,7 @@ from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
 from danceopd.steps.registration import move_champion, register_student, registration_facts, require_registered
 from danceopd.steps.run import Run, open_run
 from danceopd.steps.student import distill_student, open_training, student_folder
+from danceopd.steps.teacher_map import map_teachers
 from danceopd.steps.teachers import finetune_teacher
 from danceopd.workspace import STEP, Product, code_revision, open_product
 
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_student",
     "finetune_teacher",
     "lineage",
+    "map_teachers",
     "measure_champion",
     "move_champion",
     "open_product",

@@ -199,6 +199,29 @@ def test_methods_that_train_on_data_or_not_at_all_make_students_too(base_folder,
 
 
 @pytest.mark.slow
+def test_a_map_of_teachers_is_a_product_with_a_picture(recipe, workspace, made):
+    base, data, teachers, _ = made
+    run = steps.Run(recipe, workspace, base, data)
+    mapped = steps.map_teachers(run, teachers, levels=2, records=3)
+    assert (mapped.folder / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert read_json(mapped.folder / "map.json") == mapped.facts
+    assert mapped.facts["disagreement"]["t2i"]["base"] == pytest.approx([0, 0], abs=1e-6)  # the student starts as it
+    assert min(mapped.facts["disagreement"]["global_style"]["global_style"]) > 0
+    assert set(mapped.facts["conflict"]) == {"t2i / local_edit", "t2i / global_style", "local_edit / global_style"}
+    assert steps.map_teachers(run, teachers, levels=2, records=3).folder == mapped.folder
+    assert steps.map_teachers(run, teachers, levels=3, records=3).folder != mapped.folder
+
+
+def test_a_map_that_cannot_be_made_is_refused(base_folder, recipe, workspace, made):
+    base, data, teachers, _ = made
+    with pytest.raises(UserError, match="--levels 4: the student's grid has 3 steps"):
+        steps.map_teachers(steps.Run(recipe, workspace, base, data), teachers, levels=4, records=3)
+    merge = load_recipe("world", [f"model.base={base_folder}", *SMALL, "distill.method=merge_average"])
+    with pytest.raises(UserError, match="merge_average trains nothing"):
+        steps.map_teachers(steps.Run(merge, workspace, base, data), teachers, levels=2, records=3)
+
+
+@pytest.mark.slow
 def test_evaluation_and_registration_follow(recipe, workspace, made):
     base, data, teachers, student = made
     evaluation = steps.evaluate_student(steps.Run(recipe, workspace, base, data), teachers, student)
