@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from danceopd.errors import UserError
 
 if TYPE_CHECKING:
     from danceopd.steps import Product, Run
+
+PLAIN_WIDTH = 110  # of a table that goes to a file
 
 
 def finetune(
@@ -63,7 +66,7 @@ def map_(
 
     run = steps.open_run(*open_recipe(recipe, overrides, workspace))
     made = steps.map_teachers(run, _teachers(run), levels, records)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for table in _map_tables(made.facts):
         console.print(table)
     _tell(str(made.folder / "map.png"))
@@ -71,9 +74,9 @@ def map_(
 
 def _map_tables(facts: dict[str, Any]) -> list[Table]:
     """What a map says: teachers against the student, then pairs of tasks."""
-    levels = [f"sigma {sigma:.2f}" for sigma in facts["sigmas"]]
-    apart, pulls = Table("task", "teacher", *levels), Table("tasks", *levels, title="cosine of gradients")
-    apart.title = "velocity against the student's"
+    levels = [f"{sigma:.2f}" for sigma in facts["sigmas"]]
+    apart = Table("task", "teacher", *levels, title="velocity against the student's, by sigma")
+    pulls = Table("tasks", *levels, title="cosine of gradients, by sigma")
     for task, teachers in facts["disagreement"].items():
         for teacher, values in teachers.items():
             own = " (its own)" if teacher == facts["teacher_of"][task] else ""
