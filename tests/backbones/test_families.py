@@ -37,7 +37,7 @@ from danceopd.inference.generate import Drawer, open_student
 from danceopd.preflight.fake_pass import Samples, forward_operations
 
 PROMPTS = ["a red ring", "", "draw a small green square at the top left and one more below it"]
-SIZES = [(64, 64), (64, 96)]
+SIZES = [(64, 64), pytest.param(64, 96, marks=pytest.mark.slow)]
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 every_editor = pytest.mark.parametrize("family", EDITORS, ids=lambda family: family.name)
@@ -365,6 +365,7 @@ def test_latents_and_tokens_are_each_others_inverse():
     assert torch.equal(to_latents(to_tokens(latents), 2, 3), latents)
 
 
+@pytest.mark.slow
 @drawing_and_editing
 def test_operations_told_from_the_configuration_are_those_counted(load, folder_of, family, edits):
     base = load(family)

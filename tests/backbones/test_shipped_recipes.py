@@ -145,10 +145,8 @@ def test_two_lora_teachers_become_one_student(folder_of, family, tmp_path, monke
     assert near < 0.95 * far
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == "world" else pytest.mark.slow) for n in shipped_names(RECIPE_PACKAGE)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shipped_names(RECIPE_PACKAGE))
 def test_recipe_check_tells_what_every_shipped_recipe_takes(folder_of, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where nothing lies that a recipe names
     monkeypatch.setenv("COLUMNS", "300")

@@ -260,6 +260,7 @@ def spoilt(state, number):
     return state | {key: value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_no_part_of_a_file_is_left_out(bases, family, layout, tmp_path):

@@ -270,6 +270,7 @@ def test_a_setting_that_cannot_run_is_a_row_not_an_end(monkeypatch):
         gpu.measure(options)
 
 
+@pytest.mark.slow
 def test_a_lost_device_ends_the_search_and_not_its_table(monkeypatch):
     def prepare(scale, settings, device):
         if settings.rollout == "merged":

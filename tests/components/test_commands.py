@@ -28,6 +28,7 @@ def scripts(monkeypatch):
     monkeypatch.setattr(commands, "PYTHON", (commands.PYTHON[0], "-c"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
@@ -43,10 +44,12 @@ def test_the_end_of_the_command_is_the_steps(code, error, message):
     assert code != 75 or caught.value.code == 75
 
 
+@pytest.mark.slow
 def test_a_command_that_ends_well_says_nothing_and_has_its_variables():
     assert hand_over("training", ["import os; assert os.environ['HERE'] == '1'"], {"HERE": "1"}) is None
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_step_goes_to_the_command_and_handlers_are_put_back(tmp_path):
     ready, before = tmp_path / "ready", signal.getsignal(signal.SIGTERM)
 

@@ -37,6 +37,7 @@ def run_file(workspace, run: str, name: str = journal.RUN_FILE) -> dict:
     return json.loads((journal.run_folder(workspace, run) / name).read_text())
 
 
+@pytest.mark.slow
 def test_a_step_and_what_it_starts_belong_to_its_run(tmp_path):
     with tracked(RECIPE, tmp_path, "run-1", ""):
         child = [sys.executable, "-c", f"import os; print(os.environ[{journal.RUN!r}])"]

@@ -236,6 +236,7 @@ def test_find_repo_looks_upwards(clone, tmp_path):
     assert versioning.find_repo(clone / "runs") == clone.resolve()
 
 
+@pytest.mark.slow
 def test_importing_the_module_does_not_import_dvc():
     code = "import sys, danceopd.data.versioning; sys.exit('dvc' in sys.modules)"
     root = Path(__file__).parents[2]

@@ -500,6 +500,7 @@ def test_a_benchmark_has_a_row_of_its_own_beside_its_tasks_teacher(mixed_metrics
     assert set(metrics["by_novelty"]["edits"]) == {"k0"} and len(mixed_metrics.examples["edits"]) == 3
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_was_not_measured(mixed_metrics, tmp_path):
     from danceopd.evaluation.report import write_report
 

@@ -84,6 +84,7 @@ def test_the_clip_ends_the_gradient_where_the_ratio_has_gone_far_enough():
     assert float(losses[2].detach()) == pytest.approx(float(log_ratio[2].detach().exp()))
 
 
+@pytest.mark.slow
 def test_the_mean_gradient_over_paths_is_that_of_the_kl(bench):
     """One step: the reward's gradient is (KL's factor) x the velocity loss's; the policy-gradient term averages out."""
     setup = bench.setup(1)

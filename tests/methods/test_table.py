@@ -37,6 +37,7 @@ def test_who_trains_on_target_images_says_so(bench, name, needs):
     assert needs_targets(bench.spec(method=name)) == needs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in MERGES])
 def test_every_method_trains_a_lora_in_low_precision_with_activations_computed_again(bench, name):
     before = [p.clone() for p in bench.teachers["editor"].network.parameters()]

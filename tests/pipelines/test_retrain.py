@@ -121,6 +121,7 @@ def test_a_registry_that_is_away_is_an_error(registered, monkeypatch):
     assert "MLflow store http://127.0.0.1:9 does not answer" in refused("changed", *away, code=75)
 
 
+@pytest.mark.slow
 def test_a_retraining_is_tried_again_while_a_server_is_away(registered, kfp, package):
     run = ("run", "--host", kfp.address, "--package", package, "--if-changed", *registered.options)
     refused(*run, "--tracking-uri", "http://127.0.0.1:9", code=75)

@@ -37,6 +37,7 @@ def test_a_bases_parts_are_those_of_the_loaded_one(recipe, tiny_base):
     assert found.autoencoder == size_of(loaded.pipeline.vae)
 
 
+@pytest.mark.slow
 def test_phases_hold_what_they_use_and_no_more(recipe, tiny_base, tmp_path):
     spec = recipe()
     base = parts_of(spec, open_outline(tiny_base, spec.model), tiny_base)
@@ -54,6 +55,7 @@ def test_phases_hold_what_they_use_and_no_more(recipe, tiny_base, tmp_path):
     assert whole["evaluate"] == ahead.held + base.transformer + base.coding
 
 
+@pytest.mark.slow
 def test_disk_is_that_of_a_real_export(recipe, tiny_base, tmp_path):
     spec = recipe()
     backbone = load_backbone(tiny_base, spec.model)

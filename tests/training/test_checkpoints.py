@@ -172,7 +172,14 @@ def steps_saved(folder) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "saved"), [(0, [8]), (15, [2, 4, 6, 8]), (16, [2, 4, 6, 8]), (17, [3, 6, 8]), (100, [8])]
+    ("minutes", "saved"),
+    [
+        (17, [3, 6, 8]),
+        *(
+            pytest.param(minutes, saved, marks=pytest.mark.slow)
+            for minutes, saved in ((0, [8]), (15, [2, 4, 6, 8]), (16, [2, 4, 6, 8]), (100, [8]))
+        ),
+    ],
 )
 def test_a_save_is_due_after_so_many_minutes_too(tiny_base, small_data, tmp_path, monkeypatch, minutes, saved):
     Clock(monkeypatch, 8.1)  # minutes an update takes

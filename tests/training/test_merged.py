@@ -127,6 +127,7 @@ def train(base, encoded, checkpoints=None, record=None, **changes):
     return distill(*known, spec(**changes), checkpoints=checkpoints, record=record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["danceopd", "soft", "dense"])
 def test_training_with_it_is_training_without(tiny_base, encoded, method):
     own, merged = (
