@@ -98,7 +98,16 @@ WORDINGS = {
         "at the {position}, put a {object}",
         "at the {position}, add a {object}",
     ),
-    "style": ("make it {style}", "turn the picture {style}", "the picture in {style}", "turn it {style}"),
+    # With three verbs and two objects but for the last pair, so that a field can tell what each of the words does.
+    "style": (
+        "make it {style}",
+        "make the picture {style}",
+        "paint it {style}",
+        "paint the picture {style}",
+        "turn the picture {style}",
+        "the picture in {style}",
+        "turn it {style}",
+    ),
 }
 OPEN_WORDINGS = {
     "recolor": (
