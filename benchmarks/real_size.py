@@ -262,7 +262,7 @@ def run_phases(folder: Path, recipe: dict, run: Run) -> Measured:
     write_atomic(file, yaml.safe_dump(recipe))
     of = ["--recipe", str(file)]
     commands = {
-        "recipe check": ["recipe", "check", str(file), *place],
+        "check": ["recipe", "check", str(file), *place],
         "data build": ["data", "build", *of, *place],
         "encodings": ["data", "cache", *of, *place, "--out", str(folder / "encodings")],
         "teacher": ["finetune", TEACHER, *of, *place],
@@ -315,7 +315,6 @@ def must_be_there(recipe: Recipe, folder: Path) -> dict[str, int]:
     samples = Samples(samples_at_once(recipe.distill, 1), SIDE, SIDE, edits=True)
     kept = kept_bytes(outline, recipe.distill, samples)
     return {
-        "recipe check": 0,
         "data build": 0,
         "encodings": encoders,
         "teacher: read": weights + encoders,
@@ -332,7 +331,6 @@ def must_be_there(recipe: Recipe, folder: Path) -> dict[str, int]:
 
 # By phase of this benchmark: what `recipe check` calls it.
 CALLED = {
-    "recipe check": None,
     "data build": None,
     "encodings": "encode",
     "teacher: read": "load",
