@@ -51,6 +51,7 @@ from danceopd.evaluation.scoring import (
 from danceopd.evaluation.statistics import bootstrap_interval, compare
 from danceopd.flow.fields import Field
 from danceopd.flow.guidance import guided_at
+from danceopd.training.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,13 @@ class _Drawn:
 
 
 def _score_fields(
-    fields: dict[str, _Drawn], task: str, encoded: EncodedRecords, records: list[Record], recipe: Recipe, tools: Tools
+    fields: dict[str, _Drawn],
+    task: str,
+    encoded: EncodedRecords,
+    records: list[Record],
+    recipe: Recipe,
+    tools: Tools,
+    processes: Processes = ALONE,
 ) -> dict[str, Scored]:
     scored: dict[str, Scored] = {}
     first: dict[Hashable, str] = {}
@@ -177,7 +184,9 @@ def _score_fields(
             log.info("evaluate: %s on %s: the same field as %s", name, task, same)
             continue
         started = time.monotonic()
-        scored[name] = score_records(drawn.field, encoded, records, recipe.tasks[task].metrics, drawn.spec, tools)
+        scored[name] = score_records(
+            drawn.field, encoded, records, recipe.tasks[task].metrics, drawn.spec, tools, processes
+        )
         figures = ", ".join(f"{key} {value:.4g}" for key, value in scored[name].means.items())
         log.info(
             "evaluate: %s on %s: %s (%d records, %.1f s)", name, task, figures, len(records), time.monotonic() - started
@@ -238,10 +247,17 @@ def _examples(
     ]
 
 
+def _distinct(fields: Mapping[str, _Drawn]) -> list[_Drawn]:
+    """Each different field once, in the order in which they are scored."""
+    first: dict[Hashable, _Drawn] = {}
+    for drawn in fields.values():
+        first.setdefault(drawn.identity, drawn)
+    return list(first.values())
+
+
 def _forwards(fields: dict[str, _Drawn], records: int) -> int:
     """Samples that go through a network when each different field draws the records."""
-    different = {drawn.identity: drawn for drawn in fields.values()}
-    return records * sum(drawn.spec.steps * drawn.field.forwards for drawn in different.values())
+    return records * sum(drawn.spec.steps * drawn.field.forwards for drawn in _distinct(fields))
 
 
 def _drift(
@@ -252,6 +268,7 @@ def _drift(
     records: list[Record],
     scored: dict[str, Scored],
     tools: Tools,
+    processes: Processes,
 ) -> tuple[dict, int]:
     """The task's drift section of the metrics over a few of the records, and the forwards it took.
 
@@ -261,7 +278,7 @@ def _drift(
     assert spec.drift is not None  # only a recipe with this section comes here
     known = measured_of(recipe.tasks[task].metrics, skipped_metrics(recipe.tasks[task].metrics, tools))
     first = next((name for name in known if not paid(name)), known[0])
-    rows = spread([record.id for record in records], spec.drift.records)
+    rows = _drift_rows(recipe, records)
     records, encoded = [records[row] for row in rows], encoded.subset(rows)
     ids = [record.id for record in records]
     seeds = [record_seed(spec.seed, name) for name in ids]
@@ -269,9 +286,7 @@ def _drift(
     small = max(1, round(teacher.spec.steps / student.spec.steps))
     found = path_drift(student.field, teacher.field, encoded, seeds, student.spec.steps, spec.batch, small)
     forwards, by_steps = found.forwards, {}
-    sides = {"student": STUDENT, "teacher": taught}
-    if fields[BASE].field.identity != fields[taught].field.identity:
-        sides["base"] = BASE
+    sides = _drift_sides(fields, taught)
     for steps in sorted(set(spec.drift.steps)):
         figures = {}
         for side, name in sides.items():
@@ -279,7 +294,7 @@ def _drift(
             if steps == drawn.spec.steps:  # these were drawn to be scored
                 values = [scored[name].values[first][row] for row in rows]
             else:
-                pictures = draw_field(drawn.field, encoded, ids, spec.model_copy(update={"steps": steps}))
+                pictures = draw_field(drawn.field, encoded, ids, _in_steps(spec, steps), processes)
                 free = not paid(first)
                 values = score_pictures(pictures, records, (first,), tools).values[first] if free else []
                 forwards += len(ids) * steps * drawn.field.forwards
@@ -304,6 +319,75 @@ def _drift(
     return facts, forwards
 
 
+def _drift_rows(recipe: Recipe, records: list[Record]) -> list[int]:
+    assert recipe.evaluate.drift is not None
+    return spread([record.id for record in records], recipe.evaluate.drift.records)
+
+
+def _drift_sides(fields: Mapping[str, _Drawn], taught: str) -> dict[str, str]:
+    """Whose pictures of fewer steps are compared, by what each is to the task."""
+    sides = {"student": STUDENT, "teacher": taught}
+    if fields[BASE].field.identity != fields[taught].field.identity:
+        sides["base"] = BASE
+    return sides
+
+
+def _in_steps(spec: EvaluateRecipe, steps: int) -> EvaluateRecipe:
+    return spec.model_copy(update={"steps": steps})
+
+
+def _encode(
+    recipe: Recipe,
+    backbone: Backbone,
+    held_out: Mapping[str, list[Record]],
+    cache: Path | None,
+    base_key: str,
+    processes: Processes,
+) -> dict[str, EncodedRecords]:
+    """The held-out records of every task, encoded by the main process; the others find them in the cache."""
+    size = (recipe.model.height, recipe.model.width)
+    with processes.main_first():
+        return {
+            task: encode_records(backbone, records, *size, cache, base_key, targets=True)
+            for task, records in held_out.items()
+        }
+
+
+def draw_along(
+    recipe: Recipe,
+    backbone: Backbone,
+    fields: dict[str, Field],
+    dataset: DatasetFolder,
+    cache: Path | None,
+    base_key: str,
+    samplings: Samplings,
+    processes: Processes,
+    when_encoded: Callable[[], object] = lambda: None,
+) -> None:
+    """What every process but the main one does while that one runs `evaluate`: draw its share of the pictures.
+
+    The arguments are those of `evaluate`; the same fields draw the same records in the same order.
+    """
+    recipe = recipe.with_benchmarks()
+    spec = recipe.evaluate
+    drawn = {name: _Drawn(*samplings.drawn(name, field)) for name, field in fields.items()}
+    held_out = {task: _records_of(recipe, task, dataset) for task in recipe.tasks}
+    encodings = _encode(recipe, backbone, held_out, cache, base_key, processes)
+    when_encoded()
+    for task, records in held_out.items():
+        encoded, ids = encodings.pop(task), [record.id for record in records]
+        for one in _distinct(drawn):
+            draw_field(one.field, encoded, ids, one.spec, processes)
+        if spec.drift is None or task in spec.benchmarks:
+            continue
+        rows = _drift_rows(recipe, records)
+        few, of = encoded.subset(rows), [ids[row] for row in rows]
+        for steps in sorted(set(spec.drift.steps)):
+            for name in _drift_sides(drawn, recipe.tasks[task].teacher).values():
+                if steps != drawn[name].spec.steps:
+                    draw_field(drawn[name].field, few, of, _in_steps(spec, steps), processes)
+
+
 def evaluate(
     recipe: Recipe,
     backbone: Backbone,
@@ -314,6 +398,7 @@ def evaluate(
     judged: str = "",
     samplings: Samplings | None = None,
     when_encoded: Callable[[], object] = lambda: None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Score every field on every task of the recipe.
 
@@ -328,6 +413,7 @@ def evaluate(
             from another day is held against one from today.
         samplings: how each field is drawn; default: as the recipe says.
         when_encoded: called before the first picture is drawn, when the text encoders are not needed any more.
+        processes: of which this is the main one; the others call `draw_along`.
 
     Raises:
         UserError: if a task has no held-out records, a metric is unknown, or a record lacks what a metric needs.
@@ -347,19 +433,16 @@ def evaluate(
     drawn = {name: _Drawn(*known.drawn(name, field)) for name, field in fields.items()}
     held_out = _held_out(recipe, dataset, skipped)
     canaries = judge_canaries(tools, recipe, held_out, skipped)
-    encodings = {
-        task: encode_records(backbone, records, *size, cache, base_key, targets=True)
-        for task, records in held_out.items()
-    }
+    encodings = _encode(recipe, backbone, held_out, cache, base_key, processes)
     when_encoded()
     for task, records in held_out.items():
         metrics, encoded = recipe.tasks[task].metrics, encodings.pop(task)
         ceiling = score_ceiling(backbone, encoded, records, metrics, spec.batch, tools)
-        scored = _score_fields(drawn, task, encoded, records, recipe, tools)
+        scored = _score_fields(drawn, task, encoded, records, recipe, tools, processes)
         worst = _worst(scored, recipe.tasks[task].teacher, metrics, spec.worst, skipped)
         drift, forwards = None, _forwards(drawn, len(records))
         if spec.drift is not None and task not in spec.benchmarks:
-            drift, more = _drift(recipe, task, drawn, encoded, records, scored, tools)
+            drift, more = _drift(recipe, task, drawn, encoded, records, scored, tools, processes)
             forwards += more
         results[task] = _TaskResult(
             records,

@@ -18,6 +18,7 @@ from danceopd.evaluation.metrics import metric
 from danceopd.evaluation.metrics.tools import Tools
 from danceopd.flow.fields import Field
 from danceopd.flow.sampling import sample_pixels, to_uint8
+from danceopd.training.processes import ALONE, Processes
 
 Values = dict[str, list[float]]
 
@@ -55,7 +56,9 @@ def record_seed(seed: int, record_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{record_id}".encode()).digest()[:8], "big") >> 1
 
 
-def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe) -> np.ndarray:
+def draw_field(
+    field: Field, encoded: EncodedRecords, ids: list[str], spec: EvaluateRecipe, processes: Processes = ALONE
+) -> np.ndarray:
     """Draw one picture per record: (N, H, W, 3) uint8, in the records' order.
 
     Args:
@@ -63,14 +66,22 @@ def draw_field(field: Field, encoded: EncodedRecords, ids: list[str], spec: Eval
         encoded: the N records; tasks with and without a source image may be mixed.
         ids: the N records' ids, which decide their noise.
         spec: steps, batch size and seed.
+        processes: those that draw together, every one with the same arguments; only the main one has all pictures then,
+            and the others an array of which just their own are drawn.
     """
     device = next(field.backbone.transformer.parameters()).device  # an offloaded field's own weights lie elsewhere
     pictures = np.empty((len(ids), encoded.height, encoded.width, 3), dtype=np.uint8)
+    mine: list[int] = []
     for group in encoded.shape_groups(list(range(len(ids)))):
-        for start in range(0, len(group), spec.batch):
-            rows = group[start : start + spec.batch]
+        own = group[processes.rank :: processes.count]
+        for start in range(0, len(own), spec.batch):
+            rows = own[start : start + spec.batch]
             seeds = [record_seed(spec.seed, ids[row]) for row in rows]
             pictures[rows] = to_uint8(sample_pixels(field, encoded.condition(rows, device), seeds, spec.steps))
+        mine += own
+    if processes.count > 1:
+        for rows, drawn in processes.collect((mine, pictures[mine])):
+            pictures[rows] = drawn
     return pictures
 
 
@@ -117,6 +128,7 @@ def score_records(
     metrics: tuple[str, ...],
     spec: EvaluateRecipe,
     tools: Tools | None = None,
+    processes: Processes = ALONE,
 ) -> Scored:
     """Draw records with a field and score the pictures.
 
@@ -127,11 +139,12 @@ def score_records(
         metrics: names from `danceopd.evaluation.metrics.METRICS`.
         spec: steps, batch size and seed; networks and judge.
         tools: opened by an earlier call; default: opened now, from `spec`.
+        processes: those that draw together (`draw_field`), of which this is the main one.
 
     Raises:
         UserError: if a metric is unknown, or a record lacks what it needs.
     """
-    pictures = draw_field(field, encoded, [r.id for r in records], spec)
+    pictures = draw_field(field, encoded, [r.id for r in records], spec, processes)
     return score_pictures(pictures, records, metrics, tools or Tools(spec))
 
 

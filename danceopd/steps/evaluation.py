@@ -17,15 +17,19 @@ from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
 from danceopd.steps.teachers import load_teachers, stated_samplings
 from danceopd.tracking import recording
-from danceopd.workspace import Product, code_revision, make_product
+from danceopd.workspace import Product, code_revision, joined_processes, make_product
 
 if TYPE_CHECKING:  # torch and diffusers are slow to import, and some steps need neither
     from danceopd.backbones.base import Backbone
     from danceopd.flow.fields import Field
+    from danceopd.training.processes import Processes
 
 
 def evaluate_student(run: Run, teachers: dict[str, Product], student: Product) -> Product:
-    """Score base, every teacher and the student on every task's held-out records; write figures and the report."""
+    """Score base, every teacher and the student on every task's held-out records; write figures and the report.
+
+    Several processes share the records that are drawn; the main one scores the pictures, and asks a judge, alone.
+    """
     recipe, base, data, workspace = run.recipe, run.base, run.data, run.workspace
     inputs = [
         base.digest,
@@ -40,15 +44,19 @@ def evaluate_student(run: Run, teachers: dict[str, Product], student: Product) -
     ]
 
     def build(scratch: Path, checkpoints: Path) -> dict:
+        processes = joined_processes()
+        if processes is not None and not processes.main:
+            _draw_along(run, teachers, student, processes)
+            return {}
         sections = recipe.model_dump(mode="json")
         settings = {name: sections[name] for name in ("model", "tasks", "evaluate")}
         title, read = f"evaluate {recipe.name}", data.facts
         journal = recording.begin(recipe, workspace, checkpoints.name, title, settings, read, recording.EVALUATION)
-        facts = _build_evaluation(run, teachers, student, scratch)
+        facts = _build_evaluation(run, teachers, student, scratch, processes)
         recording.evaluated(journal, read_json(scratch / "metrics.json"), scratch, student.digest)
         return facts
 
-    return make_product(workspace, "evaluations", recipe.name, inputs, build)
+    return make_product(workspace, "evaluations", recipe.name, inputs, build, together=True)
 
 
 def looks_with(recipe: Recipe) -> list:
@@ -69,25 +77,49 @@ def looks_with(recipe: Recipe) -> list:
     return [part for part in (states, benchmarks) if part]
 
 
-def _build_evaluation(run: Run, teachers: dict[str, Product], student: Product, scratch: Path) -> dict[str, Any]:
-    from danceopd.devices import hardware
-    from danceopd.evaluation.evaluate import evaluate
-    from danceopd.evaluation.report import write_report
-    from danceopd.evaluation.samplings import Samplings
+def _open_fields(run: Run, teachers: dict[str, Product], student: Product) -> tuple[Encoder, dict[str, Field]]:
+    """The base with its encoder, and every field that is drawn."""
     from danceopd.flow.fields import VelocityField
 
-    recipe, backbone = run.recipe, open_backbone(run)
+    backbone = open_backbone(run)
     encoder = Encoder(run, backbone)
     fields: dict[str, Field] = {"base": VelocityField("base", backbone, backbone.transformer)}
     fields |= load_teachers(encoder, teachers)
     fields[STUDENT] = _load_student(backbone, student)
+    return encoder, fields
+
+
+def _draw_along(run: Run, teachers: dict[str, Product], student: Product, processes: Processes) -> None:
+    from danceopd.evaluation.evaluate import draw_along
+    from danceopd.evaluation.samplings import Samplings
+
+    encoder, fields = _open_fields(run, teachers, student)
+    backbone = encoder.backbone
+    samplings = Samplings(run.recipe, encoder.empty_prompt, stated_samplings(teachers))
+    place = (encoder.dataset(), run.cache, encoder.key)
+    draw_along(run.recipe, backbone, fields, *place, samplings, processes, backbone.free_encoders)
+
+
+def _build_evaluation(
+    run: Run, teachers: dict[str, Product], student: Product, scratch: Path, processes: Processes | None
+) -> dict[str, Any]:
+    from danceopd.devices import hardware
+    from danceopd.evaluation.evaluate import evaluate
+    from danceopd.evaluation.report import write_report
+    from danceopd.evaluation.samplings import Samplings
+    from danceopd.training.processes import ALONE
+
+    recipe = run.recipe
+    encoder, fields = _open_fields(run, teachers, student)
+    backbone, processes = encoder.backbone, processes or ALONE
     started = time.monotonic()
     place = (run.cache, encoder.key, judged_in(student))
     samplings = Samplings(recipe, encoder.empty_prompt, stated_samplings(teachers))
-    evaluation = evaluate(recipe, backbone, fields, encoder.dataset(), *place, samplings, backbone.free_encoders)
+    dataset, let_go = encoder.dataset(), backbone.free_encoders
+    evaluation = evaluate(recipe, backbone, fields, dataset, *place, samplings, let_go, processes)
     training = {name: fact for name, fact in student.facts.items() if name != "made_of"}  # the lineage says it
     spent = spent_on(teachers, student)
-    machine = hardware(next(backbone.transformer.parameters()).device)
+    machine = hardware(next(backbone.transformer.parameters()).device, processes.count)
     spent.append(Spent("evaluation", time.monotonic() - started, machine, evaluation.metrics["forwards"]))
     provenance = lineage(run, teachers, student) | {
         "cost": cost_table(spent),

@@ -65,6 +65,14 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def collect(self, value: object) -> list:
+        """Every process's plain value, by rank, in the main process; nothing in the others."""
+        if self.count == 1:
+            return [value]
+        values: list | None = [None] * self.count if self.main else None
+        torch.distributed.gather_object(value, values, dst=0, group=_patient_group(torch.distributed.group.WORLD))
+        return values or []
+
     def wait(self) -> None:
         """Until all are here, however long one of them encodes, saves or hashes alone (at most `LONGEST_WAIT`)."""
         if self.count > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,46 @@ def test_two_processes_make_teachers_and_student_of_shares(tiny_base, tmp_path):
     full = Path(first["full"])
     assert read_json(full / "field.json")["kind"] == "full"
     assert len(list((full / "transformer").glob("*.safetensors"))) == 3  # a file a block, and one for the rest
+
+
+REPLICAS = [
+    "data.world={t2i: {train: 6, val: 2, test: 5}, local_edit: {train: 6, val: 2, test: 5},"
+    " global_style: {train: 6, val: 2, test: 5}}",
+    "tasks.local_edit={teacher: base, needs_source: true, metrics: [psnr]}",
+    "tasks.global_style={teacher: base, needs_source: true, metrics: [psnr]}",
+    "tasks.t2i.gates=[]",
+    "teachers={base: {kind: base}}",
+    "distill={trainable: lora, lr: 0.05, steps: 1, batch: 4, rollout_steps: 2}",
+    "evaluate={per_task: 5, steps: 2, batch: 2, drift: {records: 3, steps: [1, 2]}}",
+]
+
+
+def evaluate_all(rank, base_folder, workspace, settings):
+    recipe = load_recipe("world", [f"model.base={base_folder}", *settings])
+    base = steps.resolve_base(recipe, workspace)
+    run = steps.Run(recipe, workspace, base, steps.build_data(recipe, workspace, repo=workspace))
+    teachers = {name: steps.finetune_teacher(run, name) for name in recipe.teachers}
+    return str(steps.evaluate_student(run, teachers, steps.distill_student(run, teachers)).folder)
+
+
+@pytest.mark.slow
+def test_several_processes_evaluate_as_one_does(tiny_base, tmp_path):
+    [alone] = together(1, evaluate_all, tiny_base, tmp_path, REPLICAS)
+    metrics = read_json(Path(alone) / "metrics.json")
+    shutil.rmtree(alone)
+    folders = together(3, evaluate_all, tiny_base, tmp_path, REPLICAS)
+    assert folders == [alone] * 3
+    again = read_json(Path(alone) / "metrics.json")
+    for key in ("scores", "drift"):  # other batches round otherwise
+        assert dict(leaves(again[key])) == pytest.approx(dict(leaves(metrics[key])), rel=1e-4, abs=1e-6)
+    for key in ("records", "forwards", "passed"):
+        assert again[key] == metrics[key]
+
+
+def leaves(tree, path=""):
+    """The numbers of a tree by their path."""
+    if isinstance(tree, dict | list):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(part, f"{path}/{key}")
+    elif isinstance(tree, int | float):
+        yield path, tree
