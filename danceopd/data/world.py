@@ -76,7 +76,9 @@ STYLES = {
     "sepia": lambda x: x @ _SEPIA.T,
 }
 
-# Wordings: the last of each list is held out of training. Each is made of words that training does contain.
+# Wordings: the last of each list is held out of training, of a long list the last two, so that not all depends on one
+# phrase. Each is made of words that training does contain.
+LONG_LIST = 6
 CAPTIONS = (
     "{objects} on {background}",
     "draw {objects} on {background}",
@@ -98,14 +100,14 @@ WORDINGS = {
         "at the {position}, put a {object}",
         "at the {position}, add a {object}",
     ),
-    # With three verbs and two objects but for the last pair, so that a field can tell what each of the words does.
+    # Three verbs with two objects but for two pairs, so that a field can tell what each of the words does.
     "style": (
         "make it {style}",
         "make the picture {style}",
-        "paint it {style}",
         "paint the picture {style}",
         "turn the picture {style}",
         "the picture in {style}",
+        "paint it {style}",
         "turn it {style}",
     ),
 }
@@ -327,8 +329,16 @@ def random_scene(rng: random.Random, novel: bool = False, most: int = 3, fewest:
     return Scene(rng.choice(list(BACKGROUNDS)), tuple(sorted(things)))
 
 
+def held_out_wordings(wordings: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a list that occur in the test split only."""
+    return wordings[-2 if len(wordings) >= LONG_LIST else -1 :]
+
+
 def _wording(rng: random.Random, wordings: tuple[str, ...], novel: bool) -> str:
-    return wordings[-1] if novel else rng.choice(wordings[:-1])
+    held_out = held_out_wordings(wordings)
+    if novel and len(held_out) == 1:  # no draw, so that what is drawn after it stays as it is
+        return held_out[0]
+    return rng.choice(held_out if novel else wordings[: -len(held_out)])
 
 
 def random_wishes(rng: random.Random, novel: bool = False) -> Wanted:
