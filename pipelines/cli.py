@@ -11,15 +11,13 @@ import typer
 from rich.console import Console
 
 from components.image import IMAGE
-from danceopd.cli.options import RecipeOption, SetOption, WorkspaceOption
+from danceopd.cli.options import PLAIN_WIDTH, RecipeOption, SetOption, WorkspaceOption
 from danceopd.config.load import load_recipe
 from danceopd.errors import ExitCode, UserError
 from danceopd.tracking.mlflow_store import ENVIRONMENT
 from pipelines import submit_cli as server
 from pipelines.champion_cli import app as champion_app
 from pipelines.one_line import one_line_errors
-
-PLAIN_WIDTH = 110  # of a table that goes to a file
 
 app = typer.Typer(no_args_is_help=True, help="The whole chain as one Kubeflow pipeline.")
 app.add_typer(champion_app, name="champion")

@@ -11,6 +11,8 @@ from danceopd.config.load import load_recipe
 from danceopd.config.recipe import Recipe
 from danceopd.files import at_home
 
+PLAIN_WIDTH = 110  # of a table that goes to a file
+
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="name of a shipped recipe, or a YAML file")]
 SetOption = Annotated[list[str], typer.Option("--set", help="override: key.sub=value, repeatable")]
 StoreOption = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server")]

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from danceopd.cli.options import RecipeOption, SetOption, StoreOption, WorkspaceOption, open_recipe
+from danceopd.cli.options import PLAIN_WIDTH, RecipeOption, SetOption, StoreOption, WorkspaceOption, open_recipe
 from danceopd.errors import UserError
 
 if TYPE_CHECKING:
     from danceopd.steps import Product, Run
-
-PLAIN_WIDTH = 110  # of a table that goes to a file
 
 
 def finetune(

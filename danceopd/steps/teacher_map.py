@@ -9,7 +9,7 @@ from danceopd.errors import UserError
 from danceopd.files import write_json
 from danceopd.steps.run import Run
 from danceopd.steps.student import open_training
-from danceopd.workspace import Product, make_product
+from danceopd.workspace import Product, joined_processes, make_product
 
 
 def map_teachers(run: Run, teachers: dict[str, Product], levels: int, records: int) -> Product:
@@ -23,6 +23,8 @@ def map_teachers(run: Run, teachers: dict[str, Product], levels: int, records: i
     recipe = run.recipe
     if recipe.distill.method not in TRAINED:
         raise UserError(f"distill.method {recipe.distill.method} trains nothing; a map is for methods that train")
+    if joined_processes() is not None:
+        raise UserError("a map is made by one process; run danceopd map without torchrun")
     if levels > recipe.distill.rollout_steps:
         raise UserError(f"--levels {levels}: the student's grid has {recipe.distill.rollout_steps} steps; take fewer")
 

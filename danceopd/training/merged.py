@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from danceopd.backbones.base import Condition
 from danceopd.backbones.kernels import compile_blocks, set_attention
 from danceopd.backbones.sharded import outline_of, weights_of
+from danceopd.backbones.streamed import OwnWeights
 from danceopd.flow.fields import Field, VelocityField
 
 if TYPE_CHECKING:  # slow to import
@@ -47,47 +48,42 @@ class MergedCopy:
 
     def __init__(self, field: VelocityField, compile: str = "off"):
         assert field.adapter is not None, "a copy is merged from an adapter"
-        self._adapter = field.adapter
-        network, self._layers = _shell(field.network, field.adapter)
+        network: ModelMixin = field.network
+        self._merged = OwnWeights(network, field.adapter, network.dtype)
+        network, self._own = _shell(network, field.adapter)
         set_attention(network, field.backbone.settings.attention)
         if compile != "off":
             compile_blocks(network, compile)
         self._field = MergedField(f"{field.name}, merged", field.backbone, network)
         self.stale = True
 
+    @torch.no_grad()
     def renewed(self) -> Field:
         """The copy as the last update left the adapter."""
         if self.stale:
-            for layer, weight in self._layers:
-                _merge(layer, self._adapter, weight)
+            with torch.autocast(next(iter(self._own.values())).device.type, enabled=False):
+                for name, weight in self._own.items():
+                    weight.copy_(self._merged[name])
             self.stale = False
         return self._field
 
 
-def _shell(network: ModelMixin, adapter: str) -> tuple[ModelMixin, list[tuple[Any, nn.Parameter]]]:
-    """A network that shares every weight and buffer with another but those an adapter changes, and these by its layers.
+def _shell(network: ModelMixin, adapter: str) -> tuple[ModelMixin, dict[str, nn.Parameter]]:
+    """A network that shares with another every weight and buffer but those an adapter changes; and these by their names.
 
     Of those it has its own, yet to be written.
     """
     shell = outline_of(network).eval()
     tuned: Iterator[tuple[str, Any]] = ((p, m) for p, m in network.named_modules() if isinstance(m, BaseTunerLayer))
-    layers = {f"{path}.weight": layer for path, layer in tuned if adapter in layer.lora_A}
-    own = []
+    changed = {f"{path}.weight" for path, layer in tuned if adapter in layer.lora_A}
+    own = {}
     for name, weight in weights_of(network):
-        plain = nn.Parameter(torch.empty_like(weight) if name in layers else weight.detach(), requires_grad=False)
+        plain = nn.Parameter(torch.empty_like(weight) if name in changed else weight.detach(), requires_grad=False)
         path, _, leaf = name.rpartition(".")
         setattr(shell.get_submodule(path), leaf, plain)
-        if name in layers:
-            own.append((layers[name], plain))
+        if name in changed:
+            own[name] = plain
     for name, buffer in network.named_buffers():
         path, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
         setattr(shell.get_submodule(path), leaf, buffer)
     return shell, own
-
-
-@torch.no_grad()
-def _merge(layer: Any, adapter: str, weight: Tensor) -> None:
-    """Write a layer's weight plus its adapter's change, added in float32 and rounded once."""
-    base = layer.get_base_layer().weight
-    with torch.autocast(weight.device.type, enabled=False):
-        weight.copy_(base + layer.get_delta_weight(adapter))  # of a 16-bit and a 32-bit tensor: 32 bits

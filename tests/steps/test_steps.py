@@ -26,6 +26,7 @@ from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import OUT_LAYERS, PROMPT_TOKENS
 from danceopd.steps.evaluation import looks_with
 from danceopd.tracking.journal import read_lines, run_folder
+from danceopd.training.processes import Processes
 
 SMALL = [
     "data.world={t2i: {train: 12, val: 4, test: 4}, local_edit: {train: 12, val: 4, test: 4},"
@@ -212,13 +213,16 @@ def test_a_map_of_teachers_is_a_product_with_a_picture(recipe, workspace, made):
     assert steps.map_teachers(run, teachers, levels=3, records=3).folder != mapped.folder
 
 
-def test_a_map_that_cannot_be_made_is_refused(base_folder, recipe, workspace, made):
+def test_a_map_that_cannot_be_made_is_refused(base_folder, recipe, workspace, made, monkeypatch):
     base, data, teachers, _ = made
     with pytest.raises(UserError, match="--levels 4: the student's grid has 3 steps"):
         steps.map_teachers(steps.Run(recipe, workspace, base, data), teachers, levels=4, records=3)
     merge = load_recipe("world", [f"model.base={base_folder}", *SMALL, "distill.method=merge_average"])
     with pytest.raises(UserError, match="merge_average trains nothing"):
         steps.map_teachers(steps.Run(merge, workspace, base, data), teachers, levels=2, records=3)
+    monkeypatch.setattr("danceopd.steps.teacher_map.joined_processes", lambda: Processes(0, 2, torch.device("cpu")))
+    with pytest.raises(UserError, match="made by one process"):
+        steps.map_teachers(steps.Run(recipe, workspace, base, data), teachers, levels=2, records=3)
 
 
 @pytest.mark.slow
