@@ -69,9 +69,9 @@ class MergedCopy:
 
 
 def _shell(network: ModelMixin, adapter: str) -> tuple[ModelMixin, dict[str, nn.Parameter]]:
-    """A network that shares with another every weight and buffer but those an adapter changes; and these by their names.
+    """A network that shares all weights and buffers with another but what an adapter changes; and that by name.
 
-    Of those it has its own, yet to be written.
+    Of that it has its own, yet to be written.
     """
     shell = outline_of(network).eval()
     tuned: Iterator[tuple[str, Any]] = ((p, m) for p, m in network.named_modules() if isinstance(m, BaseTunerLayer))
