@@ -13,14 +13,14 @@ from pathlib import Path
 
 from danceopd.config.recipe import ChampionTeacher, Recipe
 from danceopd.errors import UserError
-from danceopd.export.student import PIPELINE, WEIGHT_FILES
+from danceopd.export.student import WEIGHT_FILES
 from danceopd.files import hash_folder
+from danceopd.registry.logged_model import PLACE
 from danceopd.registry.register import WEIGHTS
 from danceopd.registry.versions import RegisteredModel
 from danceopd.tracking import mlflow_store
 
 log = logging.getLogger(__name__)
-_PIPELINE = f"artifacts/{PIPELINE}"  # where a logged model keeps the student
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def fetch_champion(champion: Champion, tracking_uri: str, folder: Path) -> Path:
     """
     from mlflow.exceptions import MlflowException
 
-    uri = f"models:/{champion.model}/{champion.version}/{_PIPELINE}"
+    uri = f"models:/{champion.model}/{champion.version}/{PLACE}"
     with mlflow_store.current_store(tracking_uri) as mlflow:
         try:
             found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))

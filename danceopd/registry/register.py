@@ -14,25 +14,23 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danceopd.config.recipe import Recipe
-from danceopd.config.sampling import Sampling, read_sampling, write_sampling
+from danceopd.config.sampling import write_sampling
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import METRICS, REPORT, VALUES, Measured, figure, read_evaluation
 from danceopd.export.model_card import write_card
 from danceopd.export.student import PIPELINE, check_export
 from danceopd.files import hash_file, write_atomic, write_json
 from danceopd.registry.champion import Candidate, compare_with_champion, decide
+from danceopd.registry.logged_model import copy_without_weights, log_student
 from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.versions import BEFORE, DECISION, EVALUATION, REASONS, RegisteredModel
 from danceopd.tracking import delivery, journal, mlflow_store
@@ -46,20 +44,6 @@ WEIGHTS = "weights"  # tag with the hash of the exported pipeline's weights
 ADDED_TO = "added_to"  # in the lineage of a student that a champion was taught in its run: which version
 LORA = "lora"
 LINEAGE = ("recipe", "code", "git", "dvc", "data", "base", "teachers", "student")
-_REQUIREMENTS = (
-    "mlflow",
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "pillow",
-    "pyarrow",
-    "pydantic",
-    "pyyaml",
-)
 
 
 @dataclass(frozen=True)
@@ -191,9 +175,8 @@ def _create_version(model: RegisteredModel, entry: _Entry, uri: str, workspace: 
     recipe, client, lora = entry.recipe, model.client, entry.student / LORA
     workspace.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace) as scratch:
-        pipeline = Path(scratch) / PIPELINE
-        # Weights are large, and stay as they are.
-        shutil.copytree(entry.student / PIPELINE, pipeline, copy_function=_link)
+        exported = entry.student / PIPELINE
+        pipeline = copy_without_weights(exported, Path(scratch) / PIPELINE)
         if (drawn := entry.measured.sampling) is not None:
             write_sampling(pipeline, drawn)  # as it was measured
         card = write_card(recipe, pipeline, lora.is_dir(), entry.origins, entry.measured.metrics)
@@ -210,7 +193,7 @@ def _create_version(model: RegisteredModel, entry: _Entry, uri: str, workspace: 
         )
         delivery.use_model(client, run_id, client.get_run(run_id).info.experiment_id, entry.tags["student"])
         with mlflow_store.current_store(uri) as mlflow, mlflow.start_run(run_id=run_id, nested=True):
-            info = _log_model(mlflow, pipeline, workspace)
+            info = log_student(mlflow, client, pipeline, exported, workspace)
             mlflow_store.log_points(client, run_id, _points(entry), info.model_id, (recipe.name, entry.tags["data"]))
             return mlflow.register_model(info.model_uri, model.name, tags=entry.tags)
 
@@ -222,14 +205,6 @@ def _points(entry: _Entry) -> list[tuple[str, float, int, int]]:
         for name, value in row.items()
         if value is not None
     ]
-
-
-def _link(source: str, target: str) -> None:
-    """The same file under another name, or a copy where the two places do not share a file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _with_champion(entry: _Entry, folder: Path) -> Path:
@@ -245,29 +220,3 @@ def _with_champion(entry: _Entry, folder: Path) -> Path:
         if (folder / REPORT).is_file():
             write_atomic(folder / REPORT, add_champion((folder / REPORT).read_text(), champion, metrics))
     return folder
-
-
-def _log_model(mlflow: Any, pipeline: Path, workspace: Path) -> Any:
-    from danceopd.registry import pyfunc_model
-
-    workspace.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workspace) as scratch:
-        code = Path(scratch) / "danceopd"
-        shutil.copytree(Path(str(resources.files("danceopd"))), code, ignore=_all_but_code)
-        return mlflow.pyfunc.log_model(
-            name="student",
-            python_model=pyfunc_model.__file__,
-            artifacts={PIPELINE: str(pipeline)},
-            code_paths=[str(code)],
-            signature=pyfunc_model.signature(read_sampling(pipeline) or Sampling()),
-            pip_requirements=_requirements(),
-        )
-
-
-def _all_but_code(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if n == "__pycache__" or not (n.endswith(".py") or (Path(folder) / n).is_dir())]
-
-
-def _requirements() -> list[str]:
-    """The packages a served student needs, as installed here; a build's local label is left out."""
-    return [f"{name}=={installed_version(name).split('+')[0]}" for name in _REQUIREMENTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from danceopd.backbones.base import Condition
@@ -785,6 +787,83 @@ def test_another_process_draws_and_edits_by_alias(shop, student, tmp_path):
     assert not [name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")]
     assert {"code/danceopd/inference/generate.py", "pyfunc_model.py", "artifacts/pipeline/danceopd.json"} <= files
     assert all(name.endswith((".py", ".pyc")) for name in files if name.startswith("code/"))
+
+
+def weights_of(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(WEIGHT_FILES))}
+
+
+def stored_pipeline(shop: Shop, model: str) -> Path:
+    """Where the store keeps the pipeline folder of a model's first version."""
+    with mlflow_store.current_store(shop.uri) as mlflow:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{model}/1/artifacts/pipeline"))
+
+
+@pytest.mark.slow
+def test_weights_in_a_store_beside_the_student_are_its_own_files(shop, backbone, tmp_path_factory):
+    own = export_student(backbone, tmp_path_factory.mktemp("own"))
+    wanted = hash_folder(own / "pipeline", WEIGHT_FILES)
+    assert Shop(shop.workspace, own).register("linked", "s1", new_metrics()).registered
+    ours, theirs = weights_of(own / "pipeline"), weights_of(stored_pipeline(shop, "linked"))
+    assert ours.keys() == theirs.keys() and len(ours) >= 3
+    assert all(theirs[name].samefile(path) and path.stat().st_nlink == 2 for name, path in ours.items())
+    # Nobody writes into them by one name, and the other outlives a removal.
+    assert not any(path.stat().st_mode & 0o222 for path in ours.values())
+    shutil.rmtree(own)
+    stored = stored_pipeline(shop, "linked")
+    assert hash_folder(stored, WEIGHT_FILES) == wanted
+    assert {path.stat().st_nlink for path in weights_of(stored).values()} == {1}
+    described = yaml.safe_load((stored.parents[1] / "MLmodel").read_text())
+    weights = sum(path.stat().st_size for path in weights_of(stored).values())
+    assert weights < described["model_size_bytes"] < weights + 2**20
+    assert described["signature"] and described["flavors"]["python_function"]["artifacts"]["pipeline"]
+
+
+@pytest.mark.slow
+def test_a_store_elsewhere_gets_each_weight_once_and_from_where_it_lies(shop, backbone, monkeypatch, tmp_path_factory):
+    """Another file system knows no second names, as a bucket does not."""
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    sent, send, send_all = [], LocalArtifactRepository.log_artifact, LocalArtifactRepository.log_artifacts
+
+    def one(self, local_file, artifact_path=None):
+        sent.append(Path(local_file))
+        send(self, local_file, artifact_path)
+
+    def many(self, local_dir, artifact_path=None):
+        sent.extend(path for path in Path(local_dir).rglob("*") if path.is_file())
+        send_all(self, local_dir, artifact_path)
+
+    def refuse(*args, **options):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    own = export_student(backbone, tmp_path_factory.mktemp("own"))
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifact", one)
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifacts", many)
+    monkeypatch.setattr(os, "link", refuse)
+    assert Shop(shop.workspace, own).register("sent", "s1", new_metrics()).registered
+    ours = weights_of(own / "pipeline")
+    assert sorted(path for path in sent if path.suffix == ".safetensors") == sorted(ours.values())
+    stored = stored_pipeline(shop, "sent")
+    assert hash_folder(stored, WEIGHT_FILES) == hash_folder(own / "pipeline", WEIGHT_FILES)
+    assert not any(path.samefile(ours[name]) for name, path in weights_of(stored).items())
+
+
+@pytest.mark.slow
+def test_a_model_whose_weights_cannot_be_stored_has_failed(shop, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "link", refuse)
+        full.setattr(shop.client.__class__, "log_model_artifact", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            shop.register("full", "s1", new_metrics())
+    assert shop.client.search_registered_models("name = 'full'") == []
+    experiment = shop.client.get_experiment_by_name("tiny").experiment_id
+    [newest, *_] = shop.client.search_logged_models([experiment])
+    assert newest.status.name == "FAILED"
+    assert shop.register("full", "s1", new_metrics()).version == "1"
 
 
 @pytest.mark.slow
