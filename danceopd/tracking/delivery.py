@@ -125,7 +125,7 @@ def _deliver_all(client: MlflowClient, uri: str, waiting: Mapping[Path, list[Pat
     delivered, left = 0, 0
     for run, journals in waiting.items():
         parent = _parent(client, uri, run)
-        for folder in sorted(journals, key=_begun):
+        for folder in _in_order(journals):
             with _locked(folder) as mine:
                 whole = mine and _Sender(client, uri, run, folder, parent).send()
             delivered, left = delivered + whole, left + (not whole)
@@ -133,9 +133,28 @@ def _deliver_all(client: MlflowClient, uri: str, waiting: Mapping[Path, list[Pat
     return Outcome(delivered, left, "another process delivers them" if left else "")
 
 
-def _begun(folder: Path) -> int:
-    lines, _ = journal.read_lines(folder)
-    return lines[0]["time"] if lines else 0
+def _in_order(journals: list[Path]) -> list[Path]:
+    """Journals by their start, but the one that makes a model before those that read it.
+
+    Two of them may begin in one millisecond, and the clocks of two machines differ by more than that.
+    """
+    lines = {folder: journal.read_lines(folder)[0] for folder in journals}
+    by_start = sorted(journals, key=lambda folder: lines[folder][0]["time"] if lines[folder] else 0)
+    makers = {line["digest"]: folder for folder in by_start for line in lines[folder] if line["kind"] == "model"}
+    order: list[Path] = []
+
+    def place(folder: Path, asking: frozenset[Path]) -> None:
+        if folder in order or folder in asking:
+            return
+        for line in lines[folder]:
+            maker = makers.get(line["digest"]) if line["kind"] == "uses" else None
+            if maker is not None:
+                place(maker, asking | {folder})
+        order.append(folder)
+
+    for folder in by_start:
+        place(folder, frozenset())
+    return order
 
 
 # -------------------------------------------------------------------------------------------------------------- parent

@@ -231,8 +231,12 @@ def test_a_long_steps_curve_is_there_while_it_runs(store, experiment, tmp_path):
         assert deliver(tmp_path, store.uri).reason == "another process delivers them"
 
 
-def test_an_evaluation_names_the_student_that_another_step_made(store, experiment, tmp_path):
+@pytest.mark.parametrize("ahead", [0, 5000])
+def test_an_evaluation_names_the_student_that_another_step_made(store, experiment, tmp_path, monkeypatch, ahead):
+    """Also if both began in one millisecond, and if the clock that distilled is ahead."""
+    monkeypatch.setattr(journal, "now", lambda: 1_700_000_000_000 + ahead)
     tell(tmp_path, experiment)
+    monkeypatch.setattr(journal, "now", lambda: 1_700_000_000_000)
     book = open_journal(tmp_path, "evaluations-x")
     book.start("evaluate", experiment, {}, {})
     book.dataset(DATA)
