@@ -100,13 +100,19 @@ WORDINGS = {
         "at the {position}, put a {object}",
         "at the {position}, add a {object}",
     ),
-    # Three verbs with two objects but for two pairs, so that a field can tell what each of the words does.
+    # Every verb with two objects but for two pairs, and three more verbs than those, so that a field can tell what each
+    # of the words does: with fewer, some students learned phrases and failed at "turn it".
     "style": (
         "make it {style}",
         "make the picture {style}",
+        "change it to {style}",
+        "change the picture to {style}",
+        "color it {style}",
+        "color the picture {style}",
+        "draw it in {style}",
+        "draw the picture in {style}",
         "paint the picture {style}",
         "turn the picture {style}",
-        "the picture in {style}",
         "paint it {style}",
         "turn it {style}",
     ),
