@@ -40,11 +40,14 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(folder: Path, pattern: str = "**/*") -> str:
-    """SHA-256 over the relative names and contents of the files below `folder` that match `pattern`."""
+def hash_folder(folder: Path, pattern: str = "**/*", hash_one: Callable[[Path], str] = hash_file) -> str:
+    """SHA-256 over the relative names and contents of the files below `folder` that match `pattern`.
+
+    `hash_one` gives a file's own hash.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in Path(folder).glob(pattern) if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_one(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from danceopd.backbones.hashes import hash_weights, noted_hashes
 from danceopd.errors import UserError
-from danceopd.files import at_home, atomic_folder, content_key, hash_file, hash_folder
+from danceopd.files import at_home, atomic_folder, content_key, hash_folder
 from danceopd.text import read_object
 
 SHIPPED = {"world": "world_base", "world_open": "world_open_base"}
@@ -43,19 +44,31 @@ def shipped_folder(name: str) -> Path:
 
 
 def fetch_base(base: str, revision: str | None, workspace: Path) -> BaseSource:
-    """Bring a base to this machine.
+    """Bring a base to this machine, and hash it; of files that the workspace has seen as they are nothing is read.
 
     Args:
         base: `world` or `world_open`, a folder, a hub id (`owner/name`), or a URI that fsspec opens (`s3://`,
             `gs://`, `file://` ...).
         revision: hub revision, or None.
-        workspace: where downloads go.
+        workspace: where downloads go, and hashes are noted.
 
     Raises:
         UserError: if it is none of these, cannot be reached, holds no whole pipeline, or the shipped one is damaged.
     """
+    folder = find_base(base, revision, workspace)
     if base in SHIPPED:
-        return _shipped(base)
+        return BaseSource(base, folder, _pinned(base), shipped=True)
+    return BaseSource(Path(base).name, folder, hash_weights(folder, workspace), shipped=False)
+
+
+def find_base(base: str, revision: str | None, workspace: Path) -> Path:
+    """A base's pipeline folder, brought to this machine and whole, but not hashed.
+
+    Raises:
+        UserError: as `fetch_base` does.
+    """
+    if base in SHIPPED:
+        return _check_shipped(base)
     if "://" in base:
         folder = _download(base, workspace, "model.base")
     elif at_home(base).is_dir():
@@ -70,7 +83,7 @@ def fetch_base(base: str, revision: str | None, workspace: Path) -> BaseSource:
     else:
         raise UserError(f"model.base {base!r}: not a folder, hub id or URI; shipped bases: {', '.join(SHIPPED)}")
     _check_whole(base, folder)
-    return BaseSource(Path(base).name, folder, hash_folder(folder), shipped=False)
+    return folder
 
 
 def fetch_weights(location: str, workspace: Path, what: str) -> Path:
@@ -124,13 +137,16 @@ def _check_whole(base: str, folder: Path) -> None:
         raise UserError(f"model.base {base!r}: {folder} is not whole, it lacks {', '.join(lacking)}; download it again")
 
 
-def _shipped(name: str) -> BaseSource:
+def _pinned(name: str) -> str:
+    return (shipped_folder(name).parent / f"{SHIPPED[name]}.sha256").read_text().strip()
+
+
+def _check_shipped(name: str) -> Path:
+    """A shipped base's folder. It is small, and read each time: an installation may be damaged."""
     folder = shipped_folder(name)
-    pinned = (folder.parent / f"{SHIPPED[name]}.sha256").read_text().strip()
-    digest = hash_folder(folder)
-    if digest != pinned:
+    if hash_folder(folder) != _pinned(name):
         raise UserError(f"shipped base {name!r}: files differ from their pinned hash; reinstall the package")
-    return BaseSource(name, folder, digest, shipped=True)
+    return folder
 
 
 def _download(uri: str, workspace: Path, what: str, only: str = "") -> Path:
@@ -198,12 +214,9 @@ def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:
         raise UserError(f"{what}: not to be downloaded ({str(error).splitlines()[0]})") from error
 
 
-def hash_encoders(folder: Path) -> str:
+def hash_encoders(folder: Path, workspace: Path) -> str:
     """SHA-256 of what encodes prompts and pictures: of a pipeline folder all but the transformer and the scheduler."""
     names = sorted(set(components(folder / INDEX)) - {"transformer", "scheduler"})
     kind = read_object(folder / INDEX).get("_class_name")
-    return content_key(kind, [(name, hash_folder(folder / name)) for name in names])
-
-
-def hash_weights(weights: Path) -> str:
-    return hash_file(weights) if weights.is_file() else hash_folder(weights)
+    with noted_hashes(folder, workspace) as hash_one:
+        return content_key(kind, [(name, hash_folder(folder / name, hash_one=hash_one)) for name in names])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from danceopd.backbones import load_backbone
-from danceopd.backbones.bases import fetch_base, fetch_weights
+from danceopd.backbones.bases import fetch_weights, find_base
 from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.devices import best_device
 from danceopd.errors import UserError
@@ -89,7 +89,7 @@ def named_origins(base: str | None, teachers: Mapping[str, str], workspace: Path
     needy = [name for name, weights in found.items() if field_kind(weights) != "full"]
     if needy and base is None:
         raise UserError(f"teacher {needy[0]!r} is no whole checkpoint: it needs the base it belongs to; add --base")
-    return Origins(None if base is None else fetch_base(base, None, workspace).folder, found)
+    return Origins(None if base is None else find_base(base, None, workspace), found)
 
 
 def open_side_by_side(model: Path, origins: Origins, dtype: str | None = None) -> tuple[Drawer, dict[str, Field]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from danceopd.backbones.bases import hash_encoders, hash_weights
+from danceopd.backbones.bases import hash_encoders
+from danceopd.backbones.hashes import hash_weights
 from danceopd.config.recipe import Recipe
 from danceopd.files import write_json
 from danceopd.tracking import recording
-from danceopd.workspace import Product, make_product, portable
+from danceopd.workspace import Product, main_first, make_product, portable
 
 
 def resolve_base(recipe: Recipe, workspace: Path) -> Product:
@@ -20,10 +21,14 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
     """
     from danceopd.backbones.bases import fetch_base, fetch_weights
 
-    source, model = fetch_base(recipe.model.base, recipe.model.revision, Path(workspace)), recipe.model
-    other = (
-        None if model.transformer is None else fetch_weights(model.transformer, Path(workspace), "model.transformer")
-    )
+    model, workspace = recipe.model, Path(workspace)
+    inputs, other = [], None
+    with main_first():  # it downloads and hashes; the others find both
+        source = fetch_base(model.base, model.revision, workspace)
+        inputs += [source.digest, portable(source.folder, workspace)]
+        if model.transformer is not None:
+            other = fetch_weights(model.transformer, workspace, "model.transformer")
+            inputs += [hash_weights(other, workspace), model.dtype]
 
     def build(scratch: Path, checkpoints: Path) -> dict:
         settings = {"model": recipe.model.model_dump(mode="json")}
@@ -36,12 +41,9 @@ def resolve_base(recipe: Recipe, workspace: Path) -> Product:
         # A base that stays where it is leaves nothing else here to tell its product's digest from another's.
         write_json(scratch / "source.json", {"weights": source.digest})
         facts = {"pipeline": name, "base": recipe.model.base, "weights": source.digest}
-        return facts | {"encoders": hash_encoders(source.folder)}
+        return facts | {"encoders": hash_encoders(source.folder, workspace)}
 
-    inputs = [source.digest, portable(source.folder, workspace)]
-    return make_product(
-        workspace, "base", source.name, inputs + ([hash_weights(other), model.dtype] if other else []), build
-    )
+    return make_product(workspace, "base", source.name, inputs, build)
 
 
 def _join_transformer(recipe: Recipe, base: Path, weights: Path, folder: Path) -> None:

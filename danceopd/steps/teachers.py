@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from danceopd.backbones.bases import hash_weights
+from danceopd.backbones.hashes import hash_weights
 from danceopd.config.recipe import BaseTeacher, ChampionTeacher, CheckpointTeacher, FinetunedTeacher, Recipe
 from danceopd.config.sampling import Sampling, read_sampling
 from danceopd.errors import UserError
@@ -77,7 +77,7 @@ def finetune_teacher(run: Run, teacher: str) -> Product:
 
         with main_first():
             weights = fetch_weights(spec.path, Path(workspace), f"teachers.{teacher}.path")
-        inputs.append(hash_weights(weights))
+            inputs.append(hash_weights(weights, Path(workspace)))
     elif isinstance(spec, ChampionTeacher):
         from danceopd.registry.champion_teacher import fetch_champion, find_champion
 

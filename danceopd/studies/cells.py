@@ -10,13 +10,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from danceopd.config.recipe import CheckpointTeacher, Recipe
-from danceopd.files import content_key, hash_folder, read_json, write_json
+from danceopd.config.recipe import CheckpointTeacher, Recipe, Teacher
+from danceopd.files import content_key, read_json, write_json
 from danceopd.steps.data import data_revision
 from danceopd.steps.run import Run
 from danceopd.steps.student import open_training
@@ -213,6 +213,22 @@ def _spent(history: list[dict], batch: int) -> float:
     return sum(n * batch * entry["forwards_per_sample"] for n, entry in zip(updates, history, strict=True))
 
 
+def given_weights(teachers: Mapping[str, Teacher], workspace: Path) -> dict[str, str]:
+    """Hashes of the weights that checkpoint teachers name, by teacher.
+
+    Raises:
+        UserError: if there are no such weights.
+    """
+    from danceopd.backbones.bases import fetch_weights
+    from danceopd.backbones.hashes import hash_weights
+
+    return {
+        name: hash_weights(fetch_weights(spec.path, workspace, f"teachers.{name}.path"), workspace)
+        for name, spec in teachers.items()
+        if isinstance(spec, CheckpointTeacher)
+    }
+
+
 def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path) -> Shared:
     """Base, data and teachers: the study's own of an earlier call, else the pipeline's, made if need be.
 
@@ -229,7 +245,7 @@ def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path)
 
     wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
     specs = {name: recipe.teachers[name] for name in wanted}
-    paths = {name: hash_folder(Path(s.path)) for name, s in specs.items() if isinstance(s, CheckpointTeacher)}
+    paths = given_weights(specs, workspace)
     served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
     fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
 

@@ -17,7 +17,7 @@ import yaml
 
 from danceopd import workspace
 from danceopd.config.load import load_recipe
-from danceopd.config.recipe import MERGES, METHODS
+from danceopd.config.recipe import MERGES, METHODS, BaseTeacher, CheckpointTeacher
 from danceopd.config.shipped import shipped_names
 from danceopd.errors import UserError
 from danceopd.files import read_json, write_json
@@ -121,6 +121,18 @@ def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
     result["settings"]["distill"]["warmup"] = 21  # as if the default had been another
     write_json(path, result)
     assert cells.find_result(cell, shared) is None
+
+
+def test_another_file_behind_a_teachers_path_is_another_study(tmp_path):
+    file = tmp_path / "style.safetensors"
+    teachers = {"style": CheckpointTeacher(kind="lora", path=str(file)), "base": BaseTeacher(kind="base")}
+    with pytest.raises(UserError, match=r"teachers\.style\.path"):
+        cells.given_weights(teachers, tmp_path)
+    found = []
+    for content in (b"first", b"other"):
+        file.write_bytes(content)
+        found.append(cells.given_weights(teachers, tmp_path))
+    assert found[0] != found[1] and found[0].keys() == {"style"}
 
 
 @pytest.mark.slow
