@@ -80,9 +80,18 @@ def draw_field(
             pictures[rows] = to_uint8(sample_pixels(field, encoded.condition(rows, device), seeds, spec.steps))
         mine += own
     if processes.count > 1:
+        _make_passes_of_others(field)
         for rows, drawn in processes.collect((mine, pictures[mine])):
             pictures[rows] = drawn
     return pictures
+
+
+def _make_passes_of_others(field: Field) -> None:
+    """Where processes share the weights, one that has drawn its share passes through them with those that have not."""
+    from danceopd.training.fsdp import shares_of
+
+    if (shares := shares_of(field.backbone.transformer)) is not None:
+        shares.lockstep.end()
 
 
 def skipped_metrics(names: Iterable[str], tools: Tools) -> dict[str, str]:
@@ -146,6 +155,25 @@ def score_records(
     """
     pictures = draw_field(field, encoded, [r.id for r in records], spec, processes)
     return score_pictures(pictures, records, metrics, tools or Tools(spec))
+
+
+def score_means(
+    field: Field,
+    encoded: EncodedRecords,
+    records: list[Record],
+    metrics: tuple[str, ...],
+    spec: EvaluateRecipe,
+    tools: Tools,
+    processes: Processes,
+) -> dict[str, float]:
+    """The means of `score_records`, in every process: each draws its share, and the main one scores and asks a judge.
+
+    The arguments are those of `score_records`.
+    """
+    if processes.main:
+        return processes.from_main(score_records(field, encoded, records, metrics, spec, tools, processes).means)
+    draw_field(field, encoded, [record.id for record in records], spec, processes)
+    return processes.from_main(None)
 
 
 def score_ceiling(

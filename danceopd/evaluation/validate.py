@@ -11,8 +11,9 @@ from danceopd.errors import UserError
 from danceopd.evaluation.gates import gate_allowance
 from danceopd.evaluation.metrics.tools import Tools
 from danceopd.evaluation.samplings import Samplings
-from danceopd.evaluation.scoring import score_records, skipped_metrics
+from danceopd.evaluation.scoring import score_means, skipped_metrics
 from danceopd.flow.fields import Field
+from danceopd.training.processes import ALONE, Processes
 from danceopd.training.selection import Validation
 
 
@@ -31,6 +32,7 @@ class GateValidator:
         sets: task -> its validation records, plain and encoded.
         cache: folder for the judge's answers, or None.
         samplings: how each field is drawn; default: as the recipe says.
+        processes: those that draw together; every one asks about the same fields, and gets the same answer.
 
     Raises:
         UserError: if a gate is on a metric that cannot be measured on this machine.
@@ -43,8 +45,9 @@ class GateValidator:
         sets: dict[str, tuple[list[Record], EncodedRecords]],
         cache: Path | None = None,
         samplings: Samplings | None = None,
+        processes: Processes = ALONE,
     ):
-        self._samplings = samplings
+        self._samplings, self._processes = samplings, processes
         self._recipe, self._teachers, self._sets = recipe, teachers, sets
         self._taught: dict[str, dict[str, float]] = {}
         self._tools = Tools(recipe.evaluate, cache=cache)
@@ -62,7 +65,7 @@ class GateValidator:
         known = self._samplings or Samplings(self._recipe, lambda: field.backbone.encode_prompts([""])[0])
         field, spec = known.drawn(name, field)
         metrics = self._recipe.tasks[task].metrics
-        return score_records(field, encoded, records, metrics, spec, self._tools).means
+        return score_means(field, encoded, records, metrics, spec, self._tools, self._processes)
 
     def __call__(self, student: Field) -> Validation:
         margins, figures = [], {}

@@ -168,7 +168,7 @@ def _build_student(run: Run, teachers: dict[str, Product], scratch: Path, checkp
     validate = None
     if recipe.distill.select is not None:
         sets = ready.encoder.held_out("val", recipe.distill.select.per_task)
-        validate = GateValidator(recipe, fields, sets, run.cache / "judge", samplings)
+        validate = GateValidator(recipe, fields, sets, run.cache / "judge", samplings, processes)
     condition = probe_condition(backbone, recipe) if processes.main else None
     backbone.free_encoders()  # everything is encoded
     share_out(backbone, fields.values(), recipe.distill, STUDENT, processes)

@@ -220,14 +220,17 @@ def _prove_other_than_base(recipe: Recipe, field: Field, base: Product, conditio
 def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
     """Score base and teacher on the validation records of every task the teacher serves.
 
+    Several processes share the records that are drawn; the main one scores them.
+
     Raises:
         UserError: with the figures, if the teacher is no better than the base on the first metric that can be
             measured here of a task with gates, or if none can.
     """
     from danceopd.evaluation.metrics.tools import Tools
     from danceopd.evaluation.samplings import Samplings
-    from danceopd.evaluation.scoring import score_records, skipped_metrics
+    from danceopd.evaluation.scoring import score_means, skipped_metrics
     from danceopd.flow.fields import VelocityField
+    from danceopd.training.processes import this_process
 
     recipe, backbone = encoder.run.recipe, field.backbone
     bare = VelocityField("base", backbone, backbone.transformer)
@@ -247,7 +250,7 @@ def _prove_teacher(encoder: Encoder, field: Field) -> dict[str, dict]:
         means = {}
         for one in (bare, field):
             drawn, spec = samplings.drawn(one.name, one)
-            means[one.name] = score_records(drawn, encoded, records, metrics, spec, tools).means
+            means[one.name] = score_means(drawn, encoded, records, metrics, spec, tools, this_process())
         scores[task] = {"base": means["base"], "teacher": means[field.name]}
         first = metrics[0]
         figures = f"{first} {means[field.name][first]:.4g}, the base {means['base'][first]:.4g}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -72,6 +73,14 @@ class Processes:
         values: list | None = [None] * self.count if self.main else None
         torch.distributed.gather_object(value, values, dst=0, group=_patient_group(torch.distributed.group.WORLD))
         return values or []
+
+    def from_main(self, value: object) -> Any:
+        """The main process's plain value, in all of them, however long that one takes to find it."""
+        if self.count == 1:
+            return value
+        values = [value if self.main else None]
+        torch.distributed.broadcast_object_list(values, 0, group=_patient_group(torch.distributed.group.WORLD))
+        return values[0]
 
     def wait(self) -> None:
         """Until all are here, however long one of them encodes, saves or hashes alone (at most `LONGEST_WAIT`)."""
