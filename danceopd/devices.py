@@ -25,6 +25,18 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def spare_threads() -> None:
+    """Let torch compute on one thread in this process, unless `OMP_NUM_THREADS` says on how many.
+
+    For networks so small that more gain nothing: on a busy machine, threads that wait for each other cost many times
+    what they save.
+    """
+    import torch
+
+    if not os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(1)
+
+
 def hardware(device: torch.device, processes: int = 1) -> dict[str, str | int]:
     """What each of some processes computes on: the accelerator's `device` name, or `cpu`, and `count`, of devices or of
     the CPU's cores."""

@@ -19,6 +19,7 @@ from kfp import local
 from components.cards import card_problem
 from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
+from danceopd.backbones.bases import SHIPPED
 from danceopd.config.recipe import FinetunedTeacher, Recipe
 from danceopd.devices import usable_cores
 from danceopd.errors import Interrupted
@@ -32,7 +33,6 @@ from pipelines.processes import stoppable_steps
 from pipelines.steplog import readable_steps
 
 log = logging.getLogger(__name__)
-SMALL_WORLD = "world"
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
 _ANSI_COLOR = re.compile(r"\x1b\[\d+m")
 
@@ -120,9 +120,9 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
 def share_cores(recipe: Recipe) -> Threads:
     """Threads for teachers that train side by side, and for the steps that run alone.
 
-    One for the small world: two threads gain it nothing, and on a busy machine they wait for each other.
+    One for the small worlds: two threads gain them nothing, and on a busy machine they wait for each other.
     """
-    if recipe.model.base == SMALL_WORLD:
+    if recipe.model.base in SHIPPED:
         return Threads(finetune=1, others=1)
     cores = usable_cores()
     trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())

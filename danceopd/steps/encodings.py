@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from danceopd.backbones.bases import SHIPPED
 from danceopd.config.recipe import FinetunedTeacher, Recipe, TrainRecipe
+from danceopd.devices import spare_threads
 from danceopd.errors import UserError
 from danceopd.files import content_key
 from danceopd.steps.run import Run
@@ -38,6 +40,8 @@ def open_backbone(run: Run, spec: TrainRecipe | None = None) -> Backbone:
     from danceopd.training.fsdp import shares
     from danceopd.training.processes import this_process
 
+    if run.recipe.model.base in SHIPPED:
+        spare_threads()
     processes = this_process()
     whole = spec is None or not shares(spec, processes)
     return load_backbone(run.base.pipeline, run.recipe.model, processes.device, transformer=whole)

@@ -53,9 +53,10 @@ def test_without_a_setting_all_usable_cores_count(monkeypatch, setting):
     assert share_cores(load_recipe("world", ["model.base=elsewhere"])).others == 6
 
 
-def test_the_small_world_takes_one_thread_a_process(monkeypatch):
+@pytest.mark.parametrize("recipe", ["world", "world_open"])
+def test_a_small_world_takes_one_thread_a_process(monkeypatch, recipe):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    threads = share_cores(load_recipe("world"))
+    threads = share_cores(load_recipe(recipe))
     assert (threads.finetune, threads.others) == (1, 1)
 
 

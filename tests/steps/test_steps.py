@@ -24,6 +24,7 @@ from danceopd.files import read_json
 from danceopd.flow.field_io import load_field, probe
 from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import OUT_LAYERS, PROMPT_TOKENS
+from danceopd.steps.encodings import open_backbone
 from danceopd.steps.evaluation import looks_with
 from danceopd.tracking.journal import read_lines, run_folder
 from danceopd.training.processes import Processes
@@ -73,6 +74,15 @@ def run_to_student(recipe, workspace):
 def made(recipe, workspace):
     """Base, data, teachers and student of the small recipe."""
     return run_to_student(recipe, workspace)
+
+
+@pytest.mark.parametrize(("base", "setting", "threads"), [("world", "", 1), ("world", "2", 2), ("tiny", "", 2)])
+def test_a_small_world_takes_one_thread_by_hand_too(base_folder, tmp_path, monkeypatch, base, setting, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    torch.set_num_threads(2)
+    recipe = load_recipe("world", [f"model.base={base if base == 'world' else base_folder}"])
+    open_backbone(steps.Run(recipe, tmp_path, steps.resolve_base(recipe, tmp_path), data=None))
+    assert torch.get_num_threads() == threads
 
 
 def test_products_say_what_they_are(made):
