@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from danceopd.config.load import load_recipe
 from danceopd.data import world
 from danceopd.data.assemble import assemble, open_dataset, strangers
 from danceopd.data.importers.run import run_import
 from danceopd.data.importers.spec import ImportSpec, load_spec
 from danceopd.errors import UserError
 from danceopd.files import check_output, check_output_file, hold, lock_output, output_folder, write_json
+from danceopd.steps.data import build_data
 from danceopd.workspace import make_product
 
 
@@ -218,6 +221,25 @@ def test_the_second_maker_of_a_product_waits_and_takes_the_firsts(tmp_path, capl
         second = pool.submit(make)
         assert first.result().folder == second.result().folder and len(made) == 1
     assert "another process is making it; waiting" in caplog.text and "made by another process" in caplog.text
+
+
+def test_two_that_need_the_same_dataset_at_once_assemble_it_once(tmp_path, monkeypatch):
+    recipe = load_recipe("world", ["data.world={t2i: {train: 2, val: 2, test: 2}}"])
+    made, both_began = [], threading.Barrier(2)
+
+    def noting(records, folder, *more):
+        made.append(folder)
+        return assemble(records, folder, *more)
+
+    def build():
+        both_began.wait(60)
+        return build_data(recipe, tmp_path, repo=tmp_path)
+
+    monkeypatch.setattr("danceopd.data.assemble.assemble", noting)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = [pool.submit(build) for _ in range(2)]
+        assert first.result() == second.result()
+    assert len(made) == 1
 
 
 def test_one_that_cannot_wait_is_told(tmp_path):

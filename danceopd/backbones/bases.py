@@ -9,11 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from danceopd.backbones.hashes import hash_weights, noted_hashes
 from danceopd.errors import UserError
-from danceopd.files import at_home, atomic_folder, content_key, hash_folder
+from danceopd.files import at_home, atomic_folder, content_key, hash_folder, hold
 from danceopd.text import read_object
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 SHIPPED = {"world": "world_base", "world_open": "world_open_base"}
 INDEX = "model_index.json"
@@ -159,22 +163,30 @@ def _download(uri: str, workspace: Path, what: str, only: str = "") -> Path:
         path = path.rstrip("/")
         file = folder / Path(path).name
         if not folder.is_dir():
-            single = filesystem.isfile(path)
-            with atomic_folder(folder) as scratch:
-                if single:
-                    filesystem.get_file(path, str(scratch / file.name))
-                elif only:
-                    for name in filesystem.find(path):
-                        part = name[len(path) :].strip("/").partition("/")[0]
-                        if name.endswith(only) or part.startswith(TOKENIZERS):
-                            place = scratch / name[len(path) :].lstrip("/")
-                            place.parent.mkdir(parents=True, exist_ok=True)
-                            filesystem.get_file(name, str(place))
-                else:
-                    filesystem.get(path + "/", str(scratch), recursive=True)
+            lock = Path(workspace) / ".locks" / f"downloads-{folder.name}"
+            with hold(folder, lock, wait=True):  # pods of one job begin at once
+                if not folder.is_dir():
+                    _get(filesystem, path, folder, only)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{what} {uri!r}: cannot be read ({error}); check the URI, credentials and network") from error
     return file if file.is_file() and file.suffix == ".safetensors" and len(list(folder.iterdir())) == 1 else folder
+
+
+def _get(filesystem: AbstractFileSystem, path: str, folder: Path, only: str) -> None:
+    """Download a file, or of a folder the files that end in `only` and the tokenizers."""
+    single = filesystem.isfile(path)
+    with atomic_folder(folder) as scratch:
+        if single:
+            filesystem.get_file(path, str(scratch / Path(path).name))
+        elif only:
+            for name in filesystem.find(path):
+                part = name[len(path) :].strip("/").partition("/")[0]
+                if name.endswith(only) or part.startswith(TOKENIZERS):
+                    place = scratch / name[len(path) :].lstrip("/")
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    filesystem.get_file(name, str(place))
+        else:
+            filesystem.get(path + "/", str(scratch), recursive=True)
 
 
 def _snapshot(repo: str, revision: str | None, only: str = "*") -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from danceopd.config.recipe import Recipe
 from danceopd.devices import usable_cores
-from danceopd.files import at_home, content_key, write_json
+from danceopd.files import at_home, content_key, hold, write_json
 from danceopd.tracking import recording
 from danceopd.workspace import Product, joined_processes, main_first, make_product, portable
 
@@ -45,9 +45,12 @@ def build_data(
         processes = joined_processes()
         rebuild = folder is not None and (processes is None or processes.main)
         if rebuild or not (home / MANIFEST).is_file():
-            log.info("assembling the dataset at %s", home)
-            needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
-            assemble(recipe_records(recipe.data), home, needs_source, workers or usable_cores())
+            lock = Path(workspace) / ".locks" / f"datasets-{content_key(str(home))}"
+            with hold(home, lock, wait=processes is None):
+                if rebuild or not (home / MANIFEST).is_file():  # another command may have made it meanwhile
+                    log.info("assembling the dataset at %s", home)
+                    needs_source = {task: spec.needs_source for task, spec in recipe.tasks.items()}
+                    assemble(recipe_records(recipe.data), home, needs_source, workers or usable_cores())
         dataset = open_dataset(home)
         dataset.columns()  # made here, once, where an earlier version left none
     version = versioning.verify(used, used / "data") if used is not None else None

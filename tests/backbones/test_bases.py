@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,6 +41,25 @@ def test_a_uri_is_downloaded_once(tiny_base, tmp_path):
     assert source.folder.is_relative_to(tmp_path)
     assert source.digest == bases.fetch_base(str(tiny_base), None, tmp_path).digest
     assert bases.fetch_base(f"file://{tiny_base}", None, tmp_path) == source
+
+
+def test_two_that_begin_at_once_download_once(tiny_base, tmp_path, monkeypatch):
+    """A folder that is replaced is gone for a moment, and the other one may be reading it."""
+    got, get, both_began = [], bases._get, threading.Barrier(2)
+
+    def noting(*arguments):
+        got.append(arguments)
+        get(*arguments)
+
+    def fetch():
+        both_began.wait(60)
+        return bases.fetch_weights(f"file://{tiny_base}", tmp_path, "x")
+
+    monkeypatch.setattr(bases, "_get", noting)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = [pool.submit(fetch) for _ in range(2)]
+        assert first.result() == second.result()
+    assert len(got) == 1
 
 
 @pytest.mark.parametrize(
