@@ -178,6 +178,10 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
+class HeldElsewhere(UserError):
+    """Another process is writing the same output."""
+
+
 @contextmanager
 def output_folder(path: Path, strangers: Strangers | None = None) -> Iterator[Path]:
     """A scratch folder that becomes the output `path`, whole, if the block ends well; see `check_output`.
@@ -197,7 +201,8 @@ def lock_output(path: Path) -> Iterator[None]:
     """Hold a place against other processes, by a file beside it that is gone afterwards.
 
     Raises:
-        UserError: naming the process that holds it.
+        HeldElsewhere: naming the process that holds it.
+        UserError: if nothing can be written there.
     """
     path = Path(path).resolve()
     made = [parent for parent in path.parents if not parent.exists()]
@@ -210,7 +215,7 @@ def lock_output(path: Path) -> Iterator[None]:
         if not file.is_file():  # where no file can be made, the lock goes on trying
             raise UserError(f"{path}: no place for an output (no file can be made in {path.parent})") from error
         holder = file.read_text().strip() or "another process"
-        raise UserError(f"{path}: {holder} is writing there; wait for it to end") from error
+        raise HeldElsewhere(f"{path}: {holder} is writing there; wait for it to end") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     try:

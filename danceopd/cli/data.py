@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # torch is slow to import, and most of these commands do with
 
     from danceopd.data.encoded import CutPrompts
 
+WorkerOption = Annotated[
+    str | None, typer.Option(help="K/N: this is worker K (from 0) of N, each started by itself, on any machine")
+]
 data_app = typer.Typer(no_args_is_help=True, help="The task-tagged dataset.")
 
 
@@ -129,12 +132,21 @@ def data_import(
     task: Annotated[list[str], typer.Option(help="KIND=TASK, repeatable; '*=TASK' for every other kind")] = [],  # noqa: B006
     overrides: Annotated[list[str], typer.Option("--set", help="a setting: key.sub=value, repeatable")] = [],  # noqa: B006
     workers: Annotated[int, typer.Option(min=1, help="threads that decode and encode pictures")] = os.cpu_count() or 1,
+    worker: WorkerOption = None,
 ) -> None:
-    """Import a data set into the task-tagged schema; run it again after an interruption and it goes on."""
-    from danceopd.data.importers.run import run_import
+    """Import a data set into the task-tagged schema; run it again after an interruption and it goes on.
+
+    Several workers (--worker) share the input files; the last one writes what one command alone would have written.
+    """
+    from danceopd.data.importers.run import run_import, run_share
     from danceopd.data.importers.spec import load_spec
 
-    _tell_import(run_import(load_spec(layout, inputs or [], spec, overrides, task), out, workers), out)
+    share, asked = _share(worker), load_spec(layout, inputs or [], spec, overrides, task)
+    report = run_import(asked, out, workers) if share is None else run_share(asked, out, share, workers)
+    if report is not None:
+        _tell_import(report, out)
+    else:
+        typer.echo(f"{out}: this worker's share is converted; the last worker writes it all")
 
 
 def _tell_import(report: dict, out: Path) -> None:
@@ -164,9 +176,7 @@ def data_cache(
     recipe: RecipeOption = "world",
     overrides: SetOption = [],  # noqa: B006
     workspace: WorkspaceOption = None,
-    worker: Annotated[
-        str | None, typer.Option(help="K/N: this is worker K (from 0) of N, each started by itself")
-    ] = None,
+    worker: WorkerOption = None,
 ) -> None:
     """Encode what the recipe's training reads, shard by shard; run it again after an interruption and it goes on."""
     from danceopd import steps

@@ -296,7 +296,23 @@ def test_the_loaders_commands_exist():
     group = typer.main.get_command(app).commands["data"]
     given = group.commands["import"].make_context("import", list(data["args"])).params
     assert data["command"] == ["danceopd", "data", "import"] and str(given["out"]).startswith("/workspace/")
+    assert given["overrides"] == [] and given["layout"] == "magicbrush"
+    cache = commands["danceopd-load-cache"]
+    given = group.commands["cache"].make_context("cache", list(cache["args"])).params
+    assert cache["command"] == ["danceopd", "data", "cache"] and str(given["out"]).startswith("/workspace/")
     assert commands["danceopd-load-base"]["command"] == ["hf", "download"] and shutil.which("hf", path=BIN)
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", ["danceopd-load-data", "danceopd-load-cache"])
+def test_the_pods_that_load_share_the_work_without_a_gap(name):
+    [job] = [d for d in built("loaders") if d["metadata"]["name"] == name]
+    spec, [container] = job["spec"], pod_specs(job)[0]["containers"]
+    assert spec["completionMode"] == "Indexed"
+    of = container["args"][container["args"].index("--worker") + 1]
+    assert of == f"$(WORKER)/{spec['completions']}"
+    [worker] = [e for e in container["env"] if e["name"] == "WORKER"]
+    assert worker["valueFrom"]["fieldRef"]["fieldPath"].endswith("['batch.kubernetes.io/job-completion-index']")
 
 
 def test_the_role_allows_exactly_what_the_code_calls(api, cluster):

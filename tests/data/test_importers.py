@@ -19,11 +19,14 @@ from benchmarks import importing
 from benchmarks.importing import SCHEMA, omniedit_row, write_omniedit
 from danceopd.cli import main as cli
 from danceopd.data.assemble import assemble, read_input
-from danceopd.data.importers.convert import REASONS, convert
-from danceopd.data.importers.run import run_import
+from danceopd.data.importers.convert import REASONS, Outcome, convert
+from danceopd.data.importers.inputs import RawRow, find_inputs
+from danceopd.data.importers.prepared import prepare, prepared_file, prepared_folder, read_prepared
+from danceopd.data.importers.run import run_import, run_share
 from danceopd.data.importers.spec import load_spec
 from danceopd.data.records import check_images, check_record, decode_image
 from danceopd.errors import UserError
+from danceopd.files import lock_output
 
 SIDE = 72
 
@@ -477,3 +480,114 @@ def test_settings_from_a_file_and_the_tables_on_the_terminal(tmp_path, monkeypat
     out = capsys.readouterr().out
     assert "2 of 3 rows kept" in " ".join(out.split())
     assert "left out" in out
+
+
+# -------------------------------------------------------------------------------------------------------- many workers
+
+SHARDED = ["shard_rows=5", "max_pixels=200000", "min_scores.o_score=1", "duplicates=4", "resize.area=4096"]
+
+
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory):
+    """Rows with all kinds of damage, duplicates and shared sources in five files, and their import by one command."""
+    home = tmp_path_factory.mktemp("many")
+    (home / "in").mkdir()
+    rows = [omniedit_row(number, SIDE) for number in range(12)]
+    rows += [change(omniedit_row(number, SIDE)) for number, (change, _) in enumerate(DAMAGES.values(), start=12)]
+    rows.append(omniedit_row(3, SIDE) | {"omni_edit_id": "again"})
+    rows.append(omniedit_row(40, SIDE) | {"src_img": rows[5]["src_img"], "task": "unheard of"})
+    rows.append(omniedit_row(41, SIDE) | {"src_img": rows[7]["src_img"]})
+    for number in range(5):
+        write_rows(home / "in" / f"{number}.parquet", rows[number::5])
+    spec = settings("omniedit", [home / "in"], *SHARDED)
+    run_import(spec, home / "whole")
+    return spec, home
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_workers_in_any_order_write_what_one_command_writes(many_files, tmp_path):
+    spec, home = many_files
+    out = tmp_path / "out"
+    assert [run_share(spec, out, (worker, 3), threads) is None for worker, threads in ((2, 1), (0, 2))] == [True, True]
+    assert not out.exists() and len(list(prepared_folder(out).iterdir())) == 3
+    report = run_share(spec, out, (1, 3))
+    assert files_of(out) == files_of(home / "whole")
+    assert report["dropped"].keys() >= {"refused", "duplicate", "unmapped"} and len(report["files"]) > 1
+    assert list(tmp_path.iterdir()) == [out]
+    assert run_share(spec, out, (0, 3)) == report  # a pod that is started again
+
+
+def test_a_worker_that_was_killed_goes_on_at_the_file_it_was_in(many_files, tmp_path, monkeypatch):
+    spec, home = many_files
+    converted, dies_in = [], 3
+
+    def noting(row, spec, file):
+        if row.file == dies_in:
+            raise KeyboardInterrupt
+        converted.append(row.file)
+        return convert(row, spec, file)
+
+    monkeypatch.setattr("danceopd.data.importers.run.convert", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run_share(spec, tmp_path / "out", (1, 2))
+    [kept] = prepared_folder(tmp_path / "out").iterdir()
+    assert set(converted) == {1} and not kept.name.startswith(".")
+    converted, dies_in = [], None
+    assert run_share(spec, tmp_path / "out", (1, 2)) is None and set(converted) == {3}
+    converted.clear()
+    run_import(spec, tmp_path / "out")  # worker 0 never came: one command takes what there is, and does the rest
+    assert set(converted) == {0, 2, 4}
+    assert files_of(tmp_path / "out") == files_of(home / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_prepared_with_other_settings_is_not_taken(many_files, tmp_path):
+    spec, home = many_files
+    other = settings("omniedit", [home / "in"], *SHARDED[:-1])
+    assert run_share(other, tmp_path / "out", (0, 2)) is None
+    assert run_share(spec, tmp_path / "out", (0, 2)) is None
+    run_share(spec, tmp_path / "out", (1, 2))
+    assert files_of(tmp_path / "out") == files_of(home / "whole")
+    assert len(list(prepared_folder(tmp_path / "out").iterdir())) == 3, "what another import prepared is its own"
+
+
+def test_a_damaged_prepared_file_is_named(many_files, tmp_path):
+    spec, _ = many_files
+    run_share(spec, tmp_path / "out", (0, 2))
+    for file in prepared_folder(tmp_path / "out").iterdir():
+        file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        UserError, match=r"out\.prepared/.*\.parquet: is damaged .*; remove it, and run the import again"
+    ):
+        run_share(spec, tmp_path / "out", (1, 2))
+
+
+def test_the_worker_that_finds_another_one_writing_leaves_it_to_it(many_files, tmp_path):
+    spec, home = many_files
+    with lock_output(tmp_path / "out"):
+        assert run_share(spec, tmp_path / "out", (0, 1)) is None
+    assert run_share(spec, tmp_path / "out", (0, 1))["rows"] == 39
+    with pytest.raises(UserError, match="is there already, from other settings or inputs"):
+        run_share(settings("omniedit", [home / "in"]), tmp_path / "out", (0, 1))
+
+
+def test_workers_by_command(many_files, tmp_path, monkeypatch, capsys):
+    _, home = many_files
+    given = [word for setting in SHARDED for word in ("--set", setting)]
+    for worker, said in (("0/2", "the last worker writes it all"), ("1/2", "of 39 rows kept")):
+        run_command(monkeypatch, "omniedit", home / "in", "--out", tmp_path / "out", "--worker", worker, *given)
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert files_of(tmp_path / "out") == files_of(home / "whole")
+
+
+def test_any_text_of_a_row_can_be_prepared(many_files, tmp_path):
+    spec, _ = many_files
+    [file, *_] = find_inputs(spec)
+    row = RawRow(7, 5, "a, row 5 (\ud800)", {"kind": "  "}, None, (("a column", "\udfff"),))
+    told = Outcome(row, "unmapped", " \ud800\0", "of \udfff")
+    prepare(tmp_path, spec, file, iter([told]))
+    assert list(read_prepared(prepared_file(tmp_path, spec, file), 7, 0)) == [told]
+    assert list(read_prepared(prepared_file(tmp_path, spec, file), 7, 6)) == []

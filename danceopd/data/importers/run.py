@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from danceopd.data.dedup import DuplicateFinder
+from danceopd.data.importers import prepared
 from danceopd.data.importers.convert import Outcome, convert, kind_of
 from danceopd.data.importers.inputs import InputFile, RawRow, find_inputs
 from danceopd.data.importers.rows import read_rows
@@ -29,7 +31,7 @@ from danceopd.data.importers.spec import ANY, ImportSpec
 from danceopd.data.records import SCHEMA, Record, to_table
 from danceopd.data.splits import StreamedSplits
 from danceopd.errors import UserError
-from danceopd.files import at_home, check_output, hash_file, lock_output, read_json, write_json
+from danceopd.files import HeldElsewhere, at_home, check_output, hash_file, lock_output, read_json, write_json
 
 log = logging.getLogger(__name__)
 JOURNAL, REPORT = "journal.jsonl", "import.json"
@@ -207,6 +209,47 @@ def run_import(spec: ImportSpec, out: Path, workers: int = 1) -> dict:
         return _run(spec, files, out, workers)
 
 
+def run_share(spec: ImportSpec, out: Path, share: tuple[int, int], workers: int = 1) -> dict | None:
+    """One worker's part of an import that several make: its share of the input files is converted.
+
+    The worker that finds all of them converted at its end writes `out`, as `run_import` does.
+
+    Args:
+        spec: what is read and how; the same for all.
+        out: the folder that appears, whole, at the end; for all the same place.
+        share: this worker's number, from 0, and how many there are.
+        workers: threads of this one.
+
+    Returns:
+        The report of the whole import; None if other workers have files to convert still, or one is writing it.
+
+    Raises:
+        UserError: as `run_import` does.
+    """
+    out = at_home(out)
+    files = find_inputs(spec)
+    _check_apart(out, spec)
+    if (done := _done(out, _header(spec, files))) is not None:
+        return done
+    check_output(out)
+    folder = prepared.prepared_folder(out)
+    mine = range(share[0], len(files), share[1])
+    for number in mine:
+        if prepared.lacking(folder, spec, [files[number]]):
+            log.info("%s: file %d of this worker's %d", files[number].name, mine.index(number) + 1, len(mine))
+            found = _converted(spec, workers, files[: number + 1], (number, 0))
+            prepared.prepare(folder, spec, files[number], found)
+    if left := prepared.lacking(folder, spec, files):
+        log.info("%d of %d files are other workers'; the last of them writes %s", len(left), len(files), out)
+        return None
+    try:
+        with lock_output(out):
+            return _run(spec, files, out, workers)
+    except HeldElsewhere:
+        log.info("%s: another worker writes it", out)
+        return None
+
+
 def _check_apart(out: Path, spec: ImportSpec) -> None:
     """Refuse an output inside of what is read: the next run would read it."""
     for location in spec.inputs:
@@ -214,19 +257,34 @@ def _check_apart(out: Path, spec: ImportSpec) -> None:
             raise UserError(f"{out}: lies in the input {location}; name a place outside of it")
 
 
-def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> dict:
-    header = {"spec": spec.key(), "inputs": [[file.path, file.size] for file in files]}
-    if (out / REPORT).is_file() and read_json(out / REPORT)["header"] == header:
-        log.info("%s: imported before with these settings", out)
-        return read_json(out / REPORT)
-    if (out / REPORT).is_file():
+def _header(spec: ImportSpec, files: list[InputFile]) -> dict:
+    return {"spec": spec.key(), "inputs": [[file.path, file.size] for file in files]}
+
+
+def _done(out: Path, header: dict) -> dict | None:
+    """The report of an import that is there already, or None.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    if not (out / REPORT).is_file():
+        return None
+    if (report := read_json(out / REPORT))["header"] != header:
         raise UserError(f"{out}: is there already, from other settings or inputs; remove it, or give another --out")
+    log.info("%s: imported before with these settings", out)
+    return report
+
+
+def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> dict:
+    header = _header(spec, files)
+    if (done := _done(out, header)) is not None:
+        return done
     check_output(out)
-    journal = Journal(out.with_name(out.name + ".partial"), header)
+    journal, folder = Journal(out.with_name(out.name + ".partial"), header), prepared.prepared_folder(out)
     if journal.shards:
         log.info("going on after %d shards, %d rows read", len(journal.shards), journal.tally.rows)
     try:
-        _write_shards(spec, files, journal, workers)
+        _write_shards(spec, files, journal, workers, folder)
     except BaseException:
         if not journal.shards:  # nothing to go on from
             shutil.rmtree(journal.folder)
@@ -240,6 +298,7 @@ def _run(spec: ImportSpec, files: list[InputFile], out: Path, workers: int) -> d
     write_json(journal.folder / REPORT, report)
     journal.folder.replace(out)
     (out / JOURNAL).unlink()
+    prepared.forget_prepared(folder, spec, files)
     return report
 
 
@@ -272,12 +331,13 @@ def _report(spec: ImportSpec, journal: Journal, header: dict) -> dict:
     }
 
 
-def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, workers: int) -> None:
+def _write_shards(spec: ImportSpec, files: list[InputFile], journal: Journal, workers: int, folder: Path) -> None:
     finder, ids, splits = _remembered(spec, journal)
     tally, writer, last = journal.tally, None, journal.position
     told = started = time.monotonic()
     begun = tally.rows
-    for outcome in _converted(spec, files, journal.position, workers):
+    found = prepared.outcomes(folder, spec, files, journal.position, partial(_converted, spec, workers))
+    for outcome in found:
         row = outcome.row
         last = (row.file, row.number + 1)
         tally.rows += 1
@@ -352,7 +412,7 @@ def _remembered(spec: ImportSpec, journal: Journal) -> tuple[DuplicateFinder | N
     return finder, ids, splits
 
 
-def _converted(spec: ImportSpec, files: list[InputFile], start: tuple[int, int], workers: int) -> Iterator[Outcome]:
+def _converted(spec: ImportSpec, workers: int, files: list[InputFile], start: tuple[int, int]) -> Iterator[Outcome]:
     """Outcomes in the order of the rows; a few rows per worker are on their way at once."""
     rows = read_rows(spec, files, start)
     if workers == 1:
