@@ -27,6 +27,7 @@ from danceopd.errors import UserError
 from danceopd.evaluation.gates import gate_allowance
 from danceopd.evaluation.validate import gate_margin
 from danceopd.files import content_key
+from danceopd.studies.table import estimate
 from danceopd.workspace import code_revision
 
 INSTRUCTIONS = ("default", "avx2", "avx512")
@@ -169,8 +170,45 @@ def _allowed(recipe: Recipe, gate: str, lines: list[dict]) -> str:
     return f"{gate_allowance(rule, statistics.mean(teachers)):.3g} below its teacher's {statistics.mean(teachers):.4g}"
 
 
+def figures(lines: list[dict]) -> Report:
+    """One row a metric: teacher and student over the seeds, and how far apart CPUs bring one seed's student."""
+    shown = [(task, metric) for task, found in lines[0]["retention"].items() for metric in found]
+    rows = [
+        [
+            task,
+            metric,
+            *(_over_seeds(lines, task, metric, who) for who in ("teacher", "student")),
+            f"{_between_cpus(lines, task, metric):.3g}",
+        ]
+        for task, metric in shown
+    ]
+    return Report(
+        "first_run",
+        "The first run's figures",
+        f"Mean over {len({line['seed'] for line in lines})} seeds, each the mean of its runs, with half of the 95 % "
+        "interval (Student's t); last, the widest range that one seed's student shows over the CPUs' instruction sets.",
+        ["task", "metric", "teacher", "student", "range over instruction sets"],
+        rows,
+    )
+
+
+def _by_seed(lines: list[dict], task: str, metric: str, who: str) -> list[list[float]]:
+    seeds = sorted({line["seed"] for line in lines})
+    return [[line["retention"][task][metric][who] for line in lines if line["seed"] == seed] for seed in seeds]
+
+
+def _over_seeds(lines: list[dict], task: str, metric: str, who: str) -> str:
+    found = estimate([statistics.mean(values) for values in _by_seed(lines, task, metric, who)])
+    return f"{found.mean:.4g}" + ("" if found.half is None else f" ± {found.half:.2g}")
+
+
+def _between_cpus(lines: list[dict], task: str, metric: str) -> float:
+    return max(max(values) - min(values) for values in _by_seed(lines, task, metric, "student"))
+
+
 def measure(options: argparse.Namespace) -> list[Report]:
-    return [report(load_recipe(options.recipe, options.overrides), make_results(options))]
+    lines = make_results(options)
+    return [report(load_recipe(options.recipe, options.overrides), lines), figures(lines)]
 
 
 def _numbers(text: str) -> list[int]:

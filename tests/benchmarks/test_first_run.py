@@ -87,3 +87,12 @@ def test_a_run_that_fails_says_how_its_log_ends(tmp_path):
     setting = first_run.Setting(0, "avx2", 1)
     with pytest.raises(UserError, match=r"seed=0.*ended with code 2.*nowhere"):
         first_run.run_once("world", [f"data={{inputs: [{tmp_path}/nowhere]}}"], setting, tmp_path)
+
+
+def test_the_figures_hold_the_scatter_of_seeds_and_the_range_over_cpus():
+    runs = {(0, "avx2"): 0.96, (0, "avx512"): 0.98, (1, "avx2"): 0.99, (1, "avx512"): 0.99, (2, "avx2"): 1.0}
+    lines = [line(first_run.Setting(seed, cpu, 1), student) for (seed, cpu), student in runs.items()]
+    rows = {(row[0], row[1]): row[2:] for row in first_run.figures(lines).rows}
+    # Seeds' means .97, .99 and 1: their standard deviation .0153, over the root of 3, times t = 4.30.
+    assert rows["t2i", DRAWING] == ["1 ± 0", "0.9867 ± 0.038", "0.02"]
+    assert first_run.figures(lines[:1]).rows[0][3] == "0.96"
