@@ -15,7 +15,7 @@ from danceopd.config.recipe import ChampionTeacher, Recipe
 from danceopd.errors import UserError
 from danceopd.export.student import WEIGHT_FILES
 from danceopd.files import hash_folder
-from danceopd.registry.logged_model import PLACE
+from danceopd.registry.logged_model import PLACE, stored_pipeline, take_pipeline
 from danceopd.registry.register import WEIGHTS
 from danceopd.registry.versions import RegisteredModel
 from danceopd.tracking import mlflow_store
@@ -69,7 +69,7 @@ def find_champion(recipe: Recipe, tracking_uri: str) -> Champion:
 
 
 def fetch_champion(champion: Champion, tracking_uri: str, folder: Path) -> Path:
-    """Bring a champion's pipeline folder from the registry to `folder`; returns where it lies.
+    """Bring a champion's pipeline folder from the registry to `folder`; returns where it lies. Nobody writes into it.
 
     Raises:
         UserError: if it cannot be fetched, or its weights are not the registered ones.
@@ -79,7 +79,11 @@ def fetch_champion(champion: Champion, tracking_uri: str, folder: Path) -> Path:
     uri = f"models:/{champion.model}/{champion.version}/{PLACE}"
     with mlflow_store.current_store(tracking_uri) as mlflow:
         try:
-            found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+            stored = stored_pipeline(mlflow.MlflowClient(), champion.model, champion.version)
+            if stored is not None:
+                found = take_pipeline(stored, folder)
+            else:
+                found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
         except (MlflowException, OSError) as error:
             reason = " ".join(mlflow_store.redact(str(error)).split())[:300]
             raise UserError(f"{champion.name}: its files cannot be fetched ({reason})") from error

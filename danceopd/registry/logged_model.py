@@ -2,7 +2,7 @@
 
 MLflow copies a model's files into a folder of its own before it stores them. The weights do not go that way: in a store
 on the workspace's file system they are the student's own files under a second name, which takes no space; any other
-store gets each of them by one upload, from where it lies.
+store gets each of them by one upload, from where it lies. What is taken out of such a store takes no space either.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow.models.model import ModelInfo
 
 PLACE = f"artifacts/{PIPELINE}"  # where a logged model keeps the student
+_WRITE = 0o222  # of a file's mode
 _REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -102,8 +103,26 @@ def _link(source: Path, target: Path) -> bool:
     except OSError:
         return False
     with suppress(OSError):  # another user's file
-        source.chmod(stat.S_IMODE(source.stat().st_mode) & ~0o222)
+        source.chmod(stat.S_IMODE(source.stat().st_mode) & ~_WRITE)
     return True
+
+
+def stored_pipeline(client: MlflowClient, model: str, version: str) -> Path | None:
+    """Where a version's pipeline folder lies, if the store's files are on this machine."""
+    folder = _local_folder(client.get_model_version_download_uri(model, version))
+    return folder / PLACE if folder is not None and (folder / PLACE).is_dir() else None
+
+
+def take_pipeline(stored: Path, folder: Path) -> Path:
+    """A copy of a stored pipeline folder in `folder`, its weights under a second name where that can be."""
+    return Path(shutil.copytree(stored, folder / PIPELINE, copy_function=_take))
+
+
+def _take(source: str, target: str) -> None:
+    file = Path(source)
+    kept = file.match(WEIGHT_FILES) and not file.stat().st_mode & _WRITE  # nobody changes what was stored so
+    if not (kept and _link(file, Path(target))):
+        shutil.copy2(source, target)
 
 
 def _log_small(mlflow: Any, model_id: str, pipeline: Path, scratch: Path) -> ModelInfo:

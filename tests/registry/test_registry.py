@@ -24,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from danceopd.backbones.base import Condition
 from danceopd.config.load import parse_recipe
 from danceopd.config.recipe import Recipe
+from danceopd.config.sampling import read_sampling
 from danceopd.errors import UserError
 from danceopd.evaluation.measured import Measured, read_evaluation
 from danceopd.export.student import WEIGHT_FILES, check_export, prove_export, write_probe
 from danceopd.files import hash_folder, read_json
 from danceopd.flow.fields import VelocityField
 from danceopd.registry.champion import below_champion, cannot_compare, measured_unlike
+from danceopd.registry.champion_teacher import Champion, fetch_champion
+from danceopd.registry.logged_model import take_pipeline
 from danceopd.registry.measure_anew import MeasuredAnew
 from danceopd.registry.register import Registration, register_student
 from danceopd.registry.versions import DECISION, RegisteredModel, open_model
@@ -804,13 +807,24 @@ def test_weights_in_a_store_beside_the_student_are_its_own_files(shop, backbone,
     own = export_student(backbone, tmp_path_factory.mktemp("own"))
     wanted = hash_folder(own / "pipeline", WEIGHT_FILES)
     assert Shop(shop.workspace, own).register("linked", "s1", new_metrics()).registered
-    ours, theirs = weights_of(own / "pipeline"), weights_of(stored_pipeline(shop, "linked"))
+    stored = stored_pipeline(shop, "linked")
+    ours, theirs = weights_of(own / "pipeline"), weights_of(stored)
     assert ours.keys() == theirs.keys() and len(ours) >= 3
     assert all(theirs[name].samefile(path) and path.stat().st_nlink == 2 for name, path in ours.items())
+    fetched = fetch_champion(Champion("linked", "1", "s1", wanted), shop.uri, tmp_path_factory.mktemp("fetched"))
+    assert all(path.samefile(ours[name]) for name, path in weights_of(fetched).items())
+    assert (fetched / "README.md").stat().st_nlink == 1 and read_sampling(fetched) == read_sampling(stored)
+    shutil.rmtree(fetched)
+    writable = next(iter(theirs.values()))
+    writable.chmod(0o644)  # as a store has it that was copied, or is another's
+    copied = take_pipeline(stored, tmp_path_factory.mktemp("copied"))
+    alone = [name for name, path in weights_of(copied).items() if not path.samefile(theirs[name])]
+    assert alone == [writable.relative_to(stored).as_posix()] and writable.stat().st_mode & 0o200
+    writable.chmod(0o444)
+    shutil.rmtree(copied)
     # Nobody writes into them by one name, and the other outlives a removal.
     assert not any(path.stat().st_mode & 0o222 for path in ours.values())
     shutil.rmtree(own)
-    stored = stored_pipeline(shop, "linked")
     assert hash_folder(stored, WEIGHT_FILES) == wanted
     assert {path.stat().st_nlink for path in weights_of(stored).values()} == {1}
     described = yaml.safe_load((stored.parents[1] / "MLmodel").read_text())
