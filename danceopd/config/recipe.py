@@ -114,7 +114,12 @@ class TrainRecipe(_Part):
     batch: int = Field(gt=0, description="samples per optimizer step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts a batch is processed in: less memory, the same update")
     warmup: int = Field(20, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(
+        1.0,
+        gt=0,
+        description="longer gradients are scaled down to this norm; Muon, to which only a gradient's share of the "
+        "momentum counts, is steadiest with a norm that most exceed",
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products, by autocast")
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
