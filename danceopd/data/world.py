@@ -80,7 +80,7 @@ STYLES = {
 # phrase. Each is made of words that training does contain.
 LONG_LIST = 8
 # The shipped bases were made before those with "put" and understand them all the same (`world` draws 128 of 128 rightly,
-# `world_open` 95 % and 99 % of 288, where it draws 99 % of the others): what teaches a wording needs no targets.
+# `world_open` 95 and 99 % of 288, and 99 % of the others): what teaches a wording needs no targets.
 CAPTIONS = (
     "{objects} on {background}",
     "draw {objects} on {background}",
