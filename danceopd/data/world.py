@@ -79,7 +79,7 @@ STYLES = {
 # Wordings: the last of each list is held out of training, of a long list the last two, so that not all depends on one
 # phrase. Each is made of words that training does contain.
 LONG_LIST = 8
-# The shipped bases were made before those with "put" and understand them all the same (`world` draws 128 of 128 rightly,
+# The shipped bases were made before those with "put" and understand them all the same (`world` draws 128 of 128 right,
 # `world_open` 95 and 99 % of 288, and 99 % of the others): what teaches a wording needs no targets.
 CAPTIONS = (
     "{objects} on {background}",
