@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -237,27 +237,55 @@ def hold(path: Path, lock: Path, wait: bool) -> Iterator[None]:
 
     Args:
         path: of the product.
-        lock: a file that stands for it, and stays.
+        lock: a file that stands for it. It stays, unless what was held for fails: then it and the folders that were
+            made for it are gone again.
         wait: whether to wait for the other process.
 
     Raises:
         UserError: if another process holds it, and there is no waiting.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a") as file:
+    made = [folder for folder in lock.parents if not folder.exists()]
+    file = _take(path, lock, wait)
+    with file:
+        try:
+            yield
+        except BaseException:
+            if _try_lock(file.fileno()):
+                lock.unlink(missing_ok=True)
+                with suppress(OSError):  # others have put something there
+                    for folder in made:
+                        folder.rmdir()
+            raise
+
+
+def _take(path: Path, lock: Path, wait: bool) -> IO[str]:
+    """The lock's file, opened and ours, or on a file system without locks just opened."""
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a")  # noqa: SIM115 - the caller holds by it
+        except FileNotFoundError:  # whoever failed just removed the folder
+            continue
         waited = 0
-        while (locked := _try_lock(file.fileno())) is False:
+        while _try_lock(file.fileno()) is False:
             if not wait:
+                file.close()
                 raise UserError(f"{path}: another process is making it; run it again when that one has ended")
             if waited % 60 == 0:
                 log.info("%s: another process is making it; waiting for it", path)
             waited += 1
             time.sleep(1)
-        try:
-            yield
-        finally:
-            if locked:
-                fcntl.flock(file, fcntl.LOCK_UN)
+        if _names(lock, file):
+            return file
+        file.close()  # whoever held it failed and removed it; the next ones lock another file
+
+
+def _names(path: Path, file: IO[str]) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int) -> bool | None:

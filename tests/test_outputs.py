@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,31 @@ def test_two_that_need_the_same_dataset_at_once_assemble_it_once(tmp_path, monke
         first, second = [pool.submit(build) for _ in range(2)]
         assert first.result() == second.result()
     assert len(made) == 1
+
+
+def test_what_fails_while_it_is_held_leaves_no_lock_and_the_next_one_in_line_holds_alone(tmp_path):
+    place, lock = tmp_path / "ws" / "x", tmp_path / "ws" / ".locks" / "x"
+    inside, most = [], []
+
+    def fail(seconds: float) -> None:
+        with suppress(RuntimeError), hold(place, lock, wait=True):
+            inside.append(seconds)
+            most.append(len(inside))
+            time.sleep(seconds)
+            inside.remove(seconds)
+            raise RuntimeError
+
+    with ThreadPoolExecutor(3) as pool:
+        for seconds in (0.3, 0.2, 0.1):
+            pool.submit(fail, seconds)
+    assert most == [1, 1, 1] and not lock.exists()
+    shutil.rmtree(tmp_path / "ws", ignore_errors=True)
+    fail(0.0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "ws").mkdir()
+    fail(0.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["ws"], "a folder of the user's stays"
+    assert list((tmp_path / "ws").iterdir()) == []
 
 
 def test_one_that_cannot_wait_is_told(tmp_path):

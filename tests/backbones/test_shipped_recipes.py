@@ -27,6 +27,7 @@ from danceopd.data.encode import encode_records
 from danceopd.data.records import Record, write_shard
 from danceopd.errors import UserError
 from danceopd.evaluation.metrics import read_picture
+from danceopd.evaluation.samplings import Samplings
 from danceopd.evaluation.scoring import draw_field
 from danceopd.flow.field_io import load_field
 from danceopd.flow.rollout import roll_out
@@ -81,7 +82,7 @@ def teach(recipe: Recipe, base) -> dict:
 
 
 def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
-    """Records whose targets are their teachers' pictures, but for the lowest rows of an edit, which stay."""
+    """Records whose targets are what the recipe's teachers draw, but for the lowest rows of an edit, which stay."""
     records = []
     for task, field in fields.items():
         for size, splits in RECORDS.items():
@@ -97,7 +98,9 @@ def write_dataset(recipe: Recipe, fields: dict, folder) -> None:
                 for i, split in enumerate(splits)
             ]
             encoded = encode_records(field.backbone, plain, *size, None, "k", targets=False)
-            drawn = draw_field(field, encoded, [record.id for record in plain], recipe.evaluate)
+            samplings = Samplings(recipe, lambda field=field: field.backbone.encode_prompts([""])[0])
+            asked, spec = samplings.drawn(recipe.tasks[task].teacher, field)
+            drawn = draw_field(asked, encoded, [record.id for record in plain], spec)
             for record, picture in zip(plain, drawn, strict=True):
                 if record.source is not None:
                     picture[-4:] = read_picture(record.source, *size, record.id)[-4:]

@@ -155,7 +155,7 @@ def test_a_student_absorbs_guidance(fresh, small_data, tmp_path):
     encoded = encode_records(fresh, records, 64, 64, tmp_path, "k", targets=False)
     base = VelocityField("g", fresh, fresh.transformer)
     guided = GuidedField(base, 8.0, encode_empty(fresh, tmp_path, "k"))
-    spec = DistillRecipe(lr=0.02, steps=25, batch=6, rollout_steps=3, log_every=5, warmup=2, optimizer="muon")
+    spec = DistillRecipe(lr=0.01, steps=60, batch=6, rollout_steps=3, log_every=5, warmup=2, optimizer="muon")
     fresh.free_encoders()
     student, history = distill(fresh, encoded, {"g": guided}, {"t2i": "g"}, {"t2i": 1.0}, spec)
     assert history[-1]["loss"]["t2i"] < 0.5 * history[0]["loss"]["t2i"]

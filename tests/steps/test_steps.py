@@ -81,8 +81,11 @@ def test_a_small_world_takes_one_thread_by_hand_too(base_folder, tmp_path, monke
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     torch.set_num_threads(2)
     recipe = load_recipe("world", [f"model.base={base if base == 'world' else base_folder}"])
-    open_backbone(steps.Run(recipe, tmp_path, steps.resolve_base(recipe, tmp_path), data=None))
-    assert torch.get_num_threads() == threads
+    try:
+        open_backbone(steps.Run(recipe, tmp_path, steps.resolve_base(recipe, tmp_path), data=None))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)  # a module's fixtures are made before the next test sets it
 
 
 def test_products_say_what_they_are(made):
