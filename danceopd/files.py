@@ -267,7 +267,7 @@ def _take(path: Path, lock: Path, wait: bool) -> IO[str]:
         except FileNotFoundError:  # whoever failed just removed the folder
             continue
         waited = 0
-        while _try_lock(file.fileno()) is False:
+        while (locked := _try_lock(file.fileno())) is False:
             if not wait:
                 file.close()
                 raise UserError(f"{path}: another process is making it; run it again when that one has ended")
@@ -275,7 +275,7 @@ def _take(path: Path, lock: Path, wait: bool) -> IO[str]:
                 log.info("%s: another process is making it; waiting for it", path)
             waited += 1
             time.sleep(1)
-        if _names(lock, file):
+        if locked is None or _names(lock, file):
             return file
         file.close()  # whoever held it failed and removed it; the next ones lock another file
 

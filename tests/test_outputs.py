@@ -269,6 +269,19 @@ def test_what_fails_while_it_is_held_leaves_no_lock_and_the_next_one_in_line_hol
     assert list((tmp_path / "ws").iterdir()) == []
 
 
+def test_where_a_file_system_knows_no_locks_nothing_is_held_and_nothing_waits(tmp_path, monkeypatch):
+    """Nor may a lock that names another file each time it is asked, as some mounted buckets do, be waited for."""
+
+    def none_here(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("danceopd.files.fcntl.flock", none_here)
+    monkeypatch.setattr("danceopd.files._names", lambda path, file: False)
+    lock = tmp_path / "locks" / "x"
+    with hold(tmp_path / "x", lock, wait=False), hold(tmp_path / "x", lock, wait=True):
+        assert lock.is_file()
+
+
 def test_one_that_cannot_wait_is_told(tmp_path):
     place, lock = tmp_path / "x", tmp_path / "locks" / "x"
     refused = pytest.raises(UserError, match="another process is making it")

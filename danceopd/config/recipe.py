@@ -117,8 +117,8 @@ class TrainRecipe(_Part):
     max_grad_norm: float = Field(
         1.0,
         gt=0,
-        description="longer gradients are scaled down to this norm; Muon, to which only a gradient's share of the "
-        "momentum counts, is steadiest with a norm that most exceed",
+        description="longer gradients are scaled down to this norm; Muon uses a gradient's length only for its share "
+        "of the momentum",
     )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products, by autocast")
