@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.float8 import Float8Linear, in_float8
 from benchmarks.forwards import mean_steps
 from benchmarks.harness import Bar, Report, arguments, held_bytes, names, run_script
 from benchmarks.setting import STEPS, wake
@@ -32,7 +34,7 @@ from danceopd.backbones.lora import add_lora
 from danceopd.config.recipe import DistillRecipe, LoraRecipe, ModelRecipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.errors import UserError
-from danceopd.flow.fields import VelocityField
+from danceopd.flow.fields import Field, VelocityField
 from danceopd.flow.rollout import roll_out, rollout_drift
 from danceopd.methods.base import Distillation, Group, UpdateFigures
 from danceopd.methods.danceopd import DanceOPD
@@ -50,7 +52,7 @@ SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 SWITCH = ("off", "on")
-ROLLOUT = ("own", "merged")
+ROLLOUT = ("own", "merged", "float8")
 GROWS = 1.02  # a larger batch that gains less ends the search for it
 HOW = (
     "Utilisation is the model's floating-point operations (counted on the network's graph, recomputation left out; a "
@@ -58,15 +60,17 @@ HOW = (
     "matrix product rate measured first on the same card. Rollout: {steps} grid steps of the whole batch, no gradient. "
     "Update: routed teachers, student forward and backward, AdamW. Samples a second is for the `semantic` window. "
     "Median of {iterations} after a warm-up. Search: batch and checkpointing first, until memory ends or it gains no "
-    "more; then attention kernels, then the rollout's weights, then compilation. Drift: how far a merged copy's states "
-    "lie from the student's own after those steps, as a share of the way from the noise."
+    "more; then attention kernels, then the rollout's weights, then compilation of the rollout alone, then of the "
+    "update. float8: a merged copy, its blocks' products in float8 (a trial, no setting of a recipe). Drift: how far a "
+    "copy's states lie from the student's own after those steps, as a share of the way from the noise."
 )
 COLUMNS = [
     "batch",
     "checkpointing",
     "attention",
     "rollout of",
-    "compile",
+    "compiled",
+    "update compiled",
     "rollout TFLOP/s",
     "share",
     "drift",
@@ -143,10 +147,11 @@ class Settings:
     checkpointing: str = "off"
     sdpa: str = "auto"
     rollout: str = "own"
+    rollout_compile: str = "off"
     compile: str = "off"
 
     def cells(self) -> list:
-        return [self.batch, self.checkpointing, self.sdpa, self.rollout, self.compile]
+        return [self.batch, self.checkpointing, self.sdpa, self.rollout, self.rollout_compile, self.compile]
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,14 @@ class Contest:
     distillation: Distillation
     learner: Learner
     group: Group
+    float8: list[Float8Linear]
+
+    def walker(self) -> Field:
+        """What rollouts follow, brought up to date."""
+        field = self.learner.walker
+        for layer in self.float8:
+            layer.renew()
+        return field
 
     @torch.no_grad()
     def roll(self) -> None:
@@ -241,7 +254,7 @@ class Contest:
         with self.learner.precision():
             DanceOPD().accumulate(self.distillation, self.learner, self.group, UpdateFigures())
         self.learner.update()
-        _ = self.learner.walker
+        self.walker()
 
 
 def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
@@ -260,11 +273,13 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         rollout_steps=STEPS,
         precision="bfloat16",
         compile=settings.compile,
-        rollout_weights=settings.rollout,
+        rollout_weights="own" if settings.rollout == "own" else "merged",
+        rollout_compile=settings.rollout_compile,
         activation_checkpointing=settings.checkpointing == "on",
     )
     learner = new_learner(backbone, "student", spec)
     wake(backbone.transformer, "student", len(TEACHERS))
+    float8 = in_float8(learner.walker.network) if settings.rollout == "float8" else []
     teachers = {name: VelocityField(name, backbone, backbone.transformer, adapter=name) for name in TEACHERS}
     count, side = settings.batch, scale.pixels
     shape = backbone.latent_shape(side, side)
@@ -299,7 +314,7 @@ def prepare(scale: Scale, settings: Settings, device: str) -> Contest:
         seeds=[],
         last=True,
     )
-    return Contest(backbone, distillation, learner, group)
+    return Contest(backbone, distillation, learner, group, float8)
 
 
 def timed(run: Callable[[], object], device: str, iterations: int) -> tuple[float, int | None]:
@@ -412,8 +427,8 @@ class Search:
         return best
 
     def run(self, options: argparse.Namespace) -> None:
-        """Batch and checkpointing first, then attention kernels, the rollout's weights and compilation, each from the
-        best before it."""
+        """Batch and checkpointing first, then attention kernels, the rollout's weights, its compilation, the update's:
+        each from the best before it."""
         for checkpointing in options.checkpointing:
             before = 0.0
             for batch in sorted(options.batch):
@@ -427,6 +442,9 @@ class Search:
         best = self.best()
         for rollout in options.rollout:
             self.attempt(replace(best, rollout=rollout))
+        for rollout, mode in product(options.rollout, options.rollout_compile):
+            if rollout != "own":  # which is compiled together with the update
+                self.attempt(replace(best, rollout=rollout, rollout_compile=mode))
         best = self.best()
         for mode in options.compile:
             self.attempt(replace(best, compile=mode))
@@ -527,7 +545,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", type=names(SWITCH), default=list(SWITCH))
     parser.add_argument("--sdpa", type=names(list(SDPA)), default=list(SDPA), help="attention kernels")
     parser.add_argument("--rollout", type=names(ROLLOUT), default=list(ROLLOUT), help="weights the rollout follows")
-    parser.add_argument("--compile", type=names(COMPILE), default=list(COMPILE))
+    parser.add_argument("--rollout-compile", type=names(COMPILE), default=["off", "default"], help="of a merged copy")
+    parser.add_argument("--compile", type=names(COMPILE), default=["off", "default"], help="of the update")
     parser.add_argument("--iterations", type=int, default=5)
     return parser
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from danceopd.backbones.lora_factors import read_factors
+from danceopd.backbones.lora_layer import FusedLinear, fuse
 from danceopd.backbones.sharded import whole, writes
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError
@@ -41,15 +42,20 @@ def active_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     layers = _tuner_layers(network)
     if name is not None and not any(name in layer.lora_A for layer in layers):
         raise ValueError(f"the network has no adapter {name!r}")
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    before = [(layer._active_adapter, layer._disable_adapters, getattr(layer, "chosen", None)) for layer in layers]
     try:
         for layer in layers:
             layer._active_adapter = [] if name is None else [name]
             layer._disable_adapters = name is None
+            fuse(layer)
+            if isinstance(layer, FusedLinear):
+                layer.choose(name)
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, chosen) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            if isinstance(layer, FusedLinear):
+                layer.chosen = chosen
 
 
 def add_lora(network: ModelMixin, name: str, spec: LoraRecipe, default_targets: str, seed: int) -> None:

@@ -102,6 +102,9 @@ class LoraRecipe(_Part):
     targets: tuple[str, ...] | None = None
 
 
+Compile = Literal["off", "default", "reduce-overhead", "max-autotune"]  # mode of torch.compile
+
+
 class TrainRecipe(_Part):
     """What fine-tuning and distillation share."""
 
@@ -122,8 +125,8 @@ class TrainRecipe(_Part):
     )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are handed over")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products, by autocast")
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
-        "off", description="torch.compile of the transformer's blocks; reduce-overhead uses CUDA graphs"
+    compile: Compile = Field(
+        "off", description="torch.compile of the trained transformer's blocks; reduce-overhead uses CUDA graphs"
     )
     activation_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
     parallel: Literal["replicate", "shard"] = Field(
@@ -254,6 +257,9 @@ class DistillRecipe(TrainRecipe):
         description="what the rollout follows: the student itself, or a copy with its LoRA merged, in model.dtype: "
         "faster, for one more copy of the weights that the LoRA changes",
     )
+    rollout_compile: Compile = Field(
+        "off", description="merged: torch.compile of the copy's blocks alone; no gradient, so one variant of each"
+    )
     rollout_drift: float | None = Field(
         None,
         gt=0,
@@ -322,6 +328,8 @@ class DistillRecipe(TrainRecipe):
         if self.rollout_weights == "own":
             if self.rollout_drift is not None:
                 raise ValueError("rollout_drift is for rollout_weights: merged; remove it")
+            if self.rollout_compile != "off":
+                raise ValueError("rollout_compile is for rollout_weights: merged; remove it, or set compile")
             return self
         if self.method not in ROLL_OUT:
             raise ValueError(f"rollout_weights: merged is for method {' or '.join(ROLL_OUT)}, not {self.method}")

@@ -282,7 +282,7 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]
     merges = isinstance(spec, DistillRecipe) and spec.rollout_weights == "merged"
-    merged = MergedCopy(field, spec.compile) if merges else None
+    merged = MergedCopy(field, spec.rollout_compile) if merges else None
     learner = Learner(field, processes, parameters, optimizer, schedule, spec, average, shares=shares, merged=merged)
     if shares is not None:
         shares.lockstep.learns(network, learner.learning)

@@ -10,6 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from danceopd.backbones import load_backbone
+from danceopd.backbones.base import repeated_blocks
 from danceopd.backbones.lora import adapter_parameters
 from danceopd.config.recipe import DistillRecipe
 from danceopd.data.assemble import open_dataset
@@ -173,6 +174,16 @@ def test_a_closed_gate_stays_closed_when_training_goes_on(tiny_base, encoded, tm
     assert history == again
 
 
+@pytest.mark.parametrize("which", ["compile", "rollout_compile"])
+def test_the_copy_and_the_student_are_compiled_apart(base, which):
+    learner = new_learner(base, "student", spec(**{which: "default"}))
+    compiled = {
+        name: {block._compiled_call_impl is not None for block in repeated_blocks(field.network)}
+        for name, field in (("compile", learner.field), ("rollout_compile", learner.walker))
+    }
+    assert compiled == {name: {name == which} for name in compiled}
+
+
 def test_nothing_moves_no_drift(base, encoded):
     learner = new_learner(base, "student", spec())
     given = inputs(base, encoded, stop=(0, 0, 0, 0))
@@ -186,6 +197,7 @@ def test_nothing_moves_no_drift(base, encoded):
         ({"method": "joint"}, "for method danceopd or soft or dense"),
         ({"parallel": "shard"}, "parallel: shard"),
         ({"rollout_weights": "own", "rollout_drift": 0.1}, "remove it"),
+        ({"rollout_weights": "own", "rollout_compile": "default"}, "remove it, or set compile"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, told):
