@@ -112,8 +112,10 @@ class Lockstep:
         if turn == _BACKWARD:
             if self._waits is None:
                 raise RuntimeError("a method made two passes that learn before one backward pass, or none; sharded")
+            assert self._learning is not None, "no network was named as the learner"
             waits, self._waits = self._waits, None
-            with torch.autocast(self._processes.device.type, enabled=False):
+            # Activations that are computed again must be those of the pass: with the learner's adapter on.
+            with self._learning(), torch.autocast(self._processes.device.type, enabled=False):
                 waits.backward()
         elif turn == _LEARN:
             assert self._learner is not None and self._learning is not None, "no network was named as the learner"
