@@ -7,7 +7,7 @@ of what it costs. Here the matrix routine adds the scaled product to what lies t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -26,15 +26,18 @@ class FusedLinear(Linear):
             that compiled code serves every adapter of one shape and strength.
     """
 
-    chosen: tuple[nn.Module, nn.Module, float] | None = None
+    chosen: tuple[nn.Linear, nn.Linear, float] | None = None
 
     def choose(self, adapter: str | None) -> None:
         """Let the forward pass be that of one adapter, if the layer has it as a plain LoRA, or PEFT's."""
-        plain = adapter in self.lora_A and adapter not in self.lora_variant and not self.merged
-        if adapter is None or not plain or not isinstance(self.lora_dropout[adapter], nn.Identity):
-            self.chosen = None
-        else:
-            self.chosen = (self.lora_A[adapter], self.lora_B[adapter], self.scaling[adapter])
+        self.chosen = None
+        if adapter is None or adapter not in self.lora_A or adapter in self.lora_variant or self.merged:
+            return
+        first, second = self.lora_A[adapter], self.lora_B[adapter]
+        if isinstance(self.lora_dropout[adapter], nn.Identity):
+            assert isinstance(first, nn.Linear)
+            assert isinstance(second, nn.Linear)
+            self.chosen = (first, second, self.scaling[adapter])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's product and the adapter's: (..., in) to (..., out)."""
@@ -42,7 +45,7 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         first, second, strength = self.chosen
         rows = x.flatten(0, -2)  # of a matrix product's own result no view is changed, which autograd would copy
-        result = self.base_layer(rows)
+        result = cast(nn.Module, self.base_layer)(rows)
         low = first(self._cast_input_dtype(rows, first.weight.dtype))
         if low.dtype == result.dtype:
             result.addmm_(low, second.weight.to(low.dtype).t(), alpha=strength)

@@ -281,8 +281,9 @@ def new_learner(backbone: Backbone, name: str, spec: TrainRecipe, start: Field |
     optimizer = build_optimizer(parameters, spec.optimizer, spec.lr, spec.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, spec.steps, spec.warmup))
     average = None if spec.ema is None else [p.detach().clone() for p in parameters]
-    merges = isinstance(spec, DistillRecipe) and spec.rollout_weights == "merged"
-    merged = MergedCopy(field, spec.rollout_compile) if merges else None
+    merged = None
+    if isinstance(spec, DistillRecipe) and spec.rollout_weights == "merged":
+        merged = MergedCopy(field, spec.rollout_compile)
     learner = Learner(field, processes, parameters, optimizer, schedule, spec, average, shares=shares, merged=merged)
     if shares is not None:
         shares.lockstep.learns(network, learner.learning)
