@@ -7,7 +7,7 @@ of what it costs. Here the matrix routine adds the scaled product to what lies t
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -45,7 +45,7 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         first, second, strength = self.chosen
         rows = x.flatten(0, -2)  # of a matrix product's own result no view is changed, which autograd would copy
-        result = cast(nn.Module, self.base_layer)(rows)
+        result = self.base_layer(rows)
         low = first(self._cast_input_dtype(rows, first.weight.dtype))
         if low.dtype == result.dtype:
             result.addmm_(low, second.weight.to(low.dtype).t(), alpha=strength)
