@@ -26,22 +26,29 @@ log = logging.getLogger(__name__)
 def register_student(run: Run, teachers: dict[str, Product], student: Product, evaluation: Product) -> Registration:
     """Register the student in MLflow if its gates hold; the default store lies in the workspace.
 
-    Where the champion's figures cannot be compared with the student's, it is measured anew (`measure_champion`).
+    Where the champion's figures cannot be compared with the student's, it is measured anew (`measure_champion`). What
+    the workspace's own store has said before is not asked again until it changes.
 
     Raises:
         UserError: as `registry.register_student` does.
     """
-    from danceopd.registry import register
+    from danceopd.registry import register, remembered
     from danceopd.tracking import delivery
 
     uri, workspace, comes_from = run.store, Path(run.workspace), lineage(run, teachers, student)
+    asked = {"recipe": run.recipe.model_dump(mode="json"), "lineage": comes_from, "evaluation": evaluation.digest}
     delivery.deliver(workspace, uri)  # so that the version can name what it comes from
+    if (known := remembered.recall(workspace, uri, asked)) is not None:
+        log.info("%s version %s: as before", run.recipe.register_as.model, known.version)
+        return known
     champion = measure_champion(run, student, evaluation)
     done = register.register_student(
         run.recipe, student.folder, evaluation.folder, comes_from, uri, workspace, champion
     )
     end_run(workspace, FINISHED if done.registered else FAILED, recording.by_task(evaluation.facts["scores"]))
     delivery.deliver(workspace, uri)
+    if done.registered:
+        remembered.keep(workspace, uri, asked, done)
     return done
 
 

@@ -26,6 +26,7 @@ from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import OUT_LAYERS, PROMPT_TOKENS
 from danceopd.steps.encodings import open_backbone
 from danceopd.steps.evaluation import looks_with
+from danceopd.tracking import mlflow_store
 from danceopd.tracking.journal import read_lines, run_folder
 from danceopd.training.processes import Processes
 
@@ -592,6 +593,29 @@ def test_a_champion_measured_otherwise_is_measured_anew(base_folder, workspace, 
     shutil.rmtree(workspace / "champions")
     refused = register(third, other)
     assert refused.alias == ["challenger"] and "its files cannot be fetched" in refused.reasons[0]
+
+
+@pytest.mark.slow
+def test_what_the_registry_said_is_asked_again_only_once_it_changes(workspace, made, recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    base, data, teachers, student = made
+    evaluation = steps.evaluate_student(steps.Run(recipe, workspace, base, data), teachers, student)
+    run = steps.Run(recipe, tmp_path, base, data)
+    first = steps.register_student(run, teachers, student, evaluation)
+    client = mlflow_store.open_client(run.store)
+
+    def refuse(uri):
+        raise ConnectionError("asked")
+
+    with monkeypatch.context() as away:
+        away.setattr(mlflow_store, "open_client", refuse)
+        assert steps.register_student(run, teachers, student, evaluation) == first
+    client.delete_registered_model_alias(recipe.register_as.model, "champion")
+    with monkeypatch.context() as away:
+        away.setattr(mlflow_store, "open_client", refuse)
+        with pytest.raises(ConnectionError, match="asked"):
+            steps.register_student(run, teachers, student, evaluation)
+    assert steps.register_student(run, teachers, student, evaluation).alias != first.alias == ["champion"]
 
 
 @pytest.mark.slow
