@@ -25,16 +25,30 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spare_threads() -> None:
-    """Let torch compute on one thread in this process, unless `OMP_NUM_THREADS` says on how many.
+SMALL_THREADS = 2  # of a network as small as the worlds': more have not been seen to gain anything
+_SPIN = "GOMP_SPINCOUNT"  # how often an idle thread of GNU's OpenMP, torch's on Linux, looks for work before it sleeps
 
-    For networks so small that more gain nothing: on a busy machine, threads that wait for each other cost many times
-    what they save.
+
+def wait_briefly() -> None:
+    """Let threads without work sleep soon, unless the environment says otherwise; call it before torch is imported.
+
+    By default they look for work for milliseconds, on a core that another process may need: beside a busy process per
+    core two threads then take longer than one. Put to sleep at once they take longer on a quiet machine.
     """
+    os.environ.setdefault(_SPIN, "5000")
+
+
+def small_threads() -> int:
+    """Threads for a network as small as the worlds': two where there are cores and idle ones sleep soon, else one."""
+    return min(SMALL_THREADS if _SPIN in os.environ else 1, usable_cores())
+
+
+def spare_threads() -> None:
+    """Let torch compute on `small_threads()` in this process, unless `OMP_NUM_THREADS` says on how many."""
     import torch
 
     if not os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        torch.set_num_threads(1)
+        torch.set_num_threads(small_threads())
 
 
 def hardware(device: torch.device, processes: int = 1) -> dict[str, str | int]:

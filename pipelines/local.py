@@ -21,7 +21,7 @@ from components.checking import inputs_revision
 from components.running import RUN_ID, failures, notes_folder, read_notes
 from danceopd.backbones.bases import SHIPPED
 from danceopd.config.recipe import FinetunedTeacher, Recipe
-from danceopd.devices import usable_cores
+from danceopd.devices import small_threads, usable_cores
 from danceopd.errors import Interrupted
 from danceopd.files import read_json
 from danceopd.workspace import STEP, code_revision
@@ -120,10 +120,10 @@ def run_here(pipeline: Callable, arguments: dict[str, Any], workspace: Path, run
 def share_cores(recipe: Recipe) -> Threads:
     """Threads for teachers that train side by side, and for the steps that run alone.
 
-    One for the small worlds: two threads gain them nothing, and on a busy machine they wait for each other.
+    For the small worlds few: one for teachers, two of which train at a time, and `small_threads()` for the others.
     """
     if recipe.model.base in SHIPPED:
-        return Threads(finetune=1, others=1)
+        return Threads(finetune=1, others=small_threads())
     cores = usable_cores()
     trained = sum(isinstance(teacher, FinetunedTeacher) for teacher in recipe.teachers.values())
     return Threads(finetune=max(1, cores // max(1, min(trained, PARALLEL_STEPS))), others=cores)

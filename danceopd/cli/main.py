@@ -25,6 +25,7 @@ from danceopd.cli.steps import distill, evaluate, finetune, map_, register
 from danceopd.cli.study import study
 from danceopd.cli.tracking import add_tracking
 from danceopd.cli.world import world_app
+from danceopd.devices import wait_briefly
 from danceopd.errors import ExitCode, Interrupted, mendable
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="more log lines")] = False,
 ) -> None:
+    wait_briefly()
     set_up_logging(logging.DEBUG if verbose else logging.INFO)
 
 

@@ -54,10 +54,14 @@ def test_without_a_setting_all_usable_cores_count(monkeypatch, setting):
 
 
 @pytest.mark.parametrize("recipe", ["world", "world_open"])
-def test_a_small_world_takes_one_thread_a_process(monkeypatch, recipe):
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+@pytest.mark.parametrize(("cores", "spin", "others"), [("8", "5000", 2), ("1", "5000", 1), ("8", None, 1)])
+def test_a_small_world_takes_few_threads(monkeypatch, recipe, cores, spin, others):
+    monkeypatch.setenv("OMP_NUM_THREADS", cores)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if spin is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", spin)
     threads = share_cores(load_recipe(recipe))
-    assert (threads.finetune, threads.others) == (1, 1)
+    assert (threads.finetune, threads.others) == (1, others)
 
 
 def product_with_card(folder, cards, name):
