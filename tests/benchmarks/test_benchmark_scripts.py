@@ -183,15 +183,16 @@ def test_gpu_trial(capsys, tmp_path, monkeypatch):
     assert code == 0
     check_table(text, figures["gpu"])
     rows = figures["gpu"]["rows"]
-    settings, rate, drift, score = slice(0, 5), 5, 7, 10
+    settings, rate, drift, score = slice(0, 6), 6, 8, 11
     tried = {tuple(row[settings]) for row in rows}
     assert any(row[1] == "on" for row in tried)
-    assert {row[3] for row in tried} == {"own", "merged"}
-    assert any(row[4] == "default" and isinstance(row[rate], float) for row in rows)
+    assert {row[3] for row in tried} == {"own", "merged", "float8"}
+    assert {row[4:6] for row in tried} > {("off", "off"), ("default", "off")}
+    assert any(row[5] == "default" and isinstance(row[rate], float) for row in rows)
     assert set(compiled) == {"default"}
     ran = [row for row in rows if isinstance(row[rate], float)]
-    assert all(row[6] > 0 and row[9] > 0 for row in ran)
-    assert all((0 < row[drift] < 0.05) if row[3] == "merged" else row[drift] == 0 for row in ran)
+    assert all(row[7] > 0 and row[10] > 0 for row in ran)
+    assert all((0 < row[drift] < 0.05) if row[3] != "own" else row[drift] == 0 for row in ran)
     assert any("No viable backend" in str(row[rate]) for row in rows)  # this processor has no such kernel
     assert rows == sorted(rows, key=lambda row: row[score] or 0.0, reverse=True)
 
@@ -264,7 +265,7 @@ def test_a_setting_that_cannot_run_is_a_row_not_an_end(monkeypatch):
     monkeypatch.setattr(gpu, "prepare", prepare)
     options = gpu.parser().parse_args([*GPU_TRIAL, "--compile", "off", "--sdpa", "auto", "--checkpointing", "off"])
     [report] = gpu.measure(options)
-    assert "out of memory" in [row[5] for row in report.rows]
+    assert "out of memory" in [row[6] for row in report.rows]
     options.batch = [2]
     with pytest.raises(gpu.UserError, match="no setting runs on this device; first: out of memory"):
         gpu.measure(options)
@@ -294,7 +295,7 @@ def test_a_lost_device_ends_the_search_and_not_its_table(monkeypatch):
     ]
     [report] = gpu.measure(gpu.parser().parse_args(options))
     assert len(report.rows) == 2
-    assert "device lost: CUDA error" in report.rows[-1][5]
+    assert "device lost: CUDA error" in report.rows[-1][6]
     assert any("search ended there" in note for note in report.notes)
 
 

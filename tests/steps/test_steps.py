@@ -77,10 +77,17 @@ def made(recipe, workspace):
     return run_to_student(recipe, workspace)
 
 
-@pytest.mark.parametrize(("base", "setting", "threads"), [("world", "", 1), ("world", "2", 2), ("tiny", "", 2)])
-def test_a_small_world_takes_one_thread_by_hand_too(base_folder, tmp_path, monkeypatch, base, setting, threads):
+@pytest.mark.parametrize(
+    ("base", "setting", "spin", "threads"),
+    [("world", "", None, 1), ("world", "", "5000", 2), ("world", "3", None, 3), ("tiny", "", None, 3)],
+)
+def test_a_small_world_takes_few_threads_by_hand_too(base_folder, tmp_path, monkeypatch, base, setting, spin, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
-    torch.set_num_threads(2)
+    monkeypatch.setattr("danceopd.devices.os.sched_getaffinity", lambda pid: range(4), raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if spin is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", spin)
+    torch.set_num_threads(3)
     recipe = load_recipe("world", [f"model.base={base if base == 'world' else base_folder}"])
     try:
         open_backbone(steps.Run(recipe, tmp_path, steps.resolve_base(recipe, tmp_path), data=None))
