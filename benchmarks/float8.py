@@ -1,7 +1,7 @@
 """A network's blocks with their matrix products in float8: what such a rollout would gain, and how far it drifts.
 
-Each product takes one scale per row of either matrix. Layers outside the blocks (embeddings, modulation, the last one),
-which decide most of the rounding and little of the time, stay as they are. For trial only: torch's product is private.
+Each product takes one scale per row of either matrix. Layers outside the blocks (embeddings, modulation, the last one)
+stay as they are. For trial only: torch's product is private.
 """
 
 from __future__ import annotations

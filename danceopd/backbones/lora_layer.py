@@ -1,8 +1,8 @@
 """PEFT's LoRA layer in fewer passes over memory.
 
 PEFT multiplies by the second matrix, scales the product and adds it: three results of the layer's whole width beside
-the large product. A LoRA's own arithmetic is some hundredths of that product's, so at real size those passes are most
-of what it costs. Here the matrix routine adds the scaled product to what lies there (`addmm`).
+the large product. A LoRA's own arithmetic is some hundredths of that product's, so at real size those passes,
+by count, are most of what it costs. Here the matrix routine adds the scaled product to what lies there (`addmm`).
 """
 
 from __future__ import annotations
