@@ -186,8 +186,15 @@ def _parent(client: MlflowClient, uri: str, run: Path) -> str | None:
 
 
 def _parent_waits(run: Path) -> bool:
+    """Whether the store lacks how a run ended. One that ended well and made nothing gets no entry: nobody looks for it,
+    and opening a store takes seconds."""
     end = run / journal.END_FILE
-    return end.is_file() and read_json(end)["status"] != _state(run).get("status")
+    if not end.is_file():
+        return False
+    status, known = read_json(end)["status"], _state(run)
+    if not known and status == journal.FINISHED and not any(run.glob(f"*/{journal.LINES}")):
+        return False
+    return status != known.get("status")
 
 
 def _end_parent(client: MlflowClient, run: Path, parent: str | None) -> None:

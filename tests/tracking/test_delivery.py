@@ -124,6 +124,18 @@ def test_steps_of_a_pipeline_run_are_children_of_one_parent_that_ends_with_it(st
     assert delivery.parent_run(store.client, store.uri, tmp_path) == parent.info.run_id
 
 
+@pytest.mark.parametrize(("status", "entered"), [("FINISHED", []), ("FAILED", ["world nothing0"])])
+def test_a_run_that_made_nothing_is_entered_only_if_it_failed(
+    store, experiment, tmp_path, monkeypatch, status, entered
+):
+    experiment = f"{experiment}-made"
+    monkeypatch.setenv(journal.RUN, "nothing0")
+    begin_run(tmp_path, "world", experiment, {"seed": 1})
+    end_run(tmp_path, status)
+    assert deliver(tmp_path, store.uri) == delivery.Outcome(0, 0)
+    assert [(name, run.info.status) for name, run in store.runs(experiment).items()] == [(n, status) for n in entered]
+
+
 def test_steps_that_come_at_once_make_one_parent(store, experiment, tmp_path, monkeypatch):
     monkeypatch.setenv(journal.RUN, "together")
     begin_run(tmp_path, "world", experiment, {"seed": 1})
