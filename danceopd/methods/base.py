@@ -109,6 +109,7 @@ class Distillation:
         batched: whether both sides of its guided field go through the network together.
         prompt_dropout: share of samples trained with the empty prompt.
         empty: embedding of the empty prompt, (L, D); needed for the two before.
+        rollout_stride: grid steps in one step of the student's rollout.
     """
 
     backbone: Backbone
@@ -121,6 +122,7 @@ class Distillation:
     batched: bool = True
     prompt_dropout: float = 0.0
     empty: Tensor | None = None
+    rollout_stride: int = 1
 
     def grid(self, height: int, width: int) -> Tensor:
         """The sampling grid for a picture size, (rollout_steps + 1,)."""

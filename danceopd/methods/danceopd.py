@@ -34,7 +34,8 @@ class DanceOPD(Method):
         stop = group.stop[:, 0]
 
         # 2. The student walks from noise to that state and no further, without gradient.
-        query = roll_out(setup.path(learner.walker), group.noise, group.grid, stop, group.condition)
+        path = setup.path(learner.walker)
+        query = roll_out(path, group.noise, group.grid, stop, group.condition, setup.rollout_stride)
 
         # 3. The batch is mixed: a sample's task tag is its route, and that teacher, and no other, says where to go.
         answer = setup.ask(group, query.state, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from danceopd.flow.rollout import states_on_the_way
+from danceopd.flow.rollout import states_on_the_way, steps_on_the_way
 from danceopd.methods.base import Distillation, Group, Method, UpdateFigures, match_velocity
 from danceopd.methods.queries import QueryWindow
 from danceopd.training.learner import Learner
@@ -32,7 +32,8 @@ class Dense(Method):
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
         path = setup.path(learner.walker)
-        states = states_on_the_way(path, group.noise, group.grid, group.stop, group.condition)
+        stride = setup.rollout_stride
+        states = states_on_the_way(path, group.noise, group.grid, group.stop, group.condition, stride)
         sigmas = group.grid[group.stop].to(group.noise)
         losses, asked = [], 0
         for k in range(self.queries):
@@ -43,5 +44,5 @@ class Dense(Method):
             loss, _ = match_velocity(setup, learner, group, state, sigma, answer.velocity, sync, 1 / self.queries)
             losses.append(loss * self.queries)
         learned = self.queries * len(group.rows) * learner.update_forwards
-        spent = path.forwards * int(group.stop[:, -1].sum()) + asked + learned
+        spent = path.forwards * steps_on_the_way(group.stop, stride) + asked + learned
         figures.add(group.tags, torch.stack(losses, dim=1).flatten(), sigmas.flatten(), spent)

@@ -38,7 +38,8 @@ class DriftGate:
         if groups:
             group = groups[0]
             with self._learner.precision():
-                mine = rollout_drift(own, copy, group.noise, group.grid, group.stop[:, -1], group.condition)
+                stop, stride = group.stop[:, -1], setup.rollout_stride
+                mine = rollout_drift(own, copy, group.noise, group.grid, stop, group.condition, stride)
         found = [drift for drift in self._learner.processes.gather(mine) if drift is not None]
         drift = self._last = sum(found) / len(found)
         if drift > self._limit:

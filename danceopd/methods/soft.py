@@ -33,7 +33,8 @@ class SoftRouting(Method):
     def accumulate(self, setup: Distillation, learner: Learner, group: Group, figures: UpdateFigures) -> None:
         """See `Method`."""
         fields = [setup.teachers[name] for name in sorted(set(setup.teacher_of.values()))]
-        query = roll_out(setup.path(learner.walker), group.noise, group.grid, group.stop[:, 0], group.condition)
+        path, stop = setup.path(learner.walker), group.stop[:, 0]
+        query = roll_out(path, group.noise, group.grid, stop, group.condition, setup.rollout_stride)
         target = mean_velocity(fields, query.state, query.sigma, group.trained)
         losses, _ = match_velocity(setup, learner, group, query.state, query.sigma, target, sync=group.last)
         spent = query.forwards + len(group.rows) * (sum(field.forwards for field in fields) + learner.update_forwards)

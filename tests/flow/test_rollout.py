@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from danceopd.backbones.base import Condition
 from danceopd.flow.fields import VelocityField
-from danceopd.flow.rollout import roll_out
+from danceopd.flow.rollout import roll_out, states_on_the_way, steps_on_the_way, waypoints
 from danceopd.methods.queries import NAMED, query_window
 
 
@@ -84,3 +85,47 @@ def test_one_euler_step_is_the_velocity_times_the_step(setting, backbone):
     with torch.no_grad():
         velocity = backbone.velocity(backbone.transformer, noise, torch.ones(6), condition)
     torch.testing.assert_close(query.state, noise + (grid[1] - grid[0]) * velocity)
+
+
+@pytest.mark.parametrize(
+    ("stops", "stride", "wanted"),
+    [
+        ([7], 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([7], 4, [0, 3, 7]),
+        ([8], 4, [0, 4, 8]),
+        ([3], 4, [0, 3]),
+        ([0], 4, [0]),
+        ([0, 2, 2, 7], 3, [0, 2, 4, 7]),
+    ],
+)
+def test_waypoints_meet_every_stop_and_are_a_stride_apart_but_after_a_stop(stops, stride, wanted):
+    assert waypoints(stops, stride) == wanted
+    assert steps_on_the_way(torch.tensor([stops, stops]), stride) == 2 * (len(wanted) - 1)
+
+
+def test_a_rollout_in_strides_is_one_on_the_coarse_grid(setting, backbone):
+    counting, field, noise, _, condition = setting
+    grid = backbone.sigmas(6, 64, 64)
+    found = roll_out(field, noise, grid, torch.tensor([0, 1, 3, 4, 6, 6]), condition, stride=3)
+    assert found.forwards == sum(counting.batches) == 0 + 1 + 1 + 2 + 2 + 2
+    torch.testing.assert_close(found.sigma, grid[[0, 1, 3, 4, 6, 6]])
+    coarse = roll_out(field, noise, grid[::3], torch.tensor([0, 1, 1, 2, 2, 2]), condition)
+    torch.testing.assert_close(found.state[[2, 4, 5]], coarse.state[[2, 4, 5]])  # the others' ways are no multiples
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_several_stops_on_a_path_in_strides_are_those_of_their_waypoints(setting, stride):
+    counting, field, noise, grid, condition = setting
+    stop = torch.tensor([[0, 4], [1, 4], [2, 2], [3, 5], [0, 0], [1, 2]])
+    states = states_on_the_way(field, noise, grid, stop, condition, stride)
+    assert sum(counting.batches) == steps_on_the_way(stop, stride)
+    for i in range(6):
+        state, known = noise[i : i + 1], {0: noise[i]}
+        places = waypoints(stop[i].tolist(), stride)
+        for here, there in itertools.pairwise(places):
+            with torch.no_grad():
+                velocity = field(state, grid[here].view(1), condition.rows(torch.tensor([i])))
+            state = state + (grid[there] - grid[here]) * velocity
+            known[there] = state[0]
+        wanted = torch.stack([known[place] for place in stop[i].tolist()])
+        torch.testing.assert_close(states[i], wanted, atol=1e-5, rtol=1e-5)

@@ -43,7 +43,7 @@ def test_a_sampler_mixes_tasks_and_visits_every_row_once_an_epoch():
     assert sorted(drawn["b"][:4]) == [10, 11, 12, 13]
 
 
-def test_the_order_hangs_on_the_seed_and_not_on_the_global_generator():
+def test_the_order_depends_on_the_seed_and_not_on_the_global_generator():
     def order(seed):
         sampler = TaskSampler({"a": list(range(50))}, seed)
         torch.rand(3)
