@@ -42,15 +42,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"encode_png wants (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
     height, width, _ = pixels.shape
-    red, green, blue = np.moveaxis(pixels.astype(np.uint32), 2, 0)
-    codes = (red << 16) | (green << 8) | blue
+    codes = np.zeros((height, width, 4), dtype=np.uint8)
+    codes[..., 1:] = pixels
+    codes = codes.view(">u4")[..., 0].astype(np.uint32)
     palette = np.unique(codes)
     if len(palette) > 16:
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         body = _scanlines(pixels.reshape(height, width * 3))
         return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", _deflate_stored(body)) + _chunk(b"IEND", b"")
     index = np.searchsorted(palette, codes).astype(np.uint8)
-    index = np.pad(index, ((0, 0), (0, width % 2)))
+    if width % 2:
+        index = np.pad(index, ((0, 0), (0, 1)))
     packed = (index[:, 0::2] << 4) | index[:, 1::2]
     colors = b"".join(int(c).to_bytes(3, "big") for c in palette)
     header = struct.pack(">IIBBBBB", width, height, 4, 3, 0, 0, 0)

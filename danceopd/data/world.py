@@ -26,6 +26,7 @@ that diversity can be measured.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -275,12 +276,14 @@ HELD_OUT = tuple(t for t in ALL_THINGS if is_held_out(t))
 TRAINED = tuple(t for t in ALL_THINGS if not is_held_out(t))
 
 
+@functools.cache
 def draw_cell(background: str, position: str, thing: Thing | None) -> np.ndarray:
-    """One place of the board on the grid: (4, 4, 3) float64 in [0, 255]; shapes keep to the outer corner."""
+    """One place of the board on the grid: (4, 4, 3) float64 in [0, 255], read-only; shapes keep to the outer corner."""
     cell = np.tile(np.array(BACKGROUNDS[background], dtype=np.float64), (CELL, CELL, 1))
     if thing is not None:
         row, col = POSITIONS[position]
         cell[row : row + 3, col : col + 3][SHAPES[thing.shape]] = COLORS[thing.color]
+    cell.flags.writeable = False
     return cell
 
 
