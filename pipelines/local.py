@@ -31,6 +31,7 @@ from pipelines.options import PipelineOptions, Threads
 from pipelines.placement import Placement
 from pipelines.processes import stoppable_steps
 from pipelines.steplog import readable_steps
+from pipelines.warming import warm_imports
 
 log = logging.getLogger(__name__)
 PARALLEL_STEPS = 2  # kfp's local runner never has more of a ParallelFor under way
@@ -86,7 +87,8 @@ def run_local(recipe: Recipe, workspace: Path, fresh: bool = False) -> Summary:
     }
     run = uuid.uuid4().hex[:12]
     try:
-        run_here(build_pipeline(options), arguments, workspace, run)
+        with warm_imports():
+            run_here(build_pipeline(options), arguments, workspace, run)
     except StepFailed:
         if not _gates_failed(workspace, run):
             raise
