@@ -211,7 +211,6 @@ READ_BY = {
     "target_steps": ("danceopd", "dense", "off_policy"),
     "target_solver": ("danceopd", "dense", "off_policy"),
     "rollout_drift": ROLL_OUT,
-    "rollout_stride": ROLL_OUT,
     "merge_scale": ("merge_task_arithmetic", "merge_ties"),
     "merge_density": ("merge_ties",),
 }
@@ -253,11 +252,11 @@ class DistillRecipe(TrainRecipe):
     )
     start: str = Field("base", description="`base`, or a teacher whose weights the student starts from (full only)")
     rollout_steps: int = Field(16, gt=0, description="of the student's own sampling grid")
-    rollout_stride: int | None = Field(
-        None,
+    rollout_stride: int = Field(
+        1,
         gt=0,
         description="grid steps in one step of the rollout: a coarser way to query states that stay on the grid, for "
-        "fewer forwards; default 1",
+        "fewer forwards; from rollout_steps on, one step to every query",
     )
     rollout_weights: Literal["own", "merged"] = Field(
         "own",
@@ -329,15 +328,6 @@ class DistillRecipe(TrainRecipe):
     def drift_limit(self) -> float:
         """How far a merged student's query states may be from its own."""
         return 0.05 if self.rollout_drift is None else self.rollout_drift
-
-    @model_validator(mode="after")
-    def _stride_fits(self) -> Self:
-        if self.rollout_stride is not None and self.rollout_stride > self.rollout_steps:
-            raise ValueError(
-                f"rollout_stride {self.rollout_stride} is more than the grid's rollout_steps {self.rollout_steps}; "
-                f"{self.rollout_steps} goes to every query in one step"
-            )
-        return self
 
     @model_validator(mode="after")
     def _rollout_fits(self) -> Self:

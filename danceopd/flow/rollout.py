@@ -118,9 +118,32 @@ def rollout_drift(
     Returns:
         The mean over samples; 0 where all ask at the noise.
     """
+    there, instead = (roll_out(field, noise, grid, stop, condition, stride).state for field in (own, other))
+    return _apart(there, instead, noise, stop)
+
+
+@torch.no_grad()
+def stride_drift(field: Field, noise: Tensor, grid: Tensor, stop: Tensor, condition: Condition, stride: int) -> float:
+    """How far a rollout in strides ends from one step by step, as a share of the way from the noise.
+
+    Args:
+        field: the student.
+        noise: (B, N, C), the state at grid[0].
+        grid: (steps + 1,), falling.
+        stop: (B,), int64: index of each sample's query state; those that ask at the noise do not count.
+        condition: of the same B samples.
+        stride: grid steps in one step of the rollout.
+
+    Returns:
+        The mean over samples; 0 where all ask at the noise.
+    """
+    there, instead = (roll_out(field, noise, grid, stop, condition, steps).state for steps in (1, stride))
+    return _apart(there, instead, noise, stop)
+
+
+def _apart(there: Tensor, instead: Tensor, noise: Tensor, stop: Tensor) -> float:
     moved = stop.to(noise.device) > 0
     if not bool(moved.any()):
         return 0.0
-    there, instead = (roll_out(field, noise, grid, stop, condition, stride).state[moved] for field in (own, other))
-    way, apart = (there - noise[moved]).flatten(1).norm(dim=1), (instead - there).flatten(1).norm(dim=1)
+    way, apart = ((a - b)[moved].flatten(1).norm(dim=1) for a, b in ((there, noise), (instead, there)))
     return float((apart / way).mean())

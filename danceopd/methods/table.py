@@ -87,7 +87,7 @@ def setup_of(
         assert empty is not None
         teachers = guide_all(teachers, way.absorb, empty, way.batched)
     batched = way is None or way.batched
-    known = (target_of(spec), keep, batched, spec.dropout, empty, spec.rollout_stride or 1)
+    known = (target_of(spec), keep, batched, spec.dropout, empty, spec.rollout_stride)
     return Distillation(backbone, encoded, teachers, teacher_of, spec.rollout_steps, *known)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from danceopd.backbones import open_outline
 from danceopd.backbones.base import Backbone, Condition
-from danceopd.config.recipe import MERGES, BaseTeacher, ChampionTeacher, Recipe
+from danceopd.config.recipe import MERGES, ROLL_OUT, BaseTeacher, ChampionTeacher, Recipe
 from danceopd.data.encoded import EncodedRecords
 from danceopd.flow.fields import Field, VelocityField
 from danceopd.flow.guidance import GuidedField
+from danceopd.flow.rollout import stride_drift
 from danceopd.preflight.compatibility import check_pipeline
 from danceopd.preflight.findings import Finding
 from danceopd.preflight.memory import available_memory, check_memory, estimate_memory, largest_shapes, samples_at_once
@@ -114,13 +115,9 @@ def check_teachers_differ(
     start = recipe.distill.start
     student = _starting_field(recipe, backbone, fields)
     found = []
-    rows_of = encoded.rows_by_task()
-    for task, spec in recipe.tasks.items():
+    for task, picked in _probed(recipe, encoded).items():
+        spec = recipe.tasks[task]
         teacher = fields[spec.teacher]
-        rows = encoded.shape_groups(rows_of.get(task, []))
-        if not rows:
-            continue
-        picked = [rows_of[task][position] for position in rows[-1][:PROBES]]
         with teacher.resident(), student.resident():
             difference = relative_difference(teacher, student, encoded.condition(picked, device))
         figures = f"relative velocity difference {difference:.2g} on {len(picked)} training conditions"
@@ -140,6 +137,39 @@ def check_teachers_differ(
             )
             found.append(Finding("error", "teacher equals student", text))
     return found
+
+
+def check_stride(
+    recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords
+) -> list[Finding]:
+    """How far the student's start comes from its path where it takes the path in strides."""
+    stride, steps = recipe.distill.rollout_stride, recipe.distill.rollout_steps
+    if stride == 1 or recipe.distill.method not in ROLL_OUT:
+        return []
+    device = next(backbone.transformer.parameters()).device
+    student = _starting_field(recipe, backbone, fields)
+    found = []
+    for task, picked in _probed(recipe, encoded).items():
+        condition = encoded.condition(picked, device)
+        size = condition.height, condition.width
+        shape = (len(picked), *backbone.latent_shape(*size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
+        last = torch.full((len(picked),), steps - 1)
+        with student.resident():
+            drift = stride_drift(student, noise, backbone.sigmas(steps, *size), last, condition, stride)
+        text = (
+            f"task {task!r}: in strides of {stride} the student's start comes to its path's last query {drift:.2g} of "
+            f"the way from where single steps lead ({len(picked)} training conditions)"
+        )
+        found.append(Finding("note", "rollout stride", text))
+    return found
+
+
+def _probed(recipe: Recipe, encoded: EncodedRecords) -> dict[str, list[int]]:
+    """A few training records of one size, of each task that has any."""
+    rows_of = encoded.rows_by_task()
+    groups = {task: encoded.shape_groups(rows_of.get(task, [])) for task in recipe.tasks}
+    return {task: [rows_of[task][at] for at in found[-1][:PROBES]] for task, found in groups.items() if found}
 
 
 def _starting_field(recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field]) -> Field:
@@ -210,6 +240,7 @@ def preflight(
         if path is not None:
             found += check_pipeline(name, Path(path), base)
     found += check_teachers_differ(recipe, backbone, fields, encoded)
+    found += check_stride(recipe, backbone, fields, encoded)
     found += check_sampling(recipe, backbone) + check_few_step_teachers(recipe, facts)
     if recipe.distill.method in MERGES:
         return found

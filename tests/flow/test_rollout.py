@@ -10,7 +10,7 @@ import torch
 
 from danceopd.backbones.base import Condition
 from danceopd.flow.fields import VelocityField
-from danceopd.flow.rollout import roll_out, states_on_the_way, steps_on_the_way, waypoints
+from danceopd.flow.rollout import roll_out, states_on_the_way, steps_on_the_way, stride_drift, waypoints
 from danceopd.methods.queries import NAMED, query_window
 
 
@@ -129,3 +129,13 @@ def test_several_stops_on_a_path_in_strides_are_those_of_their_waypoints(setting
             known[there] = state[0]
         wanted = torch.stack([known[place] for place in stop[i].tolist()])
         torch.testing.assert_close(states[i], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_strides_drift_is_the_distance_as_a_share_of_the_way(setting):
+    _, field, noise, grid, condition = setting
+    stop = torch.tensor([0, 4, 2, 2, 1, 3])
+    single, coarse = (roll_out(field, noise, grid, stop, condition, stride).state for stride in (1, 3))
+    shares = [float((coarse[i] - single[i]).norm() / (single[i] - noise[i]).norm()) for i in range(1, 6)]
+    assert stride_drift(field, noise, grid, stop, condition, 3) == pytest.approx(sum(shares) / 5, rel=1e-4)
+    assert stride_drift(field, noise, grid, stop, condition, 1) == 0
+    assert stride_drift(field, noise, grid, torch.zeros_like(stop), condition, 3) == 0

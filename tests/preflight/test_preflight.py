@@ -22,7 +22,7 @@ from danceopd.errors import UserError
 from danceopd.flow.fields import VelocityField
 from danceopd.flow.guidance import GuidedField
 from danceopd.preflight import memory
-from danceopd.preflight.checks import check_proofs, check_records, check_teachers_differ, preflight
+from danceopd.preflight.checks import check_proofs, check_records, check_stride, check_teachers_differ, preflight
 from danceopd.preflight.compatibility import check_pipeline
 from danceopd.preflight.fake_pass import Samples, kept_bytes
 from danceopd.preflight.findings import Finding, settle
@@ -112,6 +112,17 @@ def test_errors_are_raised_together_a_line_each(caplog):
     with pytest.raises(UserError, match=r"^first\nlast$"):
         settle(found)
     assert caplog.messages == ["preflight: careful"]
+
+
+def test_strides_say_how_far_they_lead_from_the_path(base, encoded):
+    fields = teachers(base)
+    for other in ("distill.rollout_stride=1", "distill.method=joint"):
+        assert check_stride(recipe_with(other), base, fields, encoded) == []
+    found = check_stride(recipe_with("distill.rollout_stride=4"), base, fields, encoded)
+    assert [f.message.partition(":")[0] for f in found] == [f"task {task!r}" for task in COUNTS]
+    assert set(levels(found)) == {"note"}
+    shares = [float(f.message.partition("last query ")[2].split()[0]) for f in found]
+    assert all(0 < share < 1 for share in shares)
 
 
 def test_a_teacher_that_is_the_student_is_an_error_unless_meant(base, encoded):
