@@ -224,34 +224,35 @@ def cost(backbone, training_set):
 SCHEDULE = "[{until: 0.3, window: semantic}, {until: 1, window: uniform}]"
 
 
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("window", [*NAMED, *BY_STEP, "[0.3, 0.6]", SCHEDULE])
-def test_steps_at_equal_forwards_spend_the_budget(backbone, window, cost):
-    """Against the exact mean of the stops on the grid, found by integration over each window's density."""
-    recipe = load_recipe("world", [f"distill.window={window}", "distill.start=base"])
-    spec = recipe.distill
+def test_steps_at_equal_forwards_spend_the_budget(backbone, window, stride, cost):
+    """Against the exact mean of the way to the stops, found by integration over each window's density."""
+    settings = [f"distill.window={window}", f"distill.rollout_stride={stride}"]
+    spec = load_recipe("world", [*settings, "distill.start=base"]).distill
     grid = backbone.sigmas(spec.rollout_steps, 64, 64).double().numpy()
     share, before = 0.0, 0.0
     for phase in spec.phases:
-        share += (phase.until - before) * mean_stop(phase.window, grid)
+        share += (phase.until - before) * mean_way(phase.window, grid, stride)
         before = phase.until
     budget = 130_000
-    found = cost(f"distill.window={window}")
+    found = cost(*settings)
     count = steps_within(Budget(forwards=budget), found, spec.batch)
     assert count * spec.batch * (share + 1 + 3) == pytest.approx(budget, rel=0.03)
 
 
-def mean_stop(window, grid) -> float:
+def mean_way(window, grid, stride) -> float:
     from scipy import stats
 
     if window in BY_STEP:
         reached = stats.beta(*BY_STEP[window]).cdf(np.arange(len(grid)) / (len(grid) - 1))
-        return float(sum(k * share for k, share in enumerate(np.diff(reached))))
+        return float(sum(math.ceil(k / stride) * share for k, share in enumerate(np.diff(reached))))
     a, b = NAMED[window] if isinstance(window, str) else (1, 1)
     low, high = (0, 1) if isinstance(window, str) else window
     states = grid[:-1]
     edges = [math.inf, *((states[1:] + states[:-1]) / 2), -math.inf]
     above = stats.beta(a, b, low, high - low).cdf(edges)
-    return sum(k * (above[k] - above[k + 1]) for k in range(len(states)))
+    return sum(math.ceil(k / stride) * (above[k] - above[k + 1]) for k in range(len(states)))
 
 
 def test_checkpointed_activations_cost_one_more(cost):
@@ -267,7 +268,7 @@ def test_a_guided_teacher_costs_two(backbone, training_set):
 
 @pytest.mark.slow
 def test_guidance_kept_or_absorbed_is_counted(backbone, training_set, cost):
-    grid = ["distill.rollout_steps=3", "distill.window=every_step"]
+    grid = ["distill.rollout_steps=3", "distill.rollout_stride=1", "distill.window=every_step"]
     plain = cost(*grid)
     kept = cost(*grid, "distill.guidance={keep: 3}")
     assert kept == pytest.approx(plain + 1, rel=0.01)  # a mean of one step of rollout, guided
