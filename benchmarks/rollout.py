@@ -22,12 +22,13 @@ from danceopd.methods.queries import NAMED
 
 BATCH = 16
 ROUNDS = 3
+STRIDE = 4
 HOW = (
     f"One rollout of {BATCH} samples with a source image from noise on the 16-step grid by the LoRA student, without "
     "gradient, in milliseconds per sample, and how many times faster than the whole grid for the whole batch (median "
     "over rounds in turns). `to the furthest`: all walk together until the last query. `leaving`: who has arrived "
     "leaves the batch, the engine's way. `4 groups`: sorted by query, each group of 4 walks until its own last query. "
-    "`one by one`: each alone to its query."
+    f"`one by one`: each alone to its query. `strides`: leaving, and {STRIDE} grid steps at a time (`rollout_stride`)."
 )
 COLUMNS = ["transformer", "window", "way", "forwards per sample", "ms per sample", "times faster than whole grid"]
 
@@ -41,10 +42,10 @@ class Walk:
     stop: Tensor
     condition: Condition
 
-    def part(self, index: Tensor, stop: Tensor) -> int:
+    def part(self, index: Tensor, stop: Tensor, stride: int = 1) -> int:
         """Roll some samples out to `stop`; returns the forwards spent."""
         field, grid = self.setting.learner.field, self.setting.grid
-        return roll_out(field, self.noise[index], grid, stop, self.condition.rows(index)).forwards
+        return roll_out(field, self.noise[index], grid, stop, self.condition.rows(index), stride).forwards
 
     def whole_grid(self) -> int:
         everyone = torch.arange(len(self.stop))
@@ -56,6 +57,9 @@ class Walk:
 
     def leaving(self) -> int:
         return self.part(torch.arange(len(self.stop)), self.stop)
+
+    def in_strides(self) -> int:
+        return self.part(torch.arange(len(self.stop)), self.stop, STRIDE)
 
     def in_groups(self) -> int:
         parts = self.stop.argsort().chunk(4)
@@ -78,6 +82,7 @@ WAYS: dict[str, Callable[[Walk], int]] = {
     "leaving": Walk.leaving,
     "4 groups": Walk.in_groups,
     "one by one": Walk.one_by_one,
+    "strides": Walk.in_strides,
 }
 
 

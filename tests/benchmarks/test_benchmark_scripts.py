@@ -138,6 +138,7 @@ def test_rollout(capsys, tmp_path, monkeypatch):
     spent = {row[2]: row[3] for row in figures["rollout"]["rows"]}
     assert spent["whole grid"] == STEPS
     assert spent["leaving"] == spent["one by one"] <= spent["4 groups"] <= spent["to the furthest"] <= STEPS
+    assert spent["leaving"] / rollout.STRIDE <= spent["strides"] < spent["leaving"]
 
 
 def test_checkpoints(capsys, tmp_path):
