@@ -1,7 +1,7 @@
 """Bytecode of what the steps import, written while the first of them leave a core idle.
 
 `make run` has pip compile nothing: a run imports a quarter of what is installed. In a fresh environment the first
-import of torch, diffusers and MLflow therefore takes ten seconds more, in every step that does it.
+imports of torch, diffusers and MLflow therefore take some ten seconds more.
 """
 
 from __future__ import annotations

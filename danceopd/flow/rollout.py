@@ -36,7 +36,7 @@ def waypoints(stops: Sequence[int], stride: int = 1) -> list[int]:
     Args:
         stops: indices on the grid, rising.
         stride: grid steps in one step of the rollout. What is left over when the way to a stop is divided by it is gone
-            first, where paths are straightest.
+            first.
 
     Returns:
         Indices, rising, from 0 to the last stop.
