@@ -12,16 +12,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from danceopd.config.recipe import CheckpointTeacher, Recipe, Teacher
+from danceopd.config.recipe import Recipe
 from danceopd.files import content_key, read_json, write_json
-from danceopd.steps.data import data_revision
-from danceopd.steps.run import Run
 from danceopd.steps.student import open_training
 from danceopd.studies.identity import full, given, holds
-from danceopd.workspace import Product, code_revision
+from danceopd.studies.shared import Shared
+from danceopd.workspace import code_revision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,34 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 OFF = 0.02  # share by which what a cell spent may differ from its plan before it is said
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all cells of a study share.
-
-    Attributes:
-        workspace: where products and caches lie.
-        folder: the study's own.
-        base: product of `danceopd.steps`.
-        data: product.
-        teachers: products by name, those that teach a task.
-    """
-
-    workspace: Path
-    folder: Path
-    base: Product
-    data: Product
-    teachers: dict[str, Product]
-
-    def run(self, recipe: Recipe) -> Run:
-        """A cell's run over what all share."""
-        return Run(recipe, self.workspace, self.base, self.data)
-
-    def digests(self) -> list:
-        """What tells these from others."""
-        taught = {name: product.digest for name, product in sorted(self.teachers.items())}
-        return [self.base.digest, self.data.facts["content"], taught]
 
 
 @dataclass(frozen=True)
@@ -85,17 +55,18 @@ class Cell:
         return self.forwards_per_sample * self.recipe.distill.batch * self.recipe.distill.steps
 
 
-def _judged(recipe: Recipe, read: Callable) -> dict:
+def _judged(recipe: Recipe, shared: Shared, read: Callable) -> dict:
     """What decides a field's scores besides the field."""
+    more = {"at_steps": list(shared.at_steps)} if shared.at_steps else {}
     metrics = {task: list(spec.metrics) for task, spec in recipe.tasks.items()}
     evaluation = {name: value for name, value in read(recipe.evaluate).items() if name != "pictures"}
-    return {"model": read(recipe.model), "evaluate": evaluation, "metrics": metrics}
+    return {"model": read(recipe.model), "evaluate": evaluation, "metrics": metrics} | more
 
 
 def _decided_by(cell: Cell, shared: Shared, read: Callable) -> dict:
     """All that decides a cell's result but for the code, each section read by `full` or `given`."""
     tasks = {t: [s.teacher, s.model_dump(mode="json")["weight"]] for t, s in cell.recipe.tasks.items()}
-    judged = _judged(cell.recipe, read)
+    judged = _judged(cell.recipe, shared, read)
     return {"shared": shared.digests(), "judged": judged, "tasks": tasks, "distill": read(cell.recipe.distill)}
 
 
@@ -116,36 +87,55 @@ def find_result(cell: Cell, shared: Shared) -> dict | None:
 
 
 def _scores(
-    recipe: Recipe, sets: dict[str, tuple[list, EncodedRecords]], fields: dict[str, tuple[str, Field]], empty: Tensor
+    recipe: Recipe,
+    sets: dict[str, tuple[list, EncodedRecords]],
+    fields: Mapping[str, tuple[str, Field]],
+    empty: Tensor,
+    steps: int | None = None,
 ) -> dict:
-    """Each task's metrics, of the field (its name, and itself) given for it, drawn as the recipe says."""
+    """Each task's metrics, of the field (with its name) given for it; drawn as the recipe says, or in `steps`."""
     from danceopd.evaluation.samplings import Samplings
     from danceopd.evaluation.scoring import score_records
 
     means, samplings = {}, Samplings(recipe, lambda: empty)
     for task, (records, encoded) in sets.items():
         drawn, spec = samplings.drawn(*fields[task])
+        spec = spec.model_copy(update={"steps": steps or spec.steps})
         scored = score_records(drawn, encoded, records, recipe.tasks[task].metrics, spec).means
         means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
     return means
 
 
+def _by_steps(
+    at_steps: tuple[int, ...],
+    recipe: Recipe,
+    sets: dict[str, tuple[list, EncodedRecords]],
+    fields: Mapping[str, tuple[str, Field]],
+    empty: Tensor,
+) -> dict[str, dict]:
+    """`_scores` at other numbers of sampling steps, by number, as text (these are the keys of a JSON file)."""
+    return {str(steps): _scores(recipe, sets, fields, empty, steps) for steps in at_steps}
+
+
 def reference_scores(recipe: Recipe, shared: Shared) -> dict:
     """What a study's students are held against: base, and each task's own teacher, on the same records."""
     taught = {task: spec.teacher for task, spec in recipe.tasks.items()}
-    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe, given), taught)}.json"
-    settings = _judged(recipe, full)
+    path = shared.folder / f"reference-{content_key(shared.digests(), _judged(recipe, shared, given), taught)}.json"
+    settings = _judged(recipe, shared, full)
     if not path.is_file() or not holds(read_json(path)["settings"], settings):
         from danceopd.flow.fields import VelocityField
 
         ready = open_training(shared.run(recipe), shared.teachers)
         bare = VelocityField("base", ready.backbone, ready.backbone.transformer)
         sets = ready.encoder.held_out(recipe.evaluate.split, recipe.evaluate.per_task)
-        base = _scores(recipe, sets, dict.fromkeys(taught, ("base", bare)), ready.empty)
-        named = {task: (name, ready.fields[name]) for task, name in taught.items()}
-        teachers = _scores(recipe, sets, named, ready.empty)
+        sides: dict[str, Mapping[str, tuple[str, Field]]] = {
+            "base": dict.fromkeys(taught, ("base", bare)),
+            "teachers": {task: (name, ready.fields[name]) for task, name in taught.items()},
+        }
+        scores = {side: _scores(recipe, sets, fields, ready.empty) for side, fields in sides.items()}
+        few = {side: _by_steps(shared.at_steps, recipe, sets, fields, ready.empty) for side, fields in sides.items()}
         records = {task: len(found) for task, (found, _) in sets.items()}
-        write_json(path, {"base": base, "teachers": teachers, "records": records, "settings": settings})
+        write_json(path, scores | {"by_steps": few, "records": records, "settings": settings})
     return read_json(path)
 
 
@@ -180,7 +170,9 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
         empty=ready.empty,
     )
     trained = time.monotonic()
-    scores = _scores(recipe, sets, dict.fromkeys(recipe.tasks, ("student", student)), ready.empty)
+    fields = dict.fromkeys(recipe.tasks, ("student", student))
+    scores = _scores(recipe, sets, fields, ready.empty)
+    few = _by_steps(shared.at_steps, recipe, sets, fields, ready.empty)
     steps, spent = history[-1]["step"], _spent(history, spec.batch)
     if abs(spent - cell.forwards) > OFF * cell.forwards:
         log.warning(
@@ -199,6 +191,7 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
         "evaluate_seconds": round(time.monotonic() - trained, 2),
         "loss": history[-1]["loss"],
         "scores": scores,
+        "by_steps": few,
         "code": code_revision(),
     }
     write_json(shared.folder / "cells" / f"{cell.variant}-seed{cell.seed}-{key}.json", result)
@@ -211,59 +204,3 @@ def _spent(history: list[dict], batch: int) -> float:
     ends = [entry["step"] for entry in history]
     updates = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     return sum(n * batch * entry["forwards_per_sample"] for n, entry in zip(updates, history, strict=True))
-
-
-def given_weights(teachers: Mapping[str, Teacher], workspace: Path) -> dict[str, str]:
-    """Hashes of the weights that checkpoint teachers name, by teacher.
-
-    Raises:
-        UserError: if there are no such weights.
-    """
-    from danceopd.backbones.bases import fetch_weights
-    from danceopd.backbones.hashes import hash_weights
-
-    return {
-        name: hash_weights(fetch_weights(spec.path, workspace, f"teachers.{name}.path"), workspace)
-        for name, spec in teachers.items()
-        if isinstance(spec, CheckpointTeacher)
-    }
-
-
-def open_shared(recipe: Recipe, starts: set[str], workspace: Path, folder: Path) -> Shared:
-    """Base, data and teachers: the study's own of an earlier call, else the pipeline's, made if need be.
-
-    The pipeline makes a product anew when the code changes. A study keeps those it began with: all its cells
-    have the same teachers.
-
-    Args:
-        recipe: of any cell.
-        starts: where the cells' students start from.
-        workspace: where the pipeline's products lie.
-        folder: the study's.
-    """
-    from danceopd import steps
-
-    wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
-    specs = {name: recipe.teachers[name] for name in wanted}
-    paths = given_weights(specs, workspace)
-    served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
-    fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
-
-    def decided(read: Callable) -> dict:
-        return fixed | {"model": read(recipe.model), "teachers": {name: read(spec) for name, spec in specs.items()}}
-
-    note = folder / f"products-{content_key(decided(given))}.json"
-    kept = read_json(note) if note.is_file() else None
-    if kept is not None and holds(kept["settings"], decided(full)):
-        folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
-        if all((place / steps.STEP).is_file() for place in folders):
-            base, data, *taught = map(steps.open_product, folders)
-            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], taught, strict=True)))
-    run = steps.open_run(recipe, workspace)
-    teachers = {name: steps.finetune_teacher(run, name) for name in wanted}
-    places = {name: str(product.folder) for name, product in teachers.items()}
-    write_json(
-        note,
-        {"base": str(run.base.folder), "data": str(run.data.folder), "teachers": places, "settings": decided(full)},
-    )
-    return Shared(workspace, folder, run.base, run.data, teachers)

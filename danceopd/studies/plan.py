@@ -15,7 +15,7 @@ from danceopd.errors import UserError
 
 STUDIES = "danceopd.studies"  # the package of those that ship
 # What the study itself decides, cell by cell.
-OWN = ("distill.steps", "distill.seed", "evaluate.split", "evaluate.per_task")
+OWN = ("seed", "distill.steps", "distill.seed", "evaluate.split", "evaluate.per_task")
 
 
 class Budget(Part):
@@ -53,21 +53,28 @@ class Variant(Part):
 
 
 class Study(Part):
-    """A matrix of variants and seeds over one recipe, base, data and set of teachers."""
+    """A matrix of variants and seeds over one recipe, base and data, with one set of teachers or one per seed."""
 
     name: Name
     recipe: str = Field(description="name of a shipped recipe, or a YAML file")
     set: tuple[str, ...] = Field((), description="recipe overrides for every cell")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    teachers: Literal["once", "each_seed"] = Field(
+        "once", description="made once for all seeds, or anew with every seed: intervals then hold their scatter, too"
+    )
     budget: Budget
     variants: dict[Name, Variant] = Field(min_length=1)
     split: Literal["val", "test"] = Field("val", description="held-out records to score on")
     records: int = Field(gt=0, description="of them, at most this many per task")
+    at_steps: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (), description="numbers of sampling steps at which base, teachers and students are scored besides their own"
+    )
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: one is there twice")
+        for name, values in (("seeds", self.seeds), ("at_steps", self.at_steps)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} {list(values)}: one is there twice")
         for setting in (*self.set, *(s for variant in self.variants.values() for s in variant.set)):
             if setting.partition("=")[0] in OWN:
                 raise ValueError(f"{setting!r}: the study itself sets this, by 'budget', 'seeds', 'split', 'records'")
@@ -80,6 +87,7 @@ class Study(Part):
             UserError: if it is not a valid recipe, or one that no budget holds for.
         """
         own = (
+            *((f"seed={seed}",) if self.teachers == "each_seed" else ()),
             f"distill.steps={steps}",
             f"distill.seed={seed}",
             f"evaluate.split={self.split}",

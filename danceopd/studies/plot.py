@@ -1,4 +1,4 @@
-"""A study's figures as points with intervals."""
+"""A study's figures as points with intervals, and as lines over sampling steps."""
 
 from __future__ import annotations
 
@@ -42,5 +42,44 @@ def plot_study(summary: dict, path: Path) -> None:
         axis.set_visible(False)
     percent = round(100 * summary["confidence"])
     figure.supxlabel(f"mean over seeds with {percent} % interval; small dots: seeds; dashed: teachers", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def plot_steps(summary: dict, path: Path) -> None:
+    """Write one PNG: each metric by sampling steps, of variants, teachers and base, means with intervals.
+
+    Args:
+        summary: from `danceopd.studies.table.summarise`, of a study with `at_steps`.
+        path: the PNG.
+    """
+    steps = sorted(summary["at_steps"])
+    fields = [(row["variant"], row["by_steps"], {"marker": "o"}) for row in summary["variants"]]
+    fields += [
+        ("teacher", summary["teachers"]["by_steps"], {"marker": "s", "color": "0.35", "ls": "--"}),
+        ("base", summary["base"]["by_steps"], {"marker": "^", "color": "0.7", "ls": ":"}),
+    ]
+    columns = min(4, len(summary["metrics"]))
+    lines = -(-len(summary["metrics"]) // columns)
+    figure = Figure(figsize=(1 + 3.1 * columns, 0.6 + 2.6 * lines), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    for axis, (task, name) in zip(axes, summary["metrics"], strict=False):
+        for label, by_steps, style in fields:
+            points = [by_steps[str(n)][f"{task}/{name}"]["score"] for n in steps]
+            means = [np.nan if p["mean"] is None else p["mean"] for p in points]
+            axis.errorbar(
+                steps, means, [p["half"] or 0.0 for p in points], label=label, ms=4, lw=1.2, capsize=2, **style
+            )
+        unit = summary["units"][name]
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(steps, labels=list(map(str, steps)))
+        axis.set_title(f"{task} {name}" + (f" [{unit}]" if unit == "dB" else ""), fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(summary["metrics"]) :]:
+        axis.set_visible(False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(fields)), frameon=False
+    )
+    figure.supxlabel("sampling steps", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""A study's results as one table: means over seeds with intervals, by how much of its teachers a variant retains."""
+"""A study's results as tables: means over seeds with intervals, by how much of its teachers a variant retains."""
 
 from __future__ import annotations
 
@@ -63,23 +63,23 @@ def retention(scores: Scores, teachers: Scores, counted: list[tuple[str, str]]) 
     return math.fsum(ratios) / len(pairs) if len(ratios) == len(pairs) else None
 
 
-def summarise(study: Study, recipe: Recipe, results: list[dict], reference: dict) -> dict:
+def summarise(study: Study, recipe: Recipe, results: list[dict], references: dict[int, dict]) -> dict:
     """The whole study as plain data; variants by retention, the best first.
 
     Args:
         study: what was asked for.
         recipe: of any of its cells, for tasks, metrics and gates.
         results: of the cells there are.
-        reference: scores of base and teachers.
+        references: by seed, scores of base and teachers; one and the same where the teachers were made once.
     """
     counted, shown = counted_metrics(recipe), [(t, m) for t, spec in recipe.tasks.items() for m in spec.metrics]
-    taught = reference["teachers"]
     rows = []
     for variant in study.variants:
         cells = sorted((r for r in results if r["variant"] == variant), key=lambda r: r["seed"])
         if cells:
-            kept = {cell["seed"]: retention(cell["scores"], taught, counted) for cell in cells}
-            rows.append(_row(variant, list(study.variants[variant].set), cells, kept, shown))
+            kept = {c["seed"]: retention(c["scores"], references[c["seed"]]["teachers"], counted) for c in cells}
+            few = _by_steps(study, {c["seed"]: c.get("by_steps", {}) for c in cells}, references, shown)
+            rows.append(_row(variant, list(study.variants[variant].set), cells, kept, shown) | {"by_steps": few})
     rows.sort(key=lambda row: -math.inf if row["retention"]["mean"] is None else row["retention"]["mean"], reverse=True)
     for row in rows:
         row["behind"] = asdict(_difference(rows[0], row))
@@ -89,21 +89,62 @@ def summarise(study: Study, recipe: Recipe, results: list[dict], reference: dict
         "budget": study.budget.model_dump(mode="json"),
         "seeds": list(study.seeds),
         "split": study.split,
-        "records": {task: reference["records"][task] for task in recipe.tasks},
+        "records": {task: next(iter(references.values()))["records"][task] for task in recipe.tasks},
         "sampling_steps": recipe.evaluate.steps,
+        "at_steps": list(study.at_steps),
         "confidence": LEVEL,
         "counted": counted,
         "metrics": shown,
         "units": {name: metric(name).unit for _, name in shown},
         "teacher_of": {task: spec.teacher for task, spec in recipe.tasks.items()},
-        "teachers": {"scores": taught, "retention": retention(taught, taught, counted)},
-        "base": {"scores": reference["base"], "retention": retention(reference["base"], taught, counted)},
+        "teachers_made": study.teachers,
+        "teachers": _side("teachers", study, references, counted, shown),
+        "base": _side("base", study, references, counted, shown),
         "variants": rows,
         "verdict": verdict(rows),
         "cells": len(results),
         "cells_wanted": len(study.variants) * len(study.seeds),
         "code": sorted({cell["code"] for cell in results}),
     }
+
+
+def _side(side: str, study: Study, references: dict[int, dict], counted: list, shown: list) -> dict:
+    """Base or teachers: means over the seeds' own, with intervals; those made once have no scatter."""
+    own = list(references.values())[: None if study.teachers == "each_seed" else 1]
+    found = {f"{t}/{m}": estimate([one[side][t].get(m) for one in own]) for t, m in shown}
+    kept = estimate([retention(one[side], one["teachers"], counted) for one in own])
+    scores: Scores = {}
+    for task, name in shown:
+        scores.setdefault(task, {})[name] = found[f"{task}/{name}"].mean
+    few = {seed: one.get("by_steps", {}).get(side, {}) for seed, one in references.items()}
+    if study.teachers == "once":
+        few = dict(list(few.items())[:1])
+    return {
+        "scores": scores,
+        "halves": {name: one.half for name, one in found.items()},
+        "retention": kept.mean,
+        "by_steps": _by_steps(study, few, references, shown),
+    }
+
+
+def _by_steps(study: Study, few: dict[int, dict], references: dict[int, dict], shown: list) -> dict[str, dict]:
+    """By number of sampling steps and metric: the scores, and how far they lie from the task's teacher's own.
+
+    Args:
+        study: names the numbers of steps.
+        few: by seed, then number of steps (as text), scores of one field.
+        references: by seed; the teachers' scores at the recipe's steps are what is compared with, seed by seed.
+        shown: (task, metric).
+    """
+    found: dict[str, dict] = {}
+    for steps in map(str, study.at_steps):
+        for task, name in shown:
+            values = {seed: scores[steps][task].get(name) for seed, scores in few.items() if steps in scores}
+            taught = {seed: references[seed]["teachers"][task].get(name) for seed in values}
+            apart = [None if v is None or (t := taught[s]) is None else v - t for s, v in values.items()]
+            entry = {"score": asdict(estimate(list(values.values()))), "less_teacher": asdict(estimate(apart))}
+            found.setdefault(steps, {})[f"{task}/{name}"] = entry
+    return found
 
 
 def _row(variant: str, settings: list[str], cells: list[dict], kept: dict, shown: list[tuple[str, str]]) -> dict:
@@ -196,10 +237,42 @@ def lines(summary: dict) -> list[list[str]]:
         rows.append([row["variant"], _retained(row["retention"]), *found, *cost, str(len(row["seeds"]))])
     for name, label in (("teachers", "(each task's teacher)"), ("base", "(base)")):
         kept = _retained({"mean": summary[name]["retention"], "half": None})
-        scores = summary[name]["scores"]
-        found = figures((scores[task].get(metric), None) for task, metric in summary["metrics"])
+        scores, halves = summary[name]["scores"], summary[name]["halves"]
+        found = figures((scores[task].get(metric), halves[f"{task}/{metric}"]) for task, metric in summary["metrics"])
         rows.append([label, kept, *found, *[""] * 4])
     return rows
+
+
+def steps_lines(summary: dict, task: str, name: str) -> list[list[str]]:
+    """One metric by sampling steps: the variants, the teacher and the base, each with its distance from the teacher."""
+    unit = summary["units"][name]
+    fields = [(row["variant"], row) for row in summary["variants"]]
+    fields += [(f"({summary['teacher_of'][task]}, the teacher)", summary["teachers"]), ("(base)", summary["base"])]
+    rows = []
+    for label, field in fields:
+        cells = []
+        for steps in summary["at_steps"]:
+            entry = field["by_steps"][str(steps)][f"{task}/{name}"]
+            score, apart = entry["score"], entry["less_teacher"]
+            far = _number(apart["mean"], apart["half"], unit)
+            sign = "+" if (apart["mean"] or 0) > 0 else ""
+            cells.append(f"{_number(score['mean'], score['half'], unit)} ({sign}{far})")
+        rows.append([label, *cells])
+    return rows
+
+
+def _steps_section(summary: dict) -> list[str]:
+    steps = summary["at_steps"]
+    page = [
+        "",
+        "## By sampling steps",
+        "",
+        f"In brackets: less the task's own teacher in {summary['sampling_steps']} steps, paired by seed.",
+    ]
+    for task, name in summary["metrics"]:
+        page += ["", f"| {task} {name} | " + " | ".join(map(str, steps)) + " |", "|---" * (1 + len(steps)) + "|"]
+        page += ["| " + " | ".join(line) + " |" for line in steps_lines(summary, task, name)]
+    return [*page, "", f"![by sampling steps]({STEPS_PLOT})"]
 
 
 def definition(summary: dict) -> str:
@@ -207,10 +280,13 @@ def definition(summary: dict) -> str:
     counted = ", ".join(f"{task} {name}" for task, name in summary["counted"])
     records = ", ".join(f"{task} {count}" for task, count in summary["records"].items())
     level = f"{100 * summary['confidence']:.0f} %"
+    anew = summary["teachers_made"] == "each_seed"
+    scatter = "that of teachers and training" if anew else "the scatter of training"
     return (
         f"Retention is the mean of student / teacher over the metrics that have a gate: {counted}. Means over seeds "
         f"{', '.join(map(str, summary['seeds']))} ± half of the {level} interval (Student's t over seeds; the same "
-        f"records and the same noise for all, so it holds the scatter of training and none of the records). Scored on "
+        f"records and the same noise for all, so it holds {scatter} and none of the records). "
+        f"{'Every seed has teachers of its own. ' if anew else ''}Scored on "
         f"{summary['split']} records ({records}) at {summary['sampling_steps']} sampling steps."
     )
 
@@ -233,6 +309,7 @@ def markdown(summary: dict) -> str:
         definition(summary),
         "",
         f"![points with intervals]({PLOT})",
+        *(_steps_section(summary) if summary["at_steps"] else []),
         "",
         "Variants:",
         "",
@@ -253,7 +330,7 @@ def markdown(summary: dict) -> str:
     return "\n".join(page) + "\n"
 
 
-PLOT = "study.png"
+PLOT, STEPS_PLOT = "study.png", "study-steps.png"
 
 
 def terminal_table(summary: dict) -> Table:

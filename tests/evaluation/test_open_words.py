@@ -98,6 +98,26 @@ def test_diversity_is_one_for_even_draws_and_zero_for_one_picture():
     assert metric("diversity").score(stuck, records) == [0.0]
 
 
+@pytest.mark.parametrize("task", world.OPEN_TASKS)
+def test_words_that_leave_something_open_are_judged_alone(task):
+    """Their pictures are right and all others wrong, or the other way round."""
+    records = world_task(task, 48)
+    drawn, wrong = pictures(records), noisy(pictures(records), 255)
+    left_open = np.array([r.facts()["open"] for r in records])
+    right = np.where(left_open[:, None, None, None], drawn, wrong)
+    assert 0 < left_open.sum() < 48
+    assert metric("open_valid").score(right, records) == [1.0]
+    assert metric("open_sharpness").score(right, records) == [MAX_PSNR]
+    assert metric("valid").score(right, records) == left_open.astype(float).tolist()
+    assert metric("open_valid").score(np.where(left_open[:, None, None, None], wrong, drawn), records) == [0.0]
+
+
+@pytest.mark.parametrize("name", ["open_valid", "open_sharpness"])
+def test_where_no_words_leave_anything_open_there_is_no_value(name):
+    closed = [r for r in world_task("t2i", 8) if not r.facts()["open"]]
+    assert np.isnan(metric(name).score(pictures(closed), closed)[0])
+
+
 def test_diversity_of_words_that_leave_nothing_open_is_unknown():
     closed = [r for r in world_task("t2i", 8) if not r.facts()["open"]]
     assert np.isnan(metric("diversity").score(pictures(closed), closed)[0])
@@ -108,7 +128,7 @@ def broken(change: dict) -> str:
     return json.dumps({"wanted": wanted | change})
 
 
-@pytest.mark.parametrize("name", ["valid", "sharpness", "untouched", "diversity"])
+@pytest.mark.parametrize("name", ["valid", "open_valid", "sharpness", "open_sharpness", "untouched", "diversity"])
 @pytest.mark.parametrize(
     "provenance",
     [

@@ -26,6 +26,7 @@ from danceopd.flow.guidance import GuidedField
 from danceopd.methods.queries import BY_STEP, NAMED
 from danceopd.preflight.forwards import expected_forwards
 from danceopd.studies import cells
+from danceopd.studies import shared as products
 from danceopd.studies.plan import STUDIES, Budget, load_study, steps_within
 from danceopd.studies.run import run_study
 from danceopd.studies.table import Estimate, counted_metrics, estimate, markdown, retention, terminal_table, verdict
@@ -115,7 +116,7 @@ def test_a_new_knob_keeps_results_and_a_new_default_does_not(tiny_base, here):
     result = read_json(path) | {"scores": "as they were"}
     del result["settings"]["distill"]["ema"]  # as if the code had gained it since
     write_json(path, result)
-    shared = cells.open_shared(study.recipe_of("early", 0, 1), {"base"}, here / "ws", path.parents[1])
+    shared = products.open_shared(study.recipe_of("early", 0, 1), {"base"}, here / "ws", path.parents[1])
     cell = cells.Cell("early", study.recipe_of("early", 0, 1), 5.0)
     assert cells.find_result(cell, shared)["scores"] == "as they were"
     result["settings"]["distill"]["warmup"] = 21  # as if the default had been another
@@ -127,11 +128,11 @@ def test_another_file_behind_a_teachers_path_is_another_study(tmp_path):
     file = tmp_path / "style.safetensors"
     teachers = {"style": CheckpointTeacher(kind="lora", path=str(file)), "base": BaseTeacher(kind="base")}
     with pytest.raises(UserError, match=r"teachers\.style\.path"):
-        cells.given_weights(teachers, tmp_path)
+        products.given_weights(teachers, tmp_path)
     found = []
     for content in (b"first", b"other"):
         file.write_bytes(content)
-        found.append(cells.given_weights(teachers, tmp_path))
+        found.append(products.given_weights(teachers, tmp_path))
     assert found[0] != found[1] and found[0].keys() == {"style"}
 
 
@@ -163,11 +164,14 @@ def load_study_from(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"windows": ["mid"]}, "windows: no such field; here are: budget, name, "),
+        ({"windows": ["mid"]}, "windows: no such field; here are: at_steps, budget, name, "),
         ({"budget": {}}, "budget: give exactly one of 'steps' and 'forwards'"),
         ({"budget": {"steps": 1, "forwards": 1}}, "budget: give exactly one of 'steps' and 'forwards'"),
         ({"budget": {"updates": 1}}, "budget.updates: no such field; here are: forwards, steps"),
         ({"seeds": [1, 1]}, "seeds [1, 1]: one is there twice"),
+        ({"at_steps": [2, 2]}, "at_steps [2, 2]: one is there twice"),
+        ({"at_steps": [0]}, "at_steps"),
+        ({"teachers": "twice"}, "teachers: "),
         ({"seeds": []}, "seeds: "),
         ({"variants": {"a b": {}}}, "variants.a b"),
         ({"variants": {"a": {"sets": []}}}, "variants.a.sets: no such field; here are: set"),
@@ -391,6 +395,60 @@ def test_the_page_states_what_it_shows(tiny_base, here):
     assert "Not finished" not in page
     assert "Not finished: 0 of 1 cells" in markdown(summary | {"cells": 0})
     assert terminal_table(summary).row_count == 3
+
+
+@pytest.mark.slow
+def test_teachers_of_each_seed_and_scores_by_sampling_steps(tiny_base, here):
+    """Every seed has teachers of its own, made by several processes, and is held against them alone."""
+    style = (
+        "teachers.style={kind: finetune, task: global_style,"
+        " train: {trainable: full, lr: 0.001, steps: 2, batch: 4, warmup: 1}}"
+    )
+    settings = [*plan(tiny_base)["set"], style, "tasks.global_style.teacher=style", "evaluate.steps=4"]
+    few = {"target": "distill.target=displacement", "steps": "distill.rollout_steps=2"}
+    variants = {"velocity": {}, "few": {"set": [*few.values(), "distill.window=every_step"]}}
+    changes = {"set": settings, "teachers": "each_seed", "at_steps": [1, 2, 4], "variants": variants}
+    study = load_study(write(here, plan(tiny_base, **changes)))
+    summary = run_study(study, here / "ws", 2)
+
+    folder = here / "ws" / "studies" / "tiny"
+    notes = [read_json(path) for path in folder.glob("products-*.json")]
+    assert len({note["teachers"]["style"] for note in notes}) == 2
+    assert len({note["teachers"]["base"] for note in notes}) == 1
+    references = [read_json(path) for path in folder.glob("reference-*.json")]
+    assert references[0]["teachers"]["global_style"] != references[1]["teachers"]["global_style"]
+    assert references[0]["base"] == references[1]["base"]
+
+    taught = [one["teachers"]["global_style"]["psnr"] for one in references]
+    assert summary["teachers"]["scores"]["global_style"]["psnr"] == pytest.approx(np.mean(taught))
+    assert summary["teachers"]["halves"]["global_style/psnr"] > 0
+    assert summary["teachers"]["by_steps"]["4"]["global_style/psnr"]["less_teacher"]["values"] == (0, 0)
+    rows = {row["variant"]: row for row in summary["variants"]}
+    own = {"velocity": "4", "few": "2"}  # the steps that each is drawn in where nothing else is said
+    for cell in map(read_json, (folder / "cells").iterdir()):
+        assert cell["by_steps"][own[cell["variant"]]] == cell["scores"]
+        assert cell["by_steps"]["1"] != cell["scores"]
+    by_seed = {read_json(p)["seed"]: read_json(p)["by_steps"]["2"] for p in (folder / "cells").glob("few-*")}
+    apart = rows["few"]["by_steps"]["2"]["global_style/psnr"]["less_teacher"]["values"]
+    scores = [by_seed[seed]["global_style"]["psnr"] for seed in (0, 1)]
+    assert sorted(np.subtract(scores, apart)) == pytest.approx(sorted(taught))
+
+    page = (folder / "study.md").read_text()
+    assert "Every seed has teachers of its own" in page
+    assert "less the task's own teacher in 4 steps, paired by seed" in page
+    assert "| global_style psnr | 1 | 2 | 4 |" in page
+    assert "| (style, the teacher) |" in page
+    assert (folder / "study-steps.png").is_file()
+
+
+@pytest.mark.slow
+def test_teachers_that_cannot_be_made_are_named_by_seed(tiny_base, here, monkeypatch):
+    def breaks(seed, **others):
+        raise UserError("no luck")
+
+    monkeypatch.setattr("danceopd.studies.run._hold", breaks)
+    with pytest.raises(UserError, match=r"teachers of 2 seeds failed: seed 0 \(no luck\); seed 1 \(no luck\)"):
+        run_study(load_study(write(here, plan(tiny_base, teachers="each_seed"))), here / "ws", 1)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ A record says which scenes its words allow (`world.Wanted`); a picture is judged
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +20,8 @@ from danceopd.evaluation.metrics.small_world import board, candidates, distances
 from danceopd.evaluation.metrics.tools import Tools
 
 SHARP = 30.0  # dB: what blurs two scenes stays well below it, what the autoencoder loses well above
+
+Score = Callable[[np.ndarray, list[Record], Tools], list[float]]
 
 _EVERYWHERE = np.ones((world.SIZE, world.SIZE), bool)
 
@@ -82,6 +85,18 @@ def _sharpness(pictures: np.ndarray, records: list[Record], _: Tools) -> list[fl
     return [reading.psnr for reading in _read(pictures, records, "sharpness")]
 
 
+def _left_open(score: Score) -> Score:
+    """The mean of a metric over the records whose words leave something open; no value where none do."""
+
+    def scored(pictures: np.ndarray, records: list[Record], tools: Tools) -> list[float]:
+        rows = [row for row, record in enumerate(records) if len(_allowed(_wanted(record))[0]) > 1]
+        if not rows:
+            return [float("nan")]
+        return [float(np.mean(score(np.asarray(pictures)[rows], [records[row] for row in rows], tools)))]
+
+    return scored
+
+
 def _untouched(pictures: np.ndarray, records: list[Record], _: Tools) -> list[float]:
     """The nearest allowed scene says which place was edited, where the words leave that open."""
     values = []
@@ -140,6 +155,22 @@ METRICS = (
         "PSNR to the nearest rendering that the words allow",
         ("wanted",),
         _sharpness,
+    ),
+    Metric(
+        "open_valid",
+        "rate",
+        "`valid`, of the words alone that leave something open",
+        ("wanted",),
+        _left_open(_valid),
+        of_set=True,
+    ),
+    Metric(
+        "open_sharpness",
+        "dB",
+        "`sharpness`, of the words alone that leave something open",
+        ("wanted",),
+        _left_open(_sharpness),
+        of_set=True,
     ),
     Metric(
         "untouched",
