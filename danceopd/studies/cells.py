@@ -92,14 +92,21 @@ def _scores(
     fields: Mapping[str, tuple[str, Field]],
     empty: Tensor,
     steps: int | None = None,
+    own: dict | None = None,
 ) -> dict:
-    """Each task's metrics, of the field (with its name) given for it; drawn as the recipe says, or in `steps`."""
+    """Each task's metrics, of the field (with its name) given for it, drawn as the recipe says.
+
+    Or in `steps`; `own` then are the metrics as the recipe says, taken where that is as many.
+    """
     from danceopd.evaluation.samplings import Samplings
     from danceopd.evaluation.scoring import score_records
 
     means, samplings = {}, Samplings(recipe, lambda: empty)
     for task, (records, encoded) in sets.items():
         drawn, spec = samplings.drawn(*fields[task])
+        if own is not None and spec.steps == steps:
+            means[task] = own[task]
+            continue
         spec = spec.model_copy(update={"steps": steps or spec.steps})
         scored = score_records(drawn, encoded, records, recipe.tasks[task].metrics, spec).means
         means[task] = {name: value if math.isfinite(value) else None for name, value in scored.items()}
@@ -112,9 +119,10 @@ def _by_steps(
     sets: dict[str, tuple[list, EncodedRecords]],
     fields: Mapping[str, tuple[str, Field]],
     empty: Tensor,
+    own: dict,
 ) -> dict[str, dict]:
     """`_scores` at other numbers of sampling steps, by number, as text (these are the keys of a JSON file)."""
-    return {str(steps): _scores(recipe, sets, fields, empty, steps) for steps in at_steps}
+    return {str(steps): _scores(recipe, sets, fields, empty, steps, own) for steps in at_steps}
 
 
 def reference_scores(recipe: Recipe, shared: Shared) -> dict:
@@ -133,7 +141,10 @@ def reference_scores(recipe: Recipe, shared: Shared) -> dict:
             "teachers": {task: (name, ready.fields[name]) for task, name in taught.items()},
         }
         scores = {side: _scores(recipe, sets, fields, ready.empty) for side, fields in sides.items()}
-        few = {side: _by_steps(shared.at_steps, recipe, sets, fields, ready.empty) for side, fields in sides.items()}
+        few = {
+            side: _by_steps(shared.at_steps, recipe, sets, fields, ready.empty, scores[side])
+            for side, fields in sides.items()
+        }
         records = {task: len(found) for task, (found, _) in sets.items()}
         write_json(path, scores | {"by_steps": few, "records": records, "settings": settings})
     return read_json(path)
@@ -172,7 +183,7 @@ def run_cell(cell: Cell, shared: Shared) -> dict:
     trained = time.monotonic()
     fields = dict.fromkeys(recipe.tasks, ("student", student))
     scores = _scores(recipe, sets, fields, ready.empty)
-    few = _by_steps(shared.at_steps, recipe, sets, fields, ready.empty)
+    few = _by_steps(shared.at_steps, recipe, sets, fields, ready.empty, scores)
     steps, spent = history[-1]["step"], _spent(history, spec.batch)
     if abs(spent - cell.forwards) > OFF * cell.forwards:
         log.warning(
