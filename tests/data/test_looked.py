@@ -81,7 +81,8 @@ def home(tmp_path, monkeypatch):
     """A place with two inputs, where a build by itself keeps what it finds from the first picture on."""
     monkeypatch.setattr("danceopd.data.looked.SMALL", 1)
     monkeypatch.chdir(tmp_path)
-    write_inputs(tmp_path), write_folders(tmp_path)
+    write_inputs(tmp_path)
+    write_folders(tmp_path)
     return tmp_path
 
 
