@@ -242,7 +242,7 @@ def hold(path: Path, lock: Path, wait: bool) -> Iterator[None]:
         wait: whether to wait for the other process.
 
     Raises:
-        UserError: if another process holds it, and there is no waiting.
+        HeldElsewhere: if another process holds it, and there is no waiting.
     """
     made = [folder for folder in lock.parents if not folder.exists()]
     file = _take(path, lock, wait)
@@ -270,7 +270,7 @@ def _take(path: Path, lock: Path, wait: bool) -> IO[str]:
         while (locked := _try_lock(file.fileno())) is False:
             if not wait:
                 file.close()
-                raise UserError(f"{path}: another process is making it; run it again when that one has ended")
+                raise HeldElsewhere(f"{path}: another process is making it; run it again when that one has ended")
             if waited % 60 == 0:
                 log.info("%s: another process is making it; waiting for it", path)
             waited += 1

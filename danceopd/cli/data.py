@@ -34,13 +34,24 @@ def data_build(
     out: Annotated[Path | None, typer.Option(help="dataset folder; default: tracked data/, or workspace")] = None,
     workspace: WorkspaceOption = None,
     workers: Annotated[int, typer.Option(min=1, help="threads that decode and hash pictures")] = os.cpu_count() or 1,
+    worker: WorkerOption = None,
 ) -> None:
-    """Assemble the recipe's dataset: generate or read, check, split, count, hash."""
+    """Assemble the recipe's dataset: generate or read, check, split, count, hash; go on after an interruption.
+
+    Several workers (--worker) share the input files; the last one writes what one command alone would have written.
+    """
     from danceopd import steps
 
-    loaded, place = open_recipe(recipe, overrides, workspace)
-    product = steps.build_data(loaded, place, folder=out, workers=workers)
-    _print_counts(product.facts["counts"], f"{product.dataset}  content {product.facts['content'][:16]}")
+    share, (loaded, place) = _share(worker), open_recipe(recipe, overrides, workspace)
+    product = (
+        steps.build_data(loaded, place, folder=out, workers=workers)
+        if share is None
+        else steps.build_share(loaded, place, share, folder=out, workers=workers)
+    )
+    if product is not None:
+        _print_counts(product.facts["counts"], f"{product.dataset}  content {product.facts['content'][:16]}")
+    else:
+        typer.echo(f"{loaded.name}: this worker's share is looked at; the last worker writes the dataset")
 
 
 @data_app.command("track")

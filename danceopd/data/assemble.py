@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +57,8 @@ PARQUET = ".parquet"
 OWN_FILES = (MANIFEST, INDEX, "import.json")  # of a dataset or an import, beside its shards
 SHARD_BYTES = 1 << 28  # of a shard's pictures; `SHARD_ROWS` is reached first where they are small
 SPOOL_BYTES = 1 << 29  # of pictures kept in memory while a dataset is sorted; more wait on disk
+_PICTURES = ("source", "target", *SYNONYMS["target"])  # fields that name one in a metadata file
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +87,7 @@ def read_image_folder(folder: Path, metadata: Path | None = None, taken: set[Pat
         if data.get("id") is None:
             whole = json.dumps(data, sort_keys=True)
             data = data | {"id": hashlib.sha256(whole.encode()).hexdigest()[:16]}
-        pictures = ("source", "target", *SYNONYMS["target"])
-        given = [name for name in pictures if data.get(name) is not None]
+        given = [name for name in _PICTURES if data.get(name) is not None]
         found = {name: _find_picture(folder, data[name], where, name) for name in given}
         if taken is not None:
             taken.update(found.values())
@@ -96,6 +97,17 @@ def read_image_folder(folder: Path, metadata: Path | None = None, taken: set[Pat
         yield record_from(data, where)
     if unknown:
         log.warning("%s: ignored field(s): %s", metadata, ", ".join(f"{n} ({c})" for n, c in sorted(unknown.items())))
+
+
+def named_pictures(metadata: Path) -> Iterator[Path]:
+    """What a metadata file names as pictures, whether it is there or not; lines that cannot be read name none.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    for _, data in _metadata_lines(metadata):
+        if isinstance(data, dict):
+            yield from (metadata.parent / data[name] for name in _PICTURES if isinstance(data.get(name), str))
 
 
 def _metadata_lines(metadata: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
@@ -132,6 +144,41 @@ def read_input(location: str) -> Iterator[Record]:
     Raises:
         UserError: if it is none of these.
     """
+    return each_file(location, read_file)
+
+
+def each_file(location: str, read: Callable[[Path, set[Path]], Iterator[T]]) -> Iterator[T]:
+    """What `read` makes of each file of an input, in their order; it adds the pictures it reads to the set it is given.
+
+    Raises:
+        UserError: as `read_input` does.
+    """
+    files, others = _find_files(location)
+    taken = {file.resolve() for file in files}
+    for file in files:
+        yield from read(file, taken)
+    if other := [file for file in others if file.resolve() not in taken]:
+        log.warning("data input %s: ignored file(s): %s", location, _endings(other))
+
+
+def read_file(file: Path, taken: set[Path] | None = None) -> Iterator[Record]:
+    """Read one of the `input_files`."""
+    if file.suffix.lower() == PARQUET:
+        return read_parquet(file)
+    return read_image_folder(file.parent, file, taken)
+
+
+def input_files(location: str) -> list[Path]:
+    """The Parquet files or metadata files of one input, in the order in which they are read; one at least.
+
+    Raises:
+        UserError: as `read_input` does.
+    """
+    return _find_files(location)[0]
+
+
+def _find_files(location: str) -> tuple[list[Path], list[Path]]:
+    """The files of an input that are read, and those beside them that may be pictures or nothing of ours."""
     try:
         path = at_home(location)
         there = path.exists()
@@ -142,8 +189,7 @@ def read_input(location: str) -> Iterator[Record]:
     if path.is_file():
         if path.suffix.lower() != PARQUET:
             raise UserError(f"data input {location}: give a {PARQUET} file, or a folder of them or with {METADATA[0]}")
-        yield from read_parquet(path)
-        return
+        return [path], []
     files = _files_below(path)
     shards = [file for file in files if file.suffix.lower() == PARQUET]
     metadata = [file for file in files if file.name in METADATA]
@@ -156,13 +202,7 @@ def read_input(location: str) -> Iterator[Record]:
         )
     if twice := [file for file in metadata if file.name != METADATA[0] and file.with_name(METADATA[0]) in metadata]:
         raise UserError(f"data input {location}: holds both {METADATA[0]} and {twice[0].name}; remove one of them")
-    taken: set[Path] = {file.resolve() for file in (*shards, *metadata)}
-    for shard in shards:
-        yield from read_parquet(shard)
-    for file in metadata:
-        yield from read_image_folder(file.parent, file, taken)
-    if other := [file for file in files if file.resolve() not in taken and not (shards and file.name in OWN_FILES)]:
-        log.warning("data input %s: ignored file(s): %s", location, _endings(other))
+    return shards or metadata, [file for file in files if not (shards and file.name in OWN_FILES)]
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -210,15 +250,20 @@ def assemble(
         UserError: for an invalid record, a duplicate id, an unknown task, a missing source, or an empty input; or if
             `folder` holds anything but an older dataset.
     """
+    return assemble_seen(in_threads(look_at, records, workers), folder, needs_source)
+
+
+def assemble_seen(looked: Iterable[Seen], folder: Path, needs_source: dict[str, bool] | None = None) -> dict:
+    """`assemble` for records that were looked at, which are asked for once the place is ours."""
     seen: set[str] = set()
-    kept: list[_Seen] = []
+    kept: list[Seen] = []
     with output_folder(folder, strangers) as scratch, _Spool(scratch) as spool:
-        for found in in_threads(_look_at, records, workers):
-            record, where = found.record, f"record {found.record.id!r}"
+        for found in looked:
+            record = found.record
             if record.id in seen:
-                raise UserError(f"{where}: the id occurs twice; ids must be unique across all inputs")
+                raise UserError(f"record {record.id!r}: the id occurs twice; ids must be unique across all inputs")
             if needs_source is not None:
-                _check_task(record, needs_source, where)
+                check_task(record, needs_source)
             seen.add(record.id)
             kept.append(replace(found, record=spool.put(record)))
         if not kept:
@@ -235,7 +280,7 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """A record that was checked, the names of its pictures and their (height, width)."""
 
     record: Record
@@ -243,11 +288,16 @@ class _Seen:
     size: tuple[int, int] | None
 
 
-def _look_at(record: Record) -> _Seen:
+def look_at(record: Record) -> Seen:
+    """Check a record, decode its pictures and hash them.
+
+    Raises:
+        UserError: naming the record and the field.
+    """
     where = f"record {record.id!r}"
     check_record(record, where)
     size = check_images(record, where)
-    return _Seen(record, (_name_of(record.source), _name_of(record.target)), size)
+    return Seen(record, (_name_of(record.source), _name_of(record.target)), size)
 
 
 def in_threads(work: Callable[[Any], Any], items: Iterable, workers: int) -> Iterator:
@@ -331,9 +381,9 @@ def _with_pictures(record: Record, kind: type, change: Callable) -> Record:
     return replace(record, **{name: change(value) for name, value in values.items() if isinstance(value, kind)})
 
 
-def _shards(kept: list[_Seen]) -> list[list[_Seen]]:
+def _shards(kept: list[Seen]) -> list[list[Seen]]:
     """Cut records into shards by rows, and by bytes of their pictures."""
-    shards: list[list[_Seen]] = []
+    shards: list[list[Seen]] = []
     size = 0
     for found in kept:
         size += _Spool.size(found.record)
@@ -344,14 +394,20 @@ def _shards(kept: list[_Seen]) -> list[list[_Seen]]:
     return shards
 
 
-def _check_task(record: Record, needs_source: dict[str, bool], where: str) -> None:
+def check_task(record: Record, needs_source: dict[str, bool]) -> None:
+    """Check that a record's task is a known one and has the source it needs; see `assemble`.
+
+    Raises:
+        UserError: naming the record.
+    """
+    where = f"record {record.id!r}"
     if record.task not in needs_source:
         raise UserError(f"{where}: task {record.task!r} is not in the recipe; tasks are: {', '.join(needs_source)}")
     if needs_source[record.task] and record.source is None:
         raise UserError(f"{where}: task {record.task!r} edits a source image and the record has none")
 
 
-def _write(kept: list[_Seen], spool: _Spool, folder: Path) -> dict:
+def _write(kept: list[Seen], spool: _Spool, folder: Path) -> dict:
     files, places = {}, []
     for split in SPLITS:
         shards = _shards([found for found in kept if found.record.split == split])
@@ -375,7 +431,7 @@ def _write(kept: list[_Seen], spool: _Spool, folder: Path) -> dict:
     return manifest
 
 
-def _columns(kept: list[_Seen]) -> dict[str, list]:
+def _columns(kept: list[Seen]) -> dict[str, list]:
     """Everything that `columns_of` finds in records, of ones whose pictures were looked at before."""
 
     def key(name: str | None) -> bytes | None:

@@ -5,7 +5,7 @@ Command line, Kubeflow components and GPU jobs all call these functions; each st
 
 from danceopd.steps.base import resolve_base
 from danceopd.steps.champion import measure_champion
-from danceopd.steps.data import build_data, data_revision, track_data
+from danceopd.steps.data import build_data, build_share, data_revision, track_data
 from danceopd.steps.encodings import cache_encodings
 from danceopd.steps.evaluation import evaluate_student, lineage, shortfalls
 from danceopd.steps.registration import move_champion, register_student, registration_facts, require_registered
@@ -20,6 +20,7 @@ __all__ = [
     "Product",
     "Run",
     "build_data",
+    "build_share",
     "cache_encodings",
     "code_revision",
     "data_revision",

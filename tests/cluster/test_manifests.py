@@ -297,6 +297,10 @@ def test_the_loaders_commands_exist():
     given = group.commands["import"].make_context("import", list(data["args"])).params
     assert data["command"] == ["danceopd", "data", "import"] and str(given["out"]).startswith("/workspace/")
     assert given["overrides"] == [] and given["layout"] == "magicbrush"
+    dataset = commands["danceopd-load-dataset"]
+    given = group.commands["build"].make_context("build", list(dataset["args"])).params
+    assert dataset["command"] == ["danceopd", "data", "build"] and str(given["workspace"]) == "/workspace"
+    assert given["out"] is None, "where runs of the recipe look for it"
     cache = commands["danceopd-load-cache"]
     given = group.commands["cache"].make_context("cache", list(cache["args"])).params
     assert cache["command"] == ["danceopd", "data", "cache"] and str(given["out"]).startswith("/workspace/")
@@ -304,7 +308,7 @@ def test_the_loaders_commands_exist():
 
 
 @needs_kustomize
-@pytest.mark.parametrize("name", ["danceopd-load-data", "danceopd-load-cache"])
+@pytest.mark.parametrize("name", ["danceopd-load-data", "danceopd-load-dataset", "danceopd-load-cache"])
 def test_the_pods_that_load_share_the_work_without_a_gap(name):
     [job] = [d for d in built("loaders") if d["metadata"]["name"] == name]
     spec, [container] = job["spec"], pod_specs(job)[0]["containers"]
