@@ -177,6 +177,7 @@ def load_study_from(data):
         ({"variants": {"a": {"sets": []}}}, "variants.a.sets: no such field; here are: set"),
         ({"variants": {"a": {"set": ["model.height=8"]}}}, "'model.height=8': a variant sets distill.* only"),
         ({"variants": {"a": {"set": ["distill.steps=8"]}}}, "'distill.steps=8': the study itself sets this"),
+        ({"set": ["seed=3"]}, "'seed=3': the study itself sets this, by 'budget', 'seeds'"),
         ({"variants": {"a": {"set": ["distill.window=x"]}}}, "variant a: recipe world: distill.window"),
         ({"variants": {"a": {"set": ["distill.select={every: 1}"]}}}, "variant a: distill.select ends or picks"),
         ({"recipe": "wrld"}, "variant early: recipe 'wrld': neither a file nor a shipped recipe"),
