@@ -78,7 +78,7 @@ def plot_steps(summary: dict, path: Path) -> None:
     for axis in axes[len(summary["metrics"]) :]:
         axis.set_visible(False)
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(fields)), frameon=False
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(6, len(fields)), frameon=False
     )
     figure.supxlabel("sampling steps", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
