@@ -1,6 +1,7 @@
 """Real sizes: random weights of FLUX.2-klein 4 B (or Z-Image 6 B) through every phase from data to generate.
 
-    python -m benchmarks.real_size [--base klein|z_image] [--text-encoder real] [--folder PATH] [--json PATH]
+    python -m benchmarks.real_size [--base klein|z_image] [--text-encoder real] [--side PIXELS] [--folder PATH]
+                                   [--json PATH]
     python -m benchmarks.real_size --tiny     every line of it in a small size
 
 The weights are of the published shapes, in bfloat16 and in the files' own layout, and are drawn file by file. Each
@@ -52,13 +53,13 @@ from danceopd.preflight.outlook import look_ahead
 from danceopd.pretraining.world_base import new_text_encoder, new_tokenizer
 
 GIB = 2**30
-SIDE, TOKENS, STEPS, TEACHER = 64, 24, 2, "editor"
+TOKENS, STEPS, TEACHER = 24, 2, "editor"
 FILE_BYTES = 2 * GIB  # of weights in one file, about
 MOST, CLOSE = 1.25, 0.15
 COLUMNS = ["phase", "peak GiB", "of it no file's", "must be there", "ratio", "estimate", "off by", "written GiB", "s"]
 HOW = (
     "Random weights in bfloat16, drawn file by file, in the published shapes and layout: {what}. Pictures of "
-    f"{SIDE} x {SIDE} pixels, {TOKENS} prompt tokens, LoRAs of rank {{rank}}, {STEPS} updates of batch 2 with "
+    f"{{side}} x {{side}} pixels, {TOKENS} prompt tokens, LoRAs of rank {{rank}}, {STEPS} updates of batch 2 with "
     "activation checkpointing. Each command is a process of its own and its phases are told apart inside it; a peak is "
     "of the resident set, mapped files included. What must be there: what the same process takes at the tiny size "
     "(interpreter and libraries), and the weights in use once in the files' dtype, what trains in float32 with "
@@ -215,8 +216,15 @@ def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor
 # -------------------------------------------------------------------------------------------------------- the phases
 
 
-def recipe_of(base: Base, folder: Path, rank: int) -> dict:
-    """A recipe that runs every phase on the base: one task is drawn by the base, one edited by a teacher of the run."""
+def recipe_of(base: Base, folder: Path, rank: int, side: int) -> dict:
+    """A recipe that runs every phase on the base: one task is drawn by the base, one edited by a teacher of the run.
+
+    Args:
+        base: what is drawn.
+        folder: its pipeline's.
+        rank: of the LoRAs.
+        side: of all pictures, in pixels.
+    """
     training = {"trainable": "lora", "lora": {"rank": rank, "alpha": rank}, "steps": STEPS, "batch": 2}
     training |= {"precision": "bfloat16", "activation_checkpointing": True, "warmup": 1, "log_every": 1}
     sizes = {"train": 3, "val": 1, "test": 1}
@@ -224,7 +232,7 @@ def recipe_of(base: Base, folder: Path, rank: int) -> dict:
     return {
         "name": "real_size",
         "model": base.model
-        | {"base": str(folder), "height": SIDE, "width": SIDE, "max_sequence_length": TOKENS, "dtype": "bfloat16"},
+        | {"base": str(folder), "height": side, "width": side, "max_sequence_length": TOKENS, "dtype": "bfloat16"},
         "data": {"world": {"t2i": sizes, "local_edit": sizes}},
         "tasks": {
             "t2i": {"teacher": "base", "needs_source": False, "metrics": ["psnr"], "gates": [gate]},
@@ -312,7 +320,7 @@ def must_be_there(recipe: Recipe, folder: Path) -> dict[str, int]:
     weights, encoders = stored(folder / "transformer"), stored(folder / "text_encoder") + stored(folder / "vae")
     parameters = trained_parameters(outline.transformer, recipe.distill, outline.lora_targets)
     adapter, training = 4 * parameters, 16 * parameters
-    samples = Samples(samples_at_once(recipe.distill, 1), SIDE, SIDE, edits=True)
+    samples = Samples(samples_at_once(recipe.distill, 1), recipe.model.height, recipe.model.width, edits=True)
     kept = kept_bytes(outline, recipe.distill, samples)
     return {
         "data build": 0,
@@ -362,12 +370,12 @@ def stored(folder: Path) -> int:
 def measure_in(folder: Path, options: argparse.Namespace, run: Run = run_command) -> Report:
     """The report, over an empty folder."""
     make, config, tiny = BASES[options.base]
-    floor, recipe = measured(make(tiny, "small"), folder / "tiny", 4, run)
+    floor, recipe = measured(make(tiny, "small"), folder / "tiny", 4, options.side, run)
     base, found, place = make(tiny, "small"), floor, folder / "tiny"
     if not options.tiny:
         place = folder / "real"
         base = make(config, options.text_encoder)
-        found, recipe = measured(base, place, options.rank, run)
+        found, recipe = measured(base, place, options.rank, options.side, run)
     must, said = must_be_there(recipe, place / "base"), estimates(recipe, place / "runs")
     rows = [row(name, found.stretches[name], floor.stretches[name], of, said[name]) for name, of in must.items()]
     bars = [
@@ -377,7 +385,7 @@ def measure_in(folder: Path, options: argparse.Namespace, run: Run = run_command
     weights = sum(p.numel() for p in open_outline(place / "base", recipe.model).transformer.parameters())
     text = "Qwen3-4B" if options.text_encoder == "real" else "a text encoder of its width and few layers"
     what = f"{base.name} of {weights:,} weights, {text}, the autoencoder's own class at a small size"
-    how = HOW.format(what=what, rank=recipe.distill.lora.rank)
+    how = HOW.format(what=what, side=options.side, rank=recipe.distill.lora.rank)
     return Report("real_size", f"{base.name} at its real size", how, COLUMNS, rows, bars)
 
 
@@ -388,11 +396,11 @@ def row(phase: str, stretch: dict, floor: dict, needed: int, estimate: int) -> l
     return [*cells, stretch["written"] / GIB, stretch["seconds"]]
 
 
-def measured(base: Base, folder: Path, rank: int, run: Run) -> tuple[Measured, Recipe]:
+def measured(base: Base, folder: Path, rank: int, side: int, run: Run) -> tuple[Measured, Recipe]:
     """Draw a base and run every phase on it."""
     folder.mkdir(parents=True)
     make_base(base, folder / "base")
-    found = run_phases(folder, recipe_of(base, folder / "base", rank), run)
+    found = run_phases(folder, recipe_of(base, folder / "base", rank, side), run)
     return found, load_recipe(str(folder / "recipe.yaml"), [])
 
 
@@ -408,6 +416,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", choices=list(BASES), default="klein")
     parser.add_argument("--text-encoder", choices=("small", "real"), default="small")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRAs")
+    parser.add_argument("--side", type=int, default=64, help="of all pictures, in pixels; default: 64")
     parser.add_argument("--tiny", action="store_true", help="every line of it in a small size")
     parser.add_argument("--folder", type=Path, help="where there is room for the files; default: the system's own")
     return parser
