@@ -11,6 +11,7 @@ from danceopd.backbones.base import Condition
 from danceopd.backbones.lora import adapter_parameters, add_lora
 from danceopd.config.recipe import LoraRecipe
 from danceopd.errors import UserError
+from danceopd.export import lora_files
 from danceopd.export.lora_files import COMFYUI, export_lora, prove_lora_file, save_comfyui_lora
 from danceopd.flow.field_io import probe
 from danceopd.flow.fields import VelocityField
@@ -67,16 +68,55 @@ def test_a_changed_file_is_refused(tiny_base, tmp_path):
     for file in export_lora(student, tmp_path, condition):
         state = load_file(file)
         key = next(k for k in state if "lora_B" in k)
-        save_file(state | {key: state[key] + 0.05}, file)
-        with pytest.raises(UserError, match="its velocity differs from the student's"):
-            prove_lora_file(student, file, condition)
-        assert list(student.network.peft_config) == ["student"]
+        for other in (state[key] + 0.05, state[key] * 0):
+            save_file(state | {key: other}, file)
+            with pytest.raises(
+                UserError, match=r"what it adds to .*transformer_blocks.* differs from the student's by"
+            ):
+                prove_lora_file(student, file, condition)
+            assert list(student.network.peft_config) == ["student"]
 
 
-def test_a_base_in_16_bits_is_compared_more_roughly(tiny_base, tmp_path):
+def test_a_layer_that_no_file_should_touch_is_found(tiny_base, tmp_path):
+    student, condition = trained(tiny_base, targets=("attn.to_q", "attn.to_v"))
+    _, file = export_lora(student, tmp_path, condition)
+    state = load_file(file)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight"
+    state[key][40] = 0.1  # a row of the keys
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"what it adds to transformer_blocks.0.attn.to_k differs .* by inf"):
+        prove_lora_file(student, file, condition)
+
+
+def test_a_loader_that_draws_otherwise_is_found(tiny_base, tmp_path, monkeypatch):
+    """The velocity is asked as well where rounding cannot explain a difference."""
     student, condition = trained(tiny_base)
+    [file, _] = export_lora(student, tmp_path, condition)
+    monkeypatch.setattr(lora_files, "probe", lambda field, of: probe(field, of) + (field.adapter != "student") * 1e-3)
+    with pytest.raises(UserError, match=r"its velocity differs from the student's by 0.00"):
+        prove_lora_file(student, file, condition)
+
+
+def in_16_bits(student, condition, size=1.0):
+    """The student on a base in bfloat16 whose velocities are so many times as large."""
     for key, parameter in student.network.named_parameters():
         if "lora_" not in key:
-            parameter.data = parameter.data.bfloat16()
-    rounded = Condition(condition.prompt.bfloat16(), None, 64, 64)
-    assert len(export_lora(student, tmp_path, rounded)) == 2
+            parameter.data = (parameter.data * (size if key.startswith("proj_out") else 1)).bfloat16()
+    return Condition(condition.prompt.bfloat16(), None, 64, 64)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_a_base_in_16_bits_may_round(tiny_base, tmp_path, size):
+    student, condition = trained(tiny_base)
+    assert len(export_lora(student, tmp_path, in_16_bits(student, condition, size))) == 2
+
+
+def test_in_16_bits_one_lost_layer_is_found(tiny_base, tmp_path):
+    student, condition = trained(tiny_base)
+    rounded = in_16_bits(student, condition, 0.01)  # its velocity changes by less than 16 bits tell
+    for file in export_lora(student, tmp_path, rounded):
+        state = load_file(file)
+        key = next(k for k in state if "lora_B" in k)
+        save_file(state | {key: 0 * state[key]}, file)
+        with pytest.raises(UserError, match="differs from the student's by 1 of its size"):
+            prove_lora_file(student, file, rounded)
