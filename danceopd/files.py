@@ -104,6 +104,23 @@ def write_atomic(path: Path, data: str | bytes) -> Path:
 Strangers = Callable[[Path], Sequence[str] | None]
 
 
+def link_file(source: Path, target: Path) -> Path:
+    """Give a file a second name, or where the file system knows none a copy; nobody writes into it from then on."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def link_folder(source: Path, target: Path, but: Sequence[str] = ()) -> None:
+    """The files of a folder in another one, by `link_file`; those named in `but` are left out."""
+    for file in sorted(Path(source).rglob("*")):
+        if file.is_file() and file.name not in but:
+            link_file(file, target / file.relative_to(source))
+
+
 def check_output(path: Path, strangers: Strangers | None = None) -> Path:
     """Where a folder may appear: a new place, an empty folder, or an older output of the same command.
 

@@ -107,13 +107,20 @@ def code_revision() -> str:
 
 
 def make_product(
-    workspace: Path, step: str, name: str, inputs: Any, build: Callable[[Path, Path], dict], together: bool = False
+    workspace: Path,
+    step: str,
+    name: str,
+    inputs: Any,
+    build: Callable[[Path, Path], dict],
+    together: bool = False,
+    journal: bool = True,
 ) -> Product:
     """Reuse the product, or have `build` write it into the first folder it is given and say its facts.
 
     The second folder is for what a build that was stopped needs to go on with when it is run again; it is named by the
     product's key and removed once the product is there. Of several processes the main one makes the product; the
-    others wait for it, or take part in a build that is done `together` (training) and leave the writing to it.
+    others wait for it, or take part in a build that is done `together` (training) and leave the writing to it. What is
+    made inside another product's build keeps no `journal`: that build's own hears how it ends.
     """
     key = product_key(step, name, inputs)
     folder = Path(workspace) / step / f"{name}-{key}"
@@ -137,7 +144,9 @@ def make_product(
             if (folder / STEP).is_file():
                 log.info("%s %s: made by another process meanwhile, %s", step, name, folder)
             else:
-                _build(Path(workspace), folder, checkpoints, step, name, key, build)
+                recorded = recording.recorded(workspace, checkpoints.name) if journal else nullcontext()
+                with recorded:
+                    _build(Path(workspace), folder, checkpoints, step, name, key, build)
     if processes is not None:
         processes.wait()
     return open_product(folder)
@@ -158,7 +167,7 @@ def _build(
 ) -> None:
     _tell_unfinished(checkpoints, f"{step}-{name}-")
     started = time.monotonic()
-    with atomic_folder(folder) as scratch, recording.recorded(workspace, checkpoints.name):
+    with atomic_folder(folder) as scratch:
         facts = build(scratch, checkpoints)
         seconds = round(time.monotonic() - started, 1)
         digest = hash_folder(scratch)

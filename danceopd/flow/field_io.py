@@ -38,23 +38,30 @@ def save_field(field: Field, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if field.adapter is not None:
         save_lora(field.network, field.adapter, folder / "lora")
-        kind = "lora"
-    elif field.network is field.backbone.transformer:
-        kind = "base"
-    else:
+    elif field.network is not field.backbone.transformer:
         network: ModelMixin = field.network
         if is_sharded(network):
             write_transformer(network, folder / "transformer")
         else:
             network.save_pretrained(folder / "transformer", safe_serialization=True)
-        kind = "full"
     if not writes(field.network):
         return
     forget_origin(folder)
-    about: dict = {"kind": kind, "name": field.name}
+    save_about(field, folder)
+
+
+def save_about(field: Field, folder: Path) -> None:
+    """Write the `field.json` of a field whose weights lie in `folder`."""
+    about: dict = {"kind": _kind(field), "name": field.name}
     if isinstance(field, GuidedField):
         about["guidance"] = {"scale": field.scale, "batched": field.batched}
-    write_json(folder / FIELD, about)
+    write_json(Path(folder) / FIELD, about)
+
+
+def _kind(field: Field) -> str:
+    if field.adapter is not None:
+        return "lora"
+    return "base" if field.network is field.backbone.transformer else "full"
 
 
 def field_kind(folder: Path) -> str:

@@ -64,4 +64,6 @@ def spent_on(teachers: dict[str, Product], student: Product) -> list[Spent]:
         seconds = read_json(product.folder / STEP)["seconds"]
         if seconds > 0:
             rows.append(Spent(name, seconds, product.facts.get("hardware"), product.facts.get("forwards")))
+        if tuned := product.facts.get("tuned"):
+            rows.append(Spent(f"{name}, fine-tuned in an earlier run", **tuned))
     return rows

@@ -16,9 +16,9 @@ from danceopd.export.student import probe_condition
 from danceopd.files import FIELD, write_json
 from danceopd.preflight.at_start import check_start
 from danceopd.preflight.findings import settle
-from danceopd.steps.cost import TRAINED
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.run import Run
+from danceopd.steps.tuned import link_weights, tune
 from danceopd.tracking import recording
 from danceopd.tracking.recording import recorder
 from danceopd.workspace import Product, main_first, make_product
@@ -119,51 +119,73 @@ def _build_teacher(
         return {"kind": "base", "scores": {}}
 
     from danceopd.devices import hardware
-    from danceopd.flow.field_io import load_field, save_field
+    from danceopd.flow.field_io import save_about, save_field
     from danceopd.flow.fields import VelocityField
     from danceopd.flow.guidance import GuidedField
     from danceopd.training.processes import this_process
 
-    if not isinstance(spec, ChampionTeacher):
+    proved = not isinstance(spec, ChampionTeacher)
+    if proved:
         _require_held_out(recipe, data, teacher)
-    backbone = open_backbone(run, spec.train if isinstance(spec, FinetunedTeacher) else None)
-    encoder = Encoder(run, backbone)
-    condition = probe_condition(backbone, recipe)
-    device = this_process().device
+
+    def ready(encoder: Encoder) -> Condition:
+        """Everything that is asked for below, encoded."""
+        if proved:
+            encoder.empty_prompt()
+            for task in _taught(recipe, teacher):
+                encoder.split("val", (task,), recipe.evaluate.per_task)
+        return probe_condition(encoder.backbone, recipe)
+
     field: Field
-    facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(device, this_process().count)}
+    processes = this_process()
+    facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(processes.device, processes.count)}
+    tuned = None
     if isinstance(spec, FinetunedTeacher):
-        from danceopd.finetune import finetune
-        from danceopd.training.checkpoints import Checkpoints
-
-        encoded, empty = encoder.train((spec.task,), targets=True), encoder.empty_prompt()
-        for task in _taught(recipe, teacher):
-            encoder.split("val", (task,), recipe.evaluate.per_task)  # kept for the proof
-        backbone.free_encoders()  # everything is encoded
-        saves = Checkpoints(checkpoints, spec.train.keep_checkpoints, checkpoints.name)
-        field, history = finetune(backbone, teacher, encoded, spec.train, saves, recorder(journal, teacher), empty)
-        write_json(scratch / "history.json", history)
-        forwards = TRAINED * spec.train.batch * spec.train.steps
-        facts |= {"task": spec.task, "steps": spec.train.steps, "loss": history[-1]["loss"], "forwards": forwards}
-    elif isinstance(spec, CheckpointTeacher | ChampionTeacher):
-        from danceopd.preflight.compatibility import check_pipeline
-
-        assert fetched is not None
-        settle(check_pipeline(teacher, fetched, base.pipeline))
-        field = load_field(backbone, teacher, fetched, encoder.empty_prompt)
-        if isinstance(spec, CheckpointTeacher):
-            _check_kind(teacher, spec, field)
+        tuned = tune(run, teacher, recorder(journal, teacher), ready)
+        encoder, condition, field = tuned.encoder, tuned.condition, tuned.field
+        facts |= {name: tuned.product.facts[name] for name in ("task", "steps", "loss")}
+        facts |= {"forwards": tuned.product.facts["forwards"]} if tuned.spent is None else {"tuned": tuned.spent}
     else:
-        field = VelocityField(teacher, backbone, backbone.transformer)
+        encoder = Encoder(run, open_backbone(run))
+        condition = ready(encoder)
+        if isinstance(spec, BaseTeacher):
+            field = VelocityField(teacher, encoder.backbone, encoder.backbone.transformer)
+        else:
+            assert fetched is not None
+            field = _load_fetched(encoder, teacher, fetched, base)
+        encoder.backbone.free_encoders()
     plain = field.field if isinstance(field, GuidedField) else field
     if spec.guidance is not None:  # the recipe's scale goes before the folder's
         field = GuidedField(plain, spec.guidance, encoder.empty_prompt(), spec.guidance_batched)
     # Guidance would make another field of the base's own weights, too: where there are others, they are looked at.
     _prove_other_than_base(recipe, field if isinstance(spec, BaseTeacher) else plain, base, condition)
-    save_field(field, scratch)
-    if not isinstance(spec, ChampionTeacher):
+    if tuned is None:
+        save_field(field, scratch)
+    elif processes.main:
+        link_weights(tuned.product, scratch)
+        save_about(field, scratch)
+    if proved:
         facts["scores"] = _prove_teacher(encoder, field)
     return facts
+
+
+def _load_fetched(encoder: Encoder, teacher: str, fetched: Path, base: Product) -> Field:
+    """A teacher's field from weights that exist already.
+
+    Raises:
+        UserError: if they do not fit the base, or are not what the recipe calls them.
+    """
+    from danceopd.flow.field_io import load_field
+    from danceopd.preflight.compatibility import check_pipeline
+
+    settle(check_pipeline(teacher, fetched, base.pipeline))
+    field, spec = (
+        load_field(encoder.backbone, teacher, fetched, encoder.empty_prompt),
+        encoder.run.recipe.teachers[teacher],
+    )
+    if isinstance(spec, CheckpointTeacher):
+        _check_kind(teacher, spec, field)
+    return field
 
 
 def _taught(recipe: Recipe, teacher: str) -> list[str]:

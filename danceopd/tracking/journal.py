@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from danceopd.errors import Interrupted, UserError
-from danceopd.files import write_json
+from danceopd.files import link_file, write_json
 from danceopd.tracking.mlflow_store import flatten, redact
 
 RUN = "DANCEOPD_RUN"  # names the pipeline run this process is a step of
@@ -161,12 +160,8 @@ class Journal:
         if self.folder is None:
             return name
         kept = self.folder / FILES / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.unlink(missing_ok=True)
-        try:
-            os.link(path, kept)
-        except OSError:
-            shutil.copyfile(path, kept)
+        link_file(Path(path), kept)
         return name
 
     def _write(self, kind: str, **content: Any) -> None:

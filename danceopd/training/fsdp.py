@@ -174,13 +174,16 @@ def share_out(
     """
     if not shares(spec, processes):
         return None
-    network = cast(ModelMixin, backbone.transformer)
-    found, dtype = shares_of(network), getattr(torch, backbone.settings.dtype)
-    if found is None:
-        if spec.trainable == "lora":
-            add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
-        found = Shares.among(processes)
-        found.add(network, dtype=dtype)
-    for field in fields:
-        found.add(field.network, dtype=dtype)
-    return found
+    if spec.trainable == "lora" and shares_of(backbone.transformer) is None:
+        network = cast(ModelMixin, backbone.transformer)
+        add_lora(network, name, spec.lora, backbone.lora_targets, spec.seed)
+    return share_frozen(backbone, fields, processes)
+
+
+def share_frozen(backbone: Backbone, fields: Iterable[Field], processes: Processes) -> Shares:
+    """Share out a base, with the adapters on it, and the fields' own networks; what is shared already stays."""
+    shared, dtype = shares_of(backbone.transformer), getattr(torch, backbone.settings.dtype)
+    shared = shared or Shares.among(processes)
+    for network in (backbone.transformer, *(field.network for field in fields)):
+        shared.add(network, dtype=dtype)
+    return shared

@@ -17,7 +17,7 @@ from danceopd.config.recipe import DistillRecipe, LoraRecipe
 from danceopd.evaluation import scoring
 from danceopd.evaluation.validate import GateValidator
 from danceopd.export.student import check_export
-from danceopd.files import read_json
+from danceopd.files import hash_folder, read_json
 from danceopd.pretraining.world_base import SHAPE
 from danceopd.steps.encodings import Encoder, open_backbone
 from danceopd.steps.teachers import load_teachers
@@ -41,7 +41,11 @@ SETTINGS = [
 
 
 def train_all(rank, base_folder, workspace):
-    recipe = load_recipe("world", [f"model.base={base_folder}", *SETTINGS])
+    return make_all(base_folder, workspace, SETTINGS)
+
+
+def make_all(base_folder, workspace, settings):
+    recipe = load_recipe("world", [f"model.base={base_folder}", *settings])
     base = steps.resolve_base(recipe, workspace)
     data = steps.build_data(recipe, workspace, repo=workspace)
     run = steps.Run(recipe, workspace, base, data)
@@ -62,6 +66,28 @@ def test_two_processes_make_teachers_and_student_of_shares(tiny_base, tmp_path):
     full = Path(first["full"])
     assert read_json(full / "field.json")["kind"] == "full"
     assert len(list((full / "transformer").glob("*.safetensors"))) == 3  # a file a block, and one for the rest
+
+
+def guide_all(rank, base_folder, workspace):
+    """The same teachers, guided; nothing may train but the student."""
+    import danceopd.finetune
+
+    danceopd.finetune.finetune = None
+    own = [f"teachers.{name}.guidance=1.5" for name in ("lora", "full")] + ["tasks.global_style.gates=[]"]
+    return make_all(base_folder, workspace, [*SETTINGS, *own])
+
+
+@pytest.mark.slow
+def test_processes_that_share_weights_guide_teachers_without_another_training(tiny_base, tmp_path):
+    first, _ = together(2, train_all, tiny_base, tmp_path)
+    second, other = together(2, guide_all, tiny_base, tmp_path)
+    assert second == other
+    for name in ("lora", "full"):
+        before, after = Path(first[name]), Path(second[name])
+        assert before != after
+        assert read_json(after / "field.json")["guidance"] == {"scale": 1.5, "batched": True}
+        assert hash_folder(before, "**/*.safetensors") == hash_folder(after, "**/*.safetensors")
+        assert read_json(after / steps.STEP)["facts"]["tuned"]["forwards"] == 3 * 4 * 2
 
 
 REPLICAS = [

@@ -24,6 +24,7 @@ from danceopd.files import read_json
 from danceopd.flow.field_io import load_field, probe
 from danceopd.flow.fields import VelocityField
 from danceopd.pretraining.world_base import OUT_LAYERS, PROMPT_TOKENS
+from danceopd.steps.cost import spent_on
 from danceopd.steps.encodings import open_backbone
 from danceopd.steps.evaluation import looks_with
 from danceopd.tracking import mlflow_store
@@ -161,6 +162,70 @@ def test_a_changed_section_makes_its_own_product_and_those_behind_it(base_folder
     assert base.folder == made[0].folder
     assert teachers == made[2]
     assert student.folder != made[3].folder
+
+
+def forbid_training(monkeypatch):
+    monkeypatch.setattr("danceopd.finetune.finetune", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "same_teacher"),
+    [
+        ("teachers.global_style.guidance=1.01", False),
+        ("evaluate.steps=3", True),
+        ("evaluate.per_task=2", True),
+        ("tasks.global_style.metrics=[psnr]", True),
+    ],
+)
+def test_what_only_guides_or_proves_a_teacher_does_not_train_it_again(
+    base_folder, workspace, made, monkeypatch, changed, same_teacher
+):
+    forbid_training(monkeypatch)
+    own = load_recipe("world", [f"model.base={base_folder}", *SMALL, changed])
+    before = made[2]["global_style"]
+    after = steps.finetune_teacher(steps.Run(own, workspace, *made[:2]), "global_style")
+    assert after.folder != before.folder
+    assert (after.digest == before.digest) == same_teacher  # then the student that it taught is kept as well
+    scores, earlier = (product.facts["scores"]["global_style"]["teacher"] for product in (after, before))
+    assert scores != earlier
+    weights = [next(product.folder.rglob("*.safetensors")) for product in (before, after)]
+    assert weights[0].samefile(weights[1])
+    told, _ = read_lines(run_folder(workspace) / f"teachers-{after.folder.name}")
+    curve = [line["step"] for line in told if "loss" in line.get("values", {})]
+    assert curve == [entry["step"] for entry in read_json(after.folder / "history.json")]
+
+
+def test_an_earlier_training_is_counted_as_a_cost_of_its_own(base_folder, workspace, made, monkeypatch):
+    forbid_training(monkeypatch)
+    own = load_recipe("world", [f"model.base={base_folder}", *SMALL, "evaluate.seed=5", "evaluate.steps=1"])
+    teacher = steps.finetune_teacher(steps.Run(own, workspace, *made[:2]), "global_style")
+    rows = {row.what: row for row in spent_on({"global_style": teacher}, made[3])}
+    earlier = rows["teacher global_style, fine-tuned in an earlier run"]
+    assert earlier.forwards == 3 * 40 * 8
+    assert earlier.seconds > 0
+    assert rows["teacher global_style"].forwards is None
+    [first] = [row for row in spent_on({"global_style": made[2]["global_style"]}, made[3]) if "teacher" in row.what]
+    assert first.forwards == earlier.forwards
+
+
+@pytest.mark.slow
+def test_a_proof_that_fails_leaves_the_weights_for_another(base_folder, workspace, made, monkeypatch):
+    from danceopd.evaluation import scoring
+
+    settings = [f"model.base={base_folder}", *SMALL, "teachers.global_style.train.seed=77"]
+    run = steps.Run(load_recipe("world", settings), workspace, *made[:2])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            steps.finetune_teacher(run, "global_style")
+    forbid_training(monkeypatch)
+    product = steps.finetune_teacher(run, "global_style")
+    assert product.facts["scores"]["global_style"]["teacher"]["psnr"] > 0
 
 
 def test_the_stock_pipeline_opens_the_student_and_draws(made):
