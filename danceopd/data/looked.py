@@ -23,6 +23,8 @@ from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from danceopd.config.recipe import DataRecipe
 from danceopd.data.assemble import (
     PARQUET,
@@ -38,10 +40,11 @@ from danceopd.data.assemble import (
 from danceopd.data.records import Record
 from danceopd.data.splits import Pictures
 from danceopd.errors import UserError
-from danceopd.files import read_json, write_atomic
+from danceopd.files import write_atomic
 
 log = logging.getLogger(__name__)
 SMALL = 1 << 26  # bytes of pictures that are looked at in seconds: a build by itself keeps nothing of so few
+_KEPT = TypeAdapter(list[tuple[str, Pictures, tuple[int, int] | None]])  # of each record what `_Facts` holds
 _VERSION = b"1"  # of what is kept, and of the checks that its records have passed
 _OWN = re.compile(r"[0-9a-f]{16}\.json|\.[0-9a-f]{16}\.json\.[0-9a-f]{8}")  # the second is a killed worker's
 
@@ -205,8 +208,9 @@ def _read_kept(place: Path) -> list[_Facts] | None:
     if not place.is_file():
         return None
     try:
-        rows = read_json(place)
-    except UserError as error:
-        log.warning("%s; the records are looked at again", error)
+        rows = _KEPT.validate_json(place.read_bytes())
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        log.warning("%s: damaged (%s); the records are looked at again", place, what)
         return None
-    return [_Facts(name, tuple(pictures), size and tuple(size)) for name, pictures, size in rows]
+    return [_Facts(*row) for row in rows]

@@ -16,7 +16,7 @@ from danceopd.errors import UserError
 from danceopd.files import write_atomic, write_json
 from danceopd.studies.cells import Cell, find_result, reference_scores, run_cell
 from danceopd.studies.plan import Study
-from danceopd.studies.shared import Shared, open_shared
+from danceopd.studies.shared import Shared, find_shared, open_shared
 from danceopd.studies.table import PLOT, STEPS_PLOT, markdown, summarise
 from danceopd.studies.workers import work_off
 
@@ -31,9 +31,14 @@ class _Held:
     reference: dict
 
 
-def _hold(seed: int, study: Study, workspace: Path, folder: Path) -> _Held:
-    first = study.recipe_of(next(iter(study.variants)), seed, 1)
+def _asked(seed: int, study: Study) -> tuple[Recipe, set[str]]:
+    """One seed's recipe, of its first variant, and where the students of all of them start from."""
     starts = {study.recipe_of(variant, seed, 1).distill.start for variant in study.variants}
+    return study.recipe_of(next(iter(study.variants)), seed, 1), starts
+
+
+def _hold(seed: int, study: Study, workspace: Path, folder: Path) -> _Held:
+    first, starts = _asked(seed, study)
     shared = open_shared(first, starts, workspace, folder, study.at_steps)
     return _Held(shared, reference_scores(first, shared))
 
@@ -49,8 +54,10 @@ def hold_seeds(study: Study, workspace: Path, folder: Path, workers: int) -> dic
         return dict.fromkeys(study.seeds, hold(study.seeds[0]))
     from danceopd.steps import open_run
 
-    # Base and data are the same for all seeds: made here, so that no two processes do.
-    open_run(study.recipe_of(next(iter(study.variants)), study.seeds[0], 1), workspace)
+    asked = [_asked(seed, study) for seed in study.seeds]
+    lacking = [first for first, starts in asked if find_shared(first, starts, workspace, folder) is None]
+    if lacking:  # base and data are the same for all seeds: made here, so that no two processes do
+        open_run(lacking[0], workspace)
     held, failed = {}, []
     for number, (seed, found) in enumerate(work_off(hold, study.seeds, workers), 1):
         if isinstance(found, Exception):

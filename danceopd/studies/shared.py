@@ -60,6 +60,51 @@ def given_weights(teachers: Mapping[str, Teacher], workspace: Path) -> dict[str,
     }
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a study's cells share, before it is there.
+
+    Attributes:
+        names: of the teachers.
+        note: the file that says which products an earlier call began with, under the settings that were given.
+        settings: all that decides them, defaults too.
+    """
+
+    names: list[str]
+    note: Path
+    settings: dict
+
+
+def _wanted(recipe: Recipe, starts: set[str], workspace: Path, folder: Path) -> _Wanted:
+    names = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
+    specs = {name: recipe.teachers[name] for name in names}
+    paths = given_weights(specs, workspace)
+    served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
+    fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
+
+    def decided(read: Callable) -> dict:
+        return fixed | {"model": read(recipe.model), "teachers": {name: read(spec) for name, spec in specs.items()}}
+
+    return _Wanted(names, folder / f"products-{content_key(decided(given))}.json", decided(full))
+
+
+def find_shared(
+    recipe: Recipe, starts: set[str], workspace: Path, folder: Path, at_steps: tuple[int, ...] = ()
+) -> Shared | None:
+    """What an earlier call of a study began with, if all of it is there still; see `open_shared`."""
+    from danceopd import steps
+
+    wanted = _wanted(recipe, starts, workspace, folder)
+    kept = read_json(wanted.note) if wanted.note.is_file() else None
+    if kept is None or not holds(kept["settings"], wanted.settings):
+        return None
+    folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
+    if not all((place / steps.STEP).is_file() for place in folders):
+        return None
+    base, data, *taught = map(steps.open_product, folders)
+    return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], taught, strict=True)), at_steps)
+
+
 def open_shared(
     recipe: Recipe, starts: set[str], workspace: Path, folder: Path, at_steps: tuple[int, ...] = ()
 ) -> Shared:
@@ -77,27 +122,12 @@ def open_shared(
     """
     from danceopd import steps
 
-    wanted = sorted({spec.teacher for spec in recipe.tasks.values()} | (starts - {"base"}))
-    specs = {name: recipe.teachers[name] for name in wanted}
-    paths = given_weights(specs, workspace)
-    served = {task: [spec.teacher, list(spec.metrics)] for task, spec in recipe.tasks.items()}
-    fixed = {"data": data_revision(recipe), "steps": recipe.evaluate.steps, "served": served, "paths": paths}
-
-    def decided(read: Callable) -> dict:
-        return fixed | {"model": read(recipe.model), "teachers": {name: read(spec) for name, spec in specs.items()}}
-
-    note = folder / f"products-{content_key(decided(given))}.json"
-    kept = read_json(note) if note.is_file() else None
-    if kept is not None and holds(kept["settings"], decided(full)):
-        folders = [Path(kept["base"]), Path(kept["data"]), *map(Path, kept["teachers"].values())]
-        if all((place / steps.STEP).is_file() for place in folders):
-            base, data, *taught = map(steps.open_product, folders)
-            return Shared(workspace, folder, base, data, dict(zip(kept["teachers"], taught, strict=True)), at_steps)
+    if found := find_shared(recipe, starts, workspace, folder, at_steps):
+        return found
+    wanted = _wanted(recipe, starts, workspace, folder)
     run = steps.open_run(recipe, workspace)
-    teachers = {name: steps.finetune_teacher(run, name) for name in wanted}
+    teachers = {name: steps.finetune_teacher(run, name) for name in wanted.names}
     places = {name: str(product.folder) for name, product in teachers.items()}
-    write_json(
-        note,
-        {"base": str(run.base.folder), "data": str(run.data.folder), "teachers": places, "settings": decided(full)},
-    )
+    made = {"base": str(run.base.folder), "data": str(run.data.folder), "teachers": places}
+    write_json(wanted.note, made | {"settings": wanted.settings})
     return Shared(workspace, folder, run.base, run.data, teachers, at_steps)

@@ -318,13 +318,14 @@ def test_a_file_that_changes_while_it_is_taken_is_told(home, recipe, monkeypatch
     assert share(home, recipe, 0, 1) is not None
 
 
-def test_what_is_kept_and_damaged_is_looked_at_again(home, recipe, whole, decoded, caplog):
+@pytest.mark.parametrize("content", [None, b"{}", b"7", b'[["r000", "ab", null]]', b'[["r000", ["a", "b"]]]', b"\xff"])
+def test_what_is_kept_and_damaged_is_looked_at_again(home, recipe, whole, decoded, caplog, content):
     assert share(home, recipe, 0, 2) is None
     damaged = next(iter(looked_folder(home / "out").iterdir()))
-    damaged.write_bytes(damaged.read_bytes()[:-5])
+    damaged.write_bytes(damaged.read_bytes()[:-5] if content is None else content)
     decoded.clear()
     assert share(home, recipe, 1, 2) is not None and files_of(home / "out") == whole
-    assert f"{damaged}: not valid JSON" in caplog.text and "looked at again" in caplog.text
+    assert f"{damaged}: damaged (" in caplog.text and "looked at again" in caplog.text
     assert max(decoded.values()) == 1
 
 

@@ -399,7 +399,7 @@ def test_the_page_states_what_it_shows(tiny_base, here):
 
 
 @pytest.mark.slow
-def test_teachers_of_each_seed_and_scores_by_sampling_steps(tiny_base, here):
+def test_teachers_of_each_seed_and_scores_by_sampling_steps(tiny_base, here, monkeypatch):
     """Every seed has teachers of its own, made by several processes, and is held against them alone."""
     style = (
         "teachers.style={kind: finetune, task: global_style,"
@@ -441,6 +441,12 @@ def test_teachers_of_each_seed_and_scores_by_sampling_steps(tiny_base, here):
     assert "| global_style psnr | 1 | 2 | 4 |" in page
     assert "| (style, the teacher) |" in page
     assert (folder / "study-steps.png").is_file()
+
+    with monkeypatch.context() as patch:  # the pipeline would make its products anew, the study keeps those it has
+        patch.setattr("danceopd.workspace.code_revision", lambda: "another")
+        before = sorted((here / "ws").glob("*/*-*"))
+        assert run_study(study, here / "ws", 2) == summary
+        assert sorted((here / "ws").glob("*/*-*")) == before
 
 
 @pytest.mark.slow
