@@ -67,7 +67,7 @@ def hold_seeds(study: Study, workspace: Path, folder: Path, workers: int) -> dic
         log.info("study: teachers of seed %d are there (%d of %d seeds)", seed, number, len(study.seeds))
     if failed:
         raise UserError(f"study {study.name}: teachers of {len(failed)} seeds failed: {'; '.join(failed)}")
-    return held
+    return {seed: held[seed] for seed in study.seeds}  # the same table whichever came first
 
 
 def plan_cells(study: Study, shared: Shared) -> list[Cell]:
