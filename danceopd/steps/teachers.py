@@ -179,10 +179,8 @@ def _load_fetched(encoder: Encoder, teacher: str, fetched: Path, base: Product) 
     from danceopd.preflight.compatibility import check_pipeline
 
     settle(check_pipeline(teacher, fetched, base.pipeline))
-    field, spec = (
-        load_field(encoder.backbone, teacher, fetched, encoder.empty_prompt),
-        encoder.run.recipe.teachers[teacher],
-    )
+    field = load_field(encoder.backbone, teacher, fetched, encoder.empty_prompt)
+    spec = encoder.run.recipe.teachers[teacher]
     if isinstance(spec, CheckpointTeacher):
         _check_kind(teacher, spec, field)
     return field
