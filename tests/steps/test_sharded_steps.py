@@ -34,7 +34,8 @@ SETTINGS = [
     "teachers={base: {kind: base},"
     " lora: {kind: finetune, task: t2i, train: {trainable: lora, lr: 0.1, steps: 2, batch: 4, parallel: shard}},"
     " full: {kind: finetune, task: global_style, train: {lr: 0.01, steps: 2, batch: 4, parallel: shard}}}",
-    "distill={trainable: lora, parallel: shard, lr: 0.01, steps: 2, batch: 4, rollout_steps: 2, precision: bfloat16}",
+    "distill={trainable: lora, parallel: shard, lr: 0.01, steps: 2, batch: 4, rollout_steps: 4,"
+    " rollout_stride: 2, precision: bfloat16}",
     "evaluate.per_task=2",
     "evaluate.steps=1",
 ]
