@@ -120,7 +120,6 @@ def _build_teacher(
 
     from danceopd.devices import hardware
     from danceopd.flow.field_io import save_about, save_field
-    from danceopd.flow.fields import VelocityField
     from danceopd.flow.guidance import GuidedField
     from danceopd.training.processes import this_process
 
@@ -136,23 +135,16 @@ def _build_teacher(
                 encoder.split("val", (task,), recipe.evaluate.per_task)
         return probe_condition(encoder.backbone, recipe)
 
-    field: Field
     processes = this_process()
     facts: dict[str, Any] = {"kind": spec.kind, "hardware": hardware(processes.device, processes.count)}
     tuned = None
     if isinstance(spec, FinetunedTeacher):
         tuned = tune(run, teacher, recorder(journal, teacher), ready)
         encoder, condition, field = tuned.encoder, tuned.condition, tuned.field
-        facts |= {name: tuned.product.facts[name] for name in ("task", "steps", "loss")}
-        facts |= {"forwards": tuned.product.facts["forwards"]} if tuned.spent is None else {"tuned": tuned.spent}
+        facts |= tuned.facts
     else:
         encoder = Encoder(run, open_backbone(run))
-        condition = ready(encoder)
-        if isinstance(spec, BaseTeacher):
-            field = VelocityField(teacher, encoder.backbone, encoder.backbone.transformer)
-        else:
-            assert fetched is not None
-            field = _load_fetched(encoder, teacher, fetched, base)
+        condition, field = ready(encoder), _field_there(encoder, teacher, fetched)
         encoder.backbone.free_encoders()
     plain = field.field if isinstance(field, GuidedField) else field
     if spec.guidance is not None:  # the recipe's scale goes before the folder's
@@ -169,18 +161,22 @@ def _build_teacher(
     return facts
 
 
-def _load_fetched(encoder: Encoder, teacher: str, fetched: Path, base: Product) -> Field:
-    """A teacher's field from weights that exist already.
+def _field_there(encoder: Encoder, teacher: str, fetched: Path | None) -> Field:
+    """A teacher's field that exists already: the base's own, or of weights that were fetched.
 
     Raises:
         UserError: if they do not fit the base, or are not what the recipe calls them.
     """
     from danceopd.flow.field_io import load_field
+    from danceopd.flow.fields import VelocityField
     from danceopd.preflight.compatibility import check_pipeline
 
-    settle(check_pipeline(teacher, fetched, base.pipeline))
-    field = load_field(encoder.backbone, teacher, fetched, encoder.empty_prompt)
-    spec = encoder.run.recipe.teachers[teacher]
+    spec, backbone = encoder.run.recipe.teachers[teacher], encoder.backbone
+    if isinstance(spec, BaseTeacher):
+        return VelocityField(teacher, backbone, backbone.transformer)
+    assert fetched is not None
+    settle(check_pipeline(teacher, fetched, encoder.run.base.pipeline))
+    field = load_field(backbone, teacher, fetched, encoder.empty_prompt)
     if isinstance(spec, CheckpointTeacher):
         _check_kind(teacher, spec, field)
     return field

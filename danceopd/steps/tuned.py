@@ -33,15 +33,15 @@ class Tuned:
         encoder: of the run's records, with that base; its text encoder is not there any more.
         condition: what `ready` made.
         field: the teacher without guidance.
-        product: where its weights lie, `field.json` and its training's history; its facts say what that took.
-        spent: facts of a training that an earlier run did, to be added to what this one took; None: it was done now.
+        product: where its weights lie, `field.json` and its training's history.
+        facts: of its training; under `tuned` what an earlier run spent on it, to be added to what this one does.
     """
 
     encoder: Encoder
     condition: Condition
     field: Field
     product: Product
-    spent: dict[str, Any] | None
+    facts: dict[str, Any]
 
 
 def tune(run: Run, teacher: str, record: Callable[[dict], None], ready: Callable[[Encoder], Condition]) -> Tuned:
@@ -84,19 +84,20 @@ def tune(run: Run, teacher: str, record: Callable[[dict], None], ready: Callable
     product = make_product(
         run.workspace, "tuned", teacher, [*inputs, decisive["train"]], build, together=True, journal=False
     )
+    told = {name: product.facts[name] for name in ("task", "steps", "loss")}
     if trained:
-        return Tuned(*trained[0], product, None)
+        return Tuned(*trained[0], product, told | {"forwards": product.facts["forwards"]})
     encoder, processes = Encoder(run, open_backbone(run, spec.train)), this_process()
     condition = ready(encoder)
     encoder.backbone.free_encoders()
     for entry in read_json(product.folder / HISTORY):
         record(entry)
-    spent = {name: product.facts[name] for name in ("hardware", "forwards")}
-    spent["seconds"] = read_json(product.folder / STEP)["seconds"]
     field = load_field(encoder.backbone, teacher, product.folder)
     if shares(spec.train, processes):  # the base may be too large for one of them
         share_frozen(encoder.backbone, [field], processes)
-    return Tuned(encoder, condition, field, product, spent)
+    spent = {"seconds": read_json(product.folder / STEP)["seconds"]}
+    spent |= {name: product.facts[name] for name in ("hardware", "forwards")}
+    return Tuned(encoder, condition, field, product, told | {"tuned": spent})
 
 
 def link_weights(product: Product, folder: Path) -> None:
