@@ -5,8 +5,9 @@ Every check returns findings; `settle` logs the notes and warnings and raises th
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,35 +70,43 @@ def check_records(recipe: Recipe, counts: Mapping[str, Mapping[str, int]], encod
     return found
 
 
-@torch.no_grad()
-def probe_states(field: Field, condition: Condition, seed: int = 0) -> tuple[Tensor, Tensor, Condition]:
+def probe_states(field: Field, condition: Condition, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
     """States such as a student meets: noise, and one jump of a field from noise to a picture, noised again.
 
     Args:
         field: whose picture it is.
-        condition: real training conditions, of B samples.
-        seed: of the noise.
+        condition: a real training condition, of one sample.
+        noise: (1, N, C).
 
     Returns:
-        States (S * B, N, C), their noise levels (S * B,), and the conditions repeated, S = len(SIGMAS) + 1.
+        1 + len(SIGMAS) states (1, N, C), each with its noise level (1,).
     """
-    count = len(condition)
-    shape = field.backbone.latent_shape(condition.height, condition.width)
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(condition.prompt)
-    clean = noise - field(noise, torch.ones(count).to(noise), condition).to(noise)
-    states = [noise, *(torch.lerp(clean, noise, sigma) for sigma in SIGMAS)]
-    levels = torch.tensor([1.0, *SIGMAS]).repeat_interleave(count).to(noise)
-    index = torch.arange(count, device=noise.device).repeat(len(states))
-    return torch.cat(states), levels, condition.rows(index)
+    levels = [torch.full((1,), level).to(noise) for level in (1.0, *SIGMAS)]
+    clean = noise - field(noise, levels[0], condition).to(noise)
+    return [(noise, levels[0]), *((torch.lerp(clean, noise, float(level)), level) for level in levels[1:])]
 
 
 @torch.no_grad()
 def relative_difference(field: Field, other: Field, condition: Condition) -> float:
-    """|v_field - v_other| / |v_other|, root mean squares over probe states of the other field."""
-    state, sigma, repeated = probe_states(other, condition)
-    theirs = other(state, sigma, repeated).float()
-    ours = field(state, sigma, repeated).float()
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+    """|v_field - v_other| / |v_other|, root mean squares over probe states of the other field.
+
+    The samples are asked one by one: a look before the training takes no more memory than the training.
+    """
+    apart, size = 0.0, 0.0
+    for one, noise in _one_by_one(field, condition):
+        for state, sigma in probe_states(other, one, noise):
+            theirs, ours = (asked(state, sigma, one).float() for asked in (other, field))
+            apart += float((ours - theirs).square().sum())
+            size += float(theirs.square().sum())
+    return math.sqrt(apart / max(size, 1e-24))
+
+
+def _one_by_one(field: Field, condition: Condition) -> Iterator[tuple[Condition, Tensor]]:
+    """The condition of each sample, and noise (1, N, C) for it."""
+    shape = field.backbone.latent_shape(condition.height, condition.width)
+    noise = torch.randn(len(condition), *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
+    for row in torch.arange(len(condition), device=noise.device).split(1):
+        yield condition.rows(row), noise[row]
 
 
 def _on_purpose(recipe: Recipe, teacher: str) -> bool:
@@ -151,12 +160,12 @@ def check_stride(
     found = []
     for task, picked in _probed(recipe, encoded).items():
         condition = encoded.condition(picked, device)
-        size = condition.height, condition.width
-        shape = (len(picked), *backbone.latent_shape(*size))
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
-        last = torch.full((len(picked),), steps - 1)
+        grid, last = backbone.sigmas(steps, condition.height, condition.width), torch.tensor([steps - 1])
         with student.resident():
-            drift = stride_drift(student, noise, backbone.sigmas(steps, *size), last, condition, stride)
+            drifts = [
+                stride_drift(student, noise, grid, last, one, stride) for one, noise in _one_by_one(student, condition)
+            ]
+        drift = sum(drifts) / len(drifts)
         text = (
             f"task {task!r}: in strides of {stride} the student's start comes to its path's last query {drift:.2g} of "
             f"the way from where single steps lead ({len(picked)} training conditions)"

@@ -125,6 +125,22 @@ def test_strides_say_how_far_they_lead_from_the_path(base, encoded):
     assert all(0 < share < 1 for share in shares)
 
 
+def test_a_look_asks_one_sample_at_a_time(base, encoded, monkeypatch):
+    """At real sizes a training may hold one sample and no more."""
+    asked = []
+    plain = VelocityField.__call__
+
+    def counted(field, z, sigma, condition):
+        asked.append(len(z))
+        return plain(field, z, sigma, condition)
+
+    monkeypatch.setattr(VelocityField, "__call__", counted)
+    recipe = recipe_with("distill.rollout_stride=2", "distill.rollout_steps=4")
+    check_teachers_differ(recipe, base, teachers(base), encoded)
+    check_stride(recipe, base, teachers(base), encoded)
+    assert set(asked) == {1}
+
+
 def test_a_teacher_that_is_the_student_is_an_error_unless_meant(base, encoded):
     same = teachers(base, factor=1.0)
     found = check_teachers_differ(recipe_with(), base, same, encoded)
