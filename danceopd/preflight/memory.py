@@ -162,8 +162,8 @@ def _is_target(name: str, targets: str | list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def samples_at_once(spec: DistillRecipe, processes: int) -> int:
-    """Samples that one process passes through the student together."""
+def samples_at_once(spec: TrainRecipe, processes: int) -> int:
+    """Samples that one process passes through what it trains together."""
     return -(-spec.batch // (processes * spec.accumulate))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,7 @@ from danceopd.flow.losses import velocity_matching_loss
 from danceopd.flow.rollout import states_on_the_way
 from danceopd.flow.sampling import seeded_noise
 from danceopd.methods.base import Distillation
+from danceopd.preflight.memory import samples_at_once
 from danceopd.training.learner import Learner
 
 
@@ -48,7 +51,7 @@ class TeacherMap:
 def map_teachers(setup: Distillation, learner: Learner, levels: int = 4, records: int = 8, seed: int = 0) -> TeacherMap:
     """Ask every teacher at the student's own states, and take each task's gradient there; nothing is trained.
 
-    Memory: one gradient per task, in float32 on the CPU, beside what an update takes.
+    Memory: one gradient per task, in float32 on the CPU, beside what an update takes; as many samples are asked at once.
 
     Args:
         setup: teachers, records and the sampling grid.
@@ -91,9 +94,17 @@ def _states(
     size = setup.encoded.size(picked[0])
     noise = seeded_noise([seed + i for i in range(len(picked))], setup.backbone.latent_shape(*size), learner.device)
     grid = setup.grid(*size)
-    with learner.precision():
-        states = states_on_the_way(setup.path(learner.field), noise, grid, places.expand(len(picked), -1), condition)
-    return states, grid[places], condition
+    found = []
+    for part in _parts(learner, len(picked)):
+        own = condition.rows(part), places.expand(len(part), -1)
+        with learner.precision():
+            found.append(states_on_the_way(setup.path(learner.field), noise[part], grid, own[1], own[0]))
+    return torch.cat(found), grid[places], condition
+
+
+def _parts(learner: Learner, count: int) -> Sequence[Tensor]:
+    """So many samples in parts, each of as many as an update asks at once."""
+    return torch.arange(count, device=learner.device).split(samples_at_once(learner.spec, 1))
 
 
 @torch.no_grad()
@@ -102,13 +113,17 @@ def _disagreement(
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in setup.teachers}
     for level, sigma in enumerate(sigmas):
-        z = states[:, level]
-        at = sigma.expand(len(z)).to(z)
-        with learner.precision():
-            mine = learner.field(z, at, condition).float()
-            for name, teacher in setup.teachers.items():
-                theirs = teacher(z, at, condition).float()
-                found[name].append(float((theirs - mine).norm() / mine.norm().clamp_min(1e-12)))
+        apart, size = dict.fromkeys(found, 0.0), 0.0
+        for part in _parts(learner, len(states)):
+            z, own = states[part, level], condition.rows(part)
+            at = sigma.expand(len(z)).to(z)
+            with learner.precision():
+                mine = learner.field(z, at, own).float()
+                size += float(mine.square().sum())
+                for name, teacher in setup.teachers.items():
+                    apart[name] += float((teacher(z, at, own).float() - mine).square().sum())
+        for name, squares in apart.items():
+            found[name].append(math.sqrt(squares / max(size, 1e-24)))
     return found
 
 
@@ -116,14 +131,16 @@ def _gradient(
     setup: Distillation, learner: Learner, task: str, level: int, states: Tensor, sigmas: Tensor, condition: Condition
 ) -> Tensor:
     """A task's gradient at one noise level, all weights in a row, float32 on the CPU."""
-    z, teacher = states[:, level], setup.teachers[setup.teacher_of[task]]
-    at = sigmas[level].expand(len(z)).to(z)
-    with learner.precision():
-        with torch.no_grad():
-            wanted = teacher(z, at, condition).to(z)
-        with learner.field.active():
-            velocity = setup.backbone.velocity(learner.field.network, z, at, condition)
-            learner.backward(velocity_matching_loss(velocity, wanted).mean())
+    teacher = setup.teachers[setup.teacher_of[task]]
+    for part in _parts(learner, len(states)):
+        z, own = states[part, level], condition.rows(part)
+        at = sigmas[level].expand(len(z)).to(z)
+        with learner.precision():
+            with torch.no_grad():
+                wanted = teacher(z, at, own).to(z)
+            with learner.field.active():
+                velocity = setup.backbone.velocity(learner.field.network, z, at, own)
+                learner.backward(velocity_matching_loss(velocity, wanted).sum() / len(states))
     gradient = torch.cat([_flat(p) for p in learner.parameters])
     learner.optimizer.zero_grad(set_to_none=True)
     return gradient

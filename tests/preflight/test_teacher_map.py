@@ -70,6 +70,23 @@ def test_opposite_teachers_are_as_far_and_pull_apart_and_the_students_own_start_
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(learner.parameters, before, strict=True))
 
 
+def test_no_more_samples_are_asked_at_once_than_an_update_asks(base, setup, monkeypatch):
+    whole = map_teachers(setup, learner_of(base), levels=3, records=3)
+    plain, asked = type(base).velocity, []
+
+    def counted(backbone, network, z, *others):
+        asked.append(len(z))
+        return plain(backbone, network, z, *others)
+
+    monkeypatch.setattr(type(base), "velocity", counted)
+    found = map_teachers(setup, learner_of(base, accumulate=2), levels=3, records=3)
+    assert max(asked) == 2 and min(asked) == 1
+    for task in TASKS:
+        assert found.pull[task] == pytest.approx(whole.pull[task], rel=1e-4, abs=1e-6)
+        assert found.disagreement[task]["more"] == pytest.approx(whole.disagreement[task]["more"], rel=1e-4)
+    assert found.conflict["add / take"] == pytest.approx(whole.conflict["add / take"], rel=1e-4)
+
+
 def test_tasks_of_one_teacher_pull_alike(base, setup):
     alike = dataclasses.replace(setup, teacher_of={"add": "more", "take": "more"})
     found = map_teachers(alike, learner_of(base), levels=2, records=3)
