@@ -51,7 +51,7 @@ class TeacherMap:
 def map_teachers(setup: Distillation, learner: Learner, levels: int = 4, records: int = 8, seed: int = 0) -> TeacherMap:
     """Ask every teacher at the student's own states, and take each task's gradient there; nothing is trained.
 
-    Memory: one gradient per task, in float32 on the CPU, beside what an update takes; as many samples are asked at once.
+    Memory: one gradient per task, in float32 on the CPU, beside what an update takes: it asks as many at once.
 
     Args:
         setup: teachers, records and the sampling grid.
