@@ -5,9 +5,8 @@ Every check returns findings; `settle` logs the notes and warnings and raises th
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,43 +69,41 @@ def check_records(recipe: Recipe, counts: Mapping[str, Mapping[str, int]], encod
     return found
 
 
-def probe_states(field: Field, condition: Condition, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
+@torch.no_grad()
+def probe_states(field: Field, condition: Condition, at_once: int, seed: int = 0) -> tuple[Tensor, Tensor, Condition]:
     """States such as a student meets: noise, and one jump of a field from noise to a picture, noised again.
 
     Args:
         field: whose picture it is.
-        condition: a real training condition, of one sample.
-        noise: (1, N, C).
+        condition: real training conditions, of B samples.
+        at_once: so many samples pass through the field together.
+        seed: of the noise.
 
     Returns:
-        1 + len(SIGMAS) states (1, N, C), each with its noise level (1,).
+        States (S * B, N, C), their noise levels (S * B,), and the conditions repeated, S = len(SIGMAS) + 1.
     """
-    levels = [torch.full((1,), level).to(noise) for level in (1.0, *SIGMAS)]
-    clean = noise - field(noise, levels[0], condition).to(noise)
-    return [(noise, levels[0]), *((torch.lerp(clean, noise, float(level)), level) for level in levels[1:])]
+    count = len(condition)
+    shape = field.backbone.latent_shape(condition.height, condition.width)
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(condition.prompt)
+    clean = noise - _ask(field, noise, torch.ones(count).to(noise), condition, at_once).to(noise)
+    states = [noise, *(torch.lerp(clean, noise, sigma) for sigma in SIGMAS)]
+    levels = torch.tensor([1.0, *SIGMAS]).repeat_interleave(count).to(noise)
+    index = torch.arange(count, device=noise.device).repeat(len(states))
+    return torch.cat(states), levels, condition.rows(index)
+
+
+def _ask(field: Field, state: Tensor, sigma: Tensor, condition: Condition, at_once: int) -> Tensor:
+    parts = torch.arange(len(state), device=state.device).split(at_once)
+    return torch.cat([field(state[part], sigma[part], condition.rows(part)) for part in parts])
 
 
 @torch.no_grad()
-def relative_difference(field: Field, other: Field, condition: Condition) -> float:
-    """|v_field - v_other| / |v_other|, root mean squares over probe states of the other field.
-
-    The samples are asked one by one: a look before the training takes no more memory than the training.
-    """
-    apart, size = 0.0, 0.0
-    for one, noise in _one_by_one(field, condition):
-        for state, sigma in probe_states(other, one, noise):
-            theirs, ours = (asked(state, sigma, one).float() for asked in (other, field))
-            apart += float((ours - theirs).square().sum())
-            size += float(theirs.square().sum())
-    return math.sqrt(apart / max(size, 1e-24))
-
-
-def _one_by_one(field: Field, condition: Condition) -> Iterator[tuple[Condition, Tensor]]:
-    """The condition of each sample, and noise (1, N, C) for it."""
-    shape = field.backbone.latent_shape(condition.height, condition.width)
-    noise = torch.randn(len(condition), *shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
-    for row in torch.arange(len(condition), device=noise.device).split(1):
-        yield condition.rows(row), noise[row]
+def relative_difference(field: Field, other: Field, condition: Condition, at_once: int) -> float:
+    """|v_field - v_other| / |v_other|, root mean squares over probe states of the other field."""
+    state, sigma, repeated = probe_states(other, condition, at_once)
+    theirs = _ask(other, state, sigma, repeated, at_once).float()
+    ours = _ask(field, state, sigma, repeated, at_once).float()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
 def _on_purpose(recipe: Recipe, teacher: str) -> bool:
@@ -117,18 +114,18 @@ def _on_purpose(recipe: Recipe, teacher: str) -> bool:
 
 
 def check_teachers_differ(
-    recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords
+    recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords, processes: int = 1
 ) -> list[Finding]:
-    """Tasks whose teacher is what the student is before its first step."""
+    """Tasks whose teacher is what the student is before its first step; asked with as many samples as training passes."""
     device = next(backbone.transformer.parameters()).device
-    start = recipe.distill.start
+    start, at_once = recipe.distill.start, samples_at_once(recipe.distill, processes)
     student = _starting_field(recipe, backbone, fields)
     found = []
     for task, picked in _probed(recipe, encoded).items():
         spec = recipe.tasks[task]
         teacher = fields[spec.teacher]
         with teacher.resident(), student.resident():
-            difference = relative_difference(teacher, student, encoded.condition(picked, device))
+            difference = relative_difference(teacher, student, encoded.condition(picked, device), at_once)
         figures = f"relative velocity difference {difference:.2g} on {len(picked)} training conditions"
         if difference >= SAME:
             text = f"task {task!r}: teacher {spec.teacher!r} and the student differ, {figures}"
@@ -149,9 +146,9 @@ def check_teachers_differ(
 
 
 def check_stride(
-    recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords
+    recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords, processes: int = 1
 ) -> list[Finding]:
-    """How far the student's start comes from its path where it takes the path in strides."""
+    """How far the student's start comes from its path where it takes the path in strides; samples as in training."""
     stride, steps = recipe.distill.rollout_stride, recipe.distill.rollout_steps
     if stride == 1 or recipe.distill.method not in ROLL_OUT:
         return []
@@ -160,12 +157,15 @@ def check_stride(
     found = []
     for task, picked in _probed(recipe, encoded).items():
         condition = encoded.condition(picked, device)
-        grid, last = backbone.sigmas(steps, condition.height, condition.width), torch.tensor([steps - 1])
+        size = condition.height, condition.width
+        shape = (len(picked), *backbone.latent_shape(*size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(condition.prompt)
+        grid, last, drift = backbone.sigmas(steps, *size), torch.full((len(picked),), steps - 1), 0.0
+        parts = torch.arange(len(picked), device=noise.device).split(samples_at_once(recipe.distill, processes))
         with student.resident():
-            drifts = [
-                stride_drift(student, noise, grid, last, one, stride) for one, noise in _one_by_one(student, condition)
-            ]
-        drift = sum(drifts) / len(drifts)
+            for part in parts:
+                own, stop = condition.rows(part), last[: len(part)]
+                drift += stride_drift(student, noise[part], grid, stop, own, stride) * len(part) / len(picked)
         text = (
             f"task {task!r}: in strides of {stride} the student's start comes to its path's last query {drift:.2g} of "
             f"the way from where single steps lead ({len(picked)} training conditions)"
@@ -248,8 +248,8 @@ def preflight(
         path = getattr(recipe.teachers[name], "path", None)
         if path is not None:
             found += check_pipeline(name, Path(path), base)
-    found += check_teachers_differ(recipe, backbone, fields, encoded)
-    found += check_stride(recipe, backbone, fields, encoded)
+    found += check_teachers_differ(recipe, backbone, fields, encoded, processes)
+    found += check_stride(recipe, backbone, fields, encoded, processes)
     found += check_sampling(recipe, backbone) + check_few_step_teachers(recipe, facts)
     if recipe.distill.method in MERGES:
         return found

@@ -125,8 +125,8 @@ def test_strides_say_how_far_they_lead_from_the_path(base, encoded):
     assert all(0 < share < 1 for share in shares)
 
 
-def test_a_look_asks_one_sample_at_a_time(base, encoded, monkeypatch):
-    """At real sizes a training may hold one sample and no more."""
+@pytest.mark.parametrize(("accumulate", "processes", "most"), [(6, 1, 1), (1, 6, 1), (3, 1, 2), (1, 1, 6)])
+def test_a_look_asks_no_more_samples_at_once_than_training(base, encoded, monkeypatch, accumulate, processes, most):
     asked = []
     plain = VelocityField.__call__
 
@@ -134,11 +134,17 @@ def test_a_look_asks_one_sample_at_a_time(base, encoded, monkeypatch):
         asked.append(len(z))
         return plain(field, z, sigma, condition)
 
+    strides = ["distill.rollout_stride=2", "distill.rollout_steps=4"]
+    whole = figures_of(recipe_with(*strides), base, encoded, 1)
     monkeypatch.setattr(VelocityField, "__call__", counted)
-    recipe = recipe_with("distill.rollout_stride=2", "distill.rollout_steps=4")
-    check_teachers_differ(recipe, base, teachers(base), encoded)
-    check_stride(recipe, base, teachers(base), encoded)
-    assert set(asked) == {1}
+    assert figures_of(recipe_with(*strides, f"distill.accumulate={accumulate}"), base, encoded, processes) == whole
+    assert max(asked) == most
+
+
+def figures_of(recipe, base, encoded, processes):
+    """What is said of teachers and strides, in two digits."""
+    differ = check_teachers_differ(recipe, base, teachers(base), encoded, processes)
+    return [found.message for found in [*differ, *check_stride(recipe, base, teachers(base), encoded, processes)]]
 
 
 def test_a_teacher_that_is_the_student_is_an_error_unless_meant(base, encoded):
