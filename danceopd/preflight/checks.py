@@ -116,7 +116,7 @@ def _on_purpose(recipe: Recipe, teacher: str) -> bool:
 def check_teachers_differ(
     recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords, processes: int = 1
 ) -> list[Finding]:
-    """Tasks whose teacher is what the student is before its first step; asked with as many samples as training passes."""
+    """Tasks whose teacher is what the student is before its first step; as many samples at once as in training."""
     device = next(backbone.transformer.parameters()).device
     start, at_once = recipe.distill.start, samples_at_once(recipe.distill, processes)
     student = _starting_field(recipe, backbone, fields)
@@ -148,7 +148,7 @@ def check_teachers_differ(
 def check_stride(
     recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords, processes: int = 1
 ) -> list[Finding]:
-    """How far the student's start comes from its path where it takes the path in strides; samples as in training."""
+    """How far the student's start comes from its path where it takes the path in strides; as many samples at once too."""
     stride, steps = recipe.distill.rollout_stride, recipe.distill.rollout_steps
     if stride == 1 or recipe.distill.method not in ROLL_OUT:
         return []
