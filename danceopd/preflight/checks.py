@@ -148,7 +148,7 @@ def check_teachers_differ(
 def check_stride(
     recipe: Recipe, backbone: Backbone, fields: Mapping[str, Field], encoded: EncodedRecords, processes: int = 1
 ) -> list[Finding]:
-    """How far the student's start comes from its path where it takes the path in strides; as many samples at once too."""
+    """How far the student's start comes from its path where it takes the path in strides; samples as in training."""
     stride, steps = recipe.distill.rollout_stride, recipe.distill.rollout_steps
     if stride == 1 or recipe.distill.method not in ROLL_OUT:
         return []
