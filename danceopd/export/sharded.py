@@ -51,15 +51,17 @@ def export_sharded(
         export_lora(student, folder / "lora", condition)
     elif processes.main:
         write_json(folder / FIELD, {"kind": "full", "name": student.name})
-    written = shares.copy(student.network, model.attention, getattr(torch, model.dtype), student.adapter)
+    dtype = getattr(torch, model.dtype)
+    written = shares.copy(student.network, model.attention, dtype, student.adapter)
     if processes.main:
         backbone.save(folder / PIPELINE, written)
     processes.wait()
     write_transformer(written.requires_grad_(False), folder / PIPELINE / "transformer")
-    # The export is proved in float32. What rounding to 16 bits did to the student is no fault of the export.
     shares.lockstep.leave(written)
-    again = shares.copy(written, model.attention, torch.float32).requires_grad_(False)
-    del written
+    del written  # before there is another
+    # The export is proved in float32. What rounding to 16 bits did to the student is no fault of the export.
+    again = shares.copy(student.network, model.attention, torch.float32, student.adapter, rounded=dtype)
+    again.requires_grad_(False)
     field = VelocityField(student.name, backbone, again)
     wanted = probe(student if model.dtype == "float32" else field, condition)
     processes.wait()

@@ -113,7 +113,7 @@ def phases_of(
     found.append(Phase("distill", held + training.total, saves))
     # Layer by layer in float32, and of a LoRA its files once more for diffusers and for ComfyUI.
     written = exported + (3 * student if lora else 0)
-    found.append(Phase("export", held + student // share + _raised(outline), written))
+    found.append(Phase("export", held + student // share + _raised(outline) + _copied(outline, share), written))
     beside = student if lora and recipe.model.quantize is None else base.transformer
     found.append(Phase("evaluate", held * share + beside + base.coding, 0))
     found.append(Phase("register", 0, 2 * exported))  # MLflow's copy, and that of its scratch folder
@@ -140,6 +140,11 @@ def _taught(name: str, spec: FinetuneRecipe, training: MemoryEstimate, base: Par
 def saved(spec: TrainRecipe, parameters: int) -> int:
     """Bytes of one save: what trains, its averages and the optimizer's state."""
     return parameters * (4 + STATE_BYTES[spec.optimizer] + 4 * averages_of(spec))
+
+
+def _copied(outline: Backbone, share: int) -> int:
+    """Bytes on each process of a shared student's copy in float32, by which its export is proved."""
+    return 4 * sum(p.numel() for p in outline.transformer.parameters()) // share if share > 1 else 0
 
 
 def _raised(outline: Backbone) -> int:

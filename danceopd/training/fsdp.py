@@ -91,6 +91,7 @@ class Shares:
         dtype: torch.dtype,
         merge: str | None = None,
         policy: MixedPrecisionPolicy | None = None,
+        rounded: torch.dtype | None = None,
     ) -> ModelMixin:
         """A shared network's copy without adapters, shared as it is; every process copies its own rows.
 
@@ -100,14 +101,17 @@ class Shares:
             dtype: of the copy's weights.
             merge: adapter whose change is added to the weights, in float32.
             policy: as for `add`.
+            rounded: dtype that the weights are rounded to on the way to theirs; None: to none.
         """
         plain = outline_of(network)
         set_attention(plain, attention)
         self.add(plain.eval(), policy)
         there = cast(dict[str, DTensor], plain.state_dict())
         changes = _changes(network, merge)
-        rows = {name: _rows(weight, changes.get(name)) for name, weight in weights_of(network)}
-        found: dict[str, Tensor] = {name: sharded_like(of.to(dtype), there[name]) for name, of in rows.items()}
+        rows = ((name, _rows(weight, changes.get(name))) for name, weight in weights_of(network))
+        found: dict[str, Tensor] = {
+            name: sharded_like(of.to(rounded or dtype).to(dtype), there[name]) for name, of in rows
+        }
         buffers = {name: b for name, b in network.state_dict().items() if name in there and name not in found}
         plain.load_state_dict(found | buffers, assign=True)
         return plain

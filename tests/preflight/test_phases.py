@@ -56,6 +56,20 @@ def test_phases_hold_what_they_use_and_no_more(recipe, tiny_base, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_export_of_a_shared_student_holds_a_copy_in_float32(recipe, tiny_base, tmp_path, processes):
+    spec, found = recipe("distill.parallel=shard"), {}
+    for name, of in (("shard", spec), ("replicate", recipe())):
+        for count in (1, processes):
+            ahead = look_ahead(of, tmp_path, count)
+            [found[name, count]] = [phase.memory for phase in ahead.phases if phase.name == "export"]
+    base = parts_of(spec, open_outline(tiny_base, spec.model), tiny_base)
+    copied = 2 * base.transformer // processes  # the base is in 16 bits
+    assert found["shard", processes] >= look_ahead(spec, tmp_path, processes).held + copied
+    assert found["shard", 1] == found["replicate", processes] == found["replicate", 1]
+
+
+@pytest.mark.slow
 def test_disk_is_that_of_a_real_export(recipe, tiny_base, tmp_path):
     spec = recipe()
     backbone = load_backbone(tiny_base, spec.model)
