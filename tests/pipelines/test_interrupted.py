@@ -138,15 +138,19 @@ def test_a_second_one_ends_all_at_once_and_leaves_no_process(tmp_path, start):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_ask_as_ctrl_c_does(number):
-    before = signal.getsignal(number)
-    with stoppable_steps() as steps:
-        os.kill(os.getpid(), number)
-        assert steps.asked and steps.run(["false"]) == 75, "no step is started any more"
-        assert steps.run(["true", LAST_STEP]) == 0, "but the one that sums up"
-        os.kill(os.getpid(), signal.SIGHUP)  # a terminal that closes may say so twice
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(number) is before
+    before = {of: signal.signal(of, signal.SIG_DFL) for of in (number, signal.SIGHUP)}  # under nohup it is ignored
+    try:
+        with stoppable_steps() as steps:
+            os.kill(os.getpid(), number)
+            assert steps.asked and steps.run(["false"]) == 75, "no step is started any more"
+            assert steps.run(["true", LAST_STEP]) == 0, "but the one that sums up"
+            os.kill(os.getpid(), signal.SIGHUP)  # a terminal that closes may say so twice
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        for of, handler in before.items():
+            signal.signal(of, handler)
 
 
 def test_a_run_that_is_to_outlive_its_terminal_does():
