@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from danceopd.export.student import check_export, prove_export
 from danceopd.preflight.memory import gathered_bytes
 from danceopd.pretraining import world_base as wb
 from danceopd.training import checkpoints as checkpoints_module
+from danceopd.training import fsdp
 from danceopd.training.checkpoints import Checkpoints
 from danceopd.training.learner import new_learner
 from danceopd.training.lockstep import Lockstep
@@ -133,8 +136,10 @@ def train_save_export(rank, base_folder, folder, kind):
     mine = folder / f"export-{rank}"
     mine.mkdir()
     settings = [f"model.base={base_folder}", f"model.dtype={shape.dtype}", "model.height=64", "model.width=64"]
-    export_sharded(learner.finish(), load_recipe("world", settings), mine, processes)
+    with raised_rows() as raised:
+        export_sharded(learner.finish(), load_recipe("world", settings), mine, processes)
     return {
+        "raised": max(raised),
         "most": seen.most,
         "told": told,
         "largest": seen.largest,
@@ -143,6 +148,23 @@ def train_save_export(rank, base_folder, folder, kind):
         "size": size,
         "files": sorted(str(path.relative_to(mine)) for path in mine.rglob("*") if path.is_file()),
     }
+
+
+@contextmanager
+def raised_rows():
+    """Counts the rows in float32, merged for a copy in 16 bits, that are there at once."""
+    plain, kept, counts = fsdp._rows, [], [0]
+
+    def counted(*given):
+        found = plain(*given)
+        if found.dtype != given[0].dtype:
+            kept.append(weakref.ref(found))
+            counts.append(sum(of() is not None for of in kept))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, "_rows", counted)
+        yield counts
 
 
 def no_space(*_):
@@ -164,6 +186,7 @@ def test_no_process_ever_holds_more_than_some_blocks(deep_base, tmp_path, kind):
         assert one["most"] <= one["told"] <= 4 * one["most"]  # which counts messages, and what is fetched, too
         assert one["largest"] <= 2 * size["weight"]  # of a trained copy in float32 beside a base in 16 bits
         assert one["moments"] == one["held"]
+        assert one["raised"] == 0 if kind["trainable"] == "full" else 1 <= one["raised"] <= 2
     if kind["trainable"] == "full":
         assert main["held"] + other["held"] == size["all"]
         assert 0.4 < main["held"] / size["all"] < 0.6
